@@ -1,0 +1,140 @@
+"""Whole levels: the terms of a level compressed, stored and run as one.
+
+The first term compresses the weight, each later one the error that is left; the tensors of
+term i > 0 carry the suffix `_i`. Everything else in the package deals in levels, not methods.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .level import Level
+from .linalg import Stats
+from .methods.base import Method, Operator, Shape, State
+from .plugins import load, names
+
+_SUFFIXED = re.compile(r"_\d+\Z")
+
+
+@lru_cache(maxsize=None)
+def method(name: str) -> Method:
+    """Return the method called `name`; ValueError names the nearest known one."""
+    return load("methods", name)()
+
+
+def methods() -> list[Method]:
+    """Return every method that is installed, by name."""
+    return [method(name) for name in names("methods")]
+
+
+@lru_cache(maxsize=4096)
+def normalize(level: Level | str) -> Level:
+    """Return `level` in canonical form, or raise ValueError that says what is wrong with it."""
+    level = Level.parse(level)
+    for i, term in enumerate(level.terms):
+        if i and not method(term.method).can_follow:
+            raise ValueError(f"level '{level}': {term.method} cannot follow another term")
+    if len(level.terms) > 1 and level.terms[0].method in ("dense", "drop"):
+        raise ValueError(f"level '{level}': {level.terms[0].method} leaves no error to compress")
+    return Level(tuple(method(t.method).normalize(t) for t in level.terms))
+
+
+def check_shape(level: Level, shape: Shape) -> None:
+    """Raise ValueError where a weight of `shape` cannot take `level`."""
+    for part, params, _ in _parts(level):
+        part.check_shape(shape, **params)
+
+
+def needs_stats(level: Level) -> bool:
+    """Return whether `level` can be made only with calibration statistics."""
+    return any(part.needs_stats for part, _, _ in _parts(level))
+
+
+def cost_bits(level: Level, shape: Shape) -> int:
+    """Return the exact number of bits that a weight of `shape` stores at `level`."""
+    return sum(part.cost_bits(shape, **params) for part, params, _ in _parts(level))
+
+
+def compress(level: Level, W: Tensor, stats: Stats | None) -> State:
+    """Return the packed tensors of W (out, in) float32 at `level`."""
+    return compress_stacked(level, [W], stats)[0]
+
+
+def compress_stacked(level: Level, Ws: Sequence[Tensor], stats: Stats | None) -> list[State]:
+    """Return one state per weight, for weights (out_i, in) that share one input."""
+    states: list[State] = [{} for _ in Ws]
+    parts = list(_parts(level))
+    left = list(Ws)
+    for i, (part, params, suffix) in enumerate(parts):
+        made = part.compress_stacked(left, stats, **params)
+        for state, new in zip(states, made, strict=True):
+            state.update({f"{k}{suffix}": v for k, v in new.items()})
+        if i + 1 < len(parts):
+            left = [
+                W - part.decompress(new, _shape(W), torch.float32, **params)
+                for W, new in zip(left, made, strict=True)
+            ]
+    return states
+
+
+def decompress(level: Level, state: State, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Return the weight (out, in) that `state` stands for: the sum of its terms, in `dtype`."""
+    parts = list(_parts(level))
+    if len(parts) == 1:
+        part, params, _ = parts[0]
+        return part.decompress(state, shape, dtype, **params)
+    terms = [p.decompress(_pick(state, s), shape, torch.float32, **kw) for p, kw, s in parts]
+    return torch.stack(terms).sum(0).to(dtype)
+
+
+def empty(level: Level, shape: Shape, dtype: torch.dtype) -> State:
+    """Return the tensors of a state of `level` on the meta device, for loading."""
+    return {
+        f"{k}{suffix}": v
+        for part, params, suffix in _parts(level)
+        for k, v in part.empty(shape, dtype, **params).items()
+    }
+
+
+def operator(
+    level: Level, state: State, bias: Tensor | None, shape: Shape, dtype: torch.dtype
+) -> Operator:
+    """Return x (..., in) -> (..., out), the sum of the terms' operators."""
+    made = [
+        part.operator(_pick(state, suffix), None if suffix else bias, shape, dtype, **params)
+        for part, params, suffix in _parts(level)
+    ]
+    return made[0] if len(made) == 1 else _sum(made)
+
+
+def _sum(operators: Sequence[Operator]) -> Callable[[Tensor], Tensor]:
+    def total(x: Tensor) -> Tensor:
+        y = operators[0](x)
+        for other in operators[1:]:
+            y = y + other(x)
+        return y
+
+    return total
+
+
+def _parts(level: Level) -> Iterator[tuple[Method, dict[str, Any], str]]:
+    for i, term in enumerate(level.terms):
+        part = method(term.method)
+        yield part, part.filled(term.kwargs), f"_{i}" if i else ""
+
+
+def _pick(state: State, suffix: str) -> State:
+    """Return the tensors of one term: those with `suffix`, or without any for the first."""
+    if suffix:
+        return {k.removesuffix(suffix): v for k, v in state.items() if k.endswith(suffix)}
+    return {k: v for k, v in state.items() if not _SUFFIXED.search(k)}
+
+
+def _shape(W: Tensor) -> Shape:
+    return (W.shape[0], W.shape[1])

@@ -1,0 +1,1 @@
+"""What the search minimises, one fitness per file, found by file name."""

@@ -1,0 +1,132 @@
+"""What a compression method is: pure functions between a weight and its packed tensors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..level import Term, Value
+from ..linalg import Stats
+from ..plugins import did_you_mean
+
+Shape = tuple[int, int]  # (out_features, in_features)
+State = dict[str, Tensor]  # packed tensors by name, as they are written to a checkpoint
+Operator = Callable[[Tensor], Tensor]  # x (..., in_features) -> (..., out_features)
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter of a method: its type, what it may be, and its default.
+
+    A parameter without default must be written in the level; one that equals its default is
+    left out of the canonical level string.
+    """
+
+    kind: type
+    doc: str
+    default: Value | None = None
+    choices: tuple[Value, ...] | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def is_required(self) -> bool:
+        return self.default is None
+
+    def check(self, method: str, name: str, value: Value) -> Value:
+        """Return `value` as `kind`; raise ValueError that names it and what is allowed."""
+        if self.kind is float and type(value) is int:
+            value = float(value)
+        if self.kind is str and not isinstance(value, str):
+            value = str(value)
+        if type(value) is not self.kind:
+            raise ValueError(
+                f"{method} needs {name} to be {self.kind.__name__}, got {name}={value}"
+            )
+        if self.choices is not None and value not in self.choices:
+            allowed = ", ".join(map(str, self.choices))
+            raise ValueError(f"{method} takes {name} from {allowed}; got {name}={value}")
+        if self.at_least is not None and value < self.at_least:  # type: ignore[operator]
+            raise ValueError(f"{method} needs {name} >= {self.at_least}, got {name}={value}")
+        if self.at_most is not None and value > self.at_most:  # type: ignore[operator]
+            raise ValueError(f"{method} needs {name} <= {self.at_most}, got {name}={value}")
+        return value
+
+
+class Method(ABC):
+    """A family of levels.
+
+    Weights are W (out_features, in_features) float32. A method sees tensors only, never a
+    model, a path or another method; one file holds one method, named as the file is.
+    """
+
+    name: ClassVar[str]
+    params: ClassVar[Mapping[str, Param]] = {}
+    needs_stats: ClassVar[bool] = False  # compress() cannot work without calibration
+    can_follow: ClassVar[bool] = False  # may stand after a `+`, on the error that is left
+    is_trainable: ClassVar[bool] = False  # the floats of its state get gradients that mean something
+
+    def normalize(self, term: Term) -> Term:
+        """Return `term` in canonical form: values checked, defaults left out."""
+        values = term.kwargs
+        for key in values:
+            if key not in self.params:
+                known = list(self.params)
+                raise ValueError(f"{self.name} has no parameter {key!r}{did_you_mean(key, known)}")
+        for key, param in self.params.items():
+            if key in values:
+                values[key] = param.check(self.name, key, values[key])
+            elif param.is_required:
+                allowed = f", one of {', '.join(map(str, param.choices))}" if param.choices else ""
+                raise ValueError(f"{self.name} needs {key}=... ({param.doc}{allowed}); got '{term}'")
+        kept = {k: v for k, v in values.items() if v != self.params[k].default}
+        self.check(**self.filled(kept))
+        return Term.of(self.name, **kept)
+
+    def filled(self, values: Mapping[str, Value]) -> dict[str, Any]:
+        """Return `values` with every default filled in."""
+        return {k: values.get(k, p.default) for k, p in self.params.items()}
+
+    def check(self, **params: Any) -> None:
+        """Raise ValueError where parameters, each valid alone, do not go together."""
+
+    def check_shape(self, shape: Shape, **params: Any) -> None:
+        """Raise ValueError, with the way out, where a weight of `shape` cannot take these."""
+
+    @abstractmethod
+    def cost_bits(self, shape: Shape, **params: Any) -> int:
+        """Return the exact number of bits that compress() stores for a weight of `shape`."""
+
+    @abstractmethod
+    def compress(self, W: Tensor, stats: Stats | None, **params: Any) -> State:
+        """Return the packed tensors of W (out, in) float32."""
+
+    @abstractmethod
+    def decompress(self, state: State, shape: Shape, dtype: torch.dtype, **params: Any) -> Tensor:
+        """Return the weight (out, in) in `dtype`; computed in float32 and cast last."""
+
+    @abstractmethod
+    def empty(self, shape: Shape, dtype: torch.dtype, **params: Any) -> State:
+        """Return the tensors of a state on the meta device; `dtype` is for unscaled floats."""
+
+    def compress_stacked(
+        self, Ws: Sequence[Tensor], stats: Stats | None, **params: Any
+    ) -> list[State]:
+        """Return the states of weights that share one input; override to do them in one pass."""
+        return [self.compress(W, stats, **params) for W in Ws]
+
+    def operator(
+        self, state: State, bias: Tensor | None, shape: Shape, dtype: torch.dtype, **params: Any
+    ) -> Operator:
+        """Return x -> x W^T + bias with everything that does not depend on x done once.
+
+        The evaluator keeps operators, the loaded layer makes one per call: the same numbers.
+        """
+        W = self.decompress(state, shape, dtype, **params)
+        return lambda x: F.linear(x, W, bias)
