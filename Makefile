@@ -1,0 +1,69 @@
+# Every target does its own set-up from a fresh clone; python3 and make are enough.
+PYTHON ?= python3
+VENV   ?= .venv
+MODEL  := .cache/SmolLM2-135M-Instruct
+BITS   ?= 3.3
+OUT    ?= demo/smol-$(BITS)bit
+# Text for calibration, search and test; any plain-text file will do: make demo DATA=my.txt
+DATA   ?= .cache/demo.txt
+# Another text for the final table; by default windows of DATA that nothing else has seen.
+TEST   ?=
+JOBS   ?= 2
+# Used for torch alone: elsewhere than on Linux, and offline, pip falls back to its usual index.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+PY  := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+# One thread per test process: two processes with two threads each are slower on two cores.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo-model demo test test-fast lint format clean
+
+help:
+	@echo "make demo       compress SmolLM2-135M to $(BITS) bits per weight and measure it"
+	@echo "make test       all tests, with those on the real model"
+	@echo "make test-fast  without the real model, under three minutes"
+	@echo "make lint       ruff and mypy"
+	@echo "make clean      remove what the above made, but not $(VENV) and .cache"
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c 'import torch' 2>/dev/null || \
+	    $(PIP) install -q -c constraints.txt --no-deps --extra-index-url $(TORCH_INDEX) torch
+	$(PIP) install -q -c constraints.txt -e '.[dev,gguf]'
+	touch $@
+
+demo-model: $(MODEL)/config.json .cache/demo.txt
+
+$(MODEL)/config.json: tests/fetch_demo.py | venv
+	$(PY) tests/fetch_demo.py model $(MODEL)
+
+.cache/demo.txt: tests/fetch_demo.py tests/data/botchan.txt | venv
+	$(PY) tests/fetch_demo.py text $@
+
+demo: venv $(MODEL)/config.json $(DATA)
+	$(VENV)/bin/hf-evopress compress $(MODEL) --bits $(BITS) --data $(DATA) \
+	    $(if $(TEST),--test $(TEST)) --out $(OUT)
+
+test: venv demo-model
+	$(PYTEST) -n $(JOBS)
+
+test-fast: venv
+	$(PYTEST) -n $(JOBS) -m 'not model and not slow'
+
+lint: venv
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: venv
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf demo build dist .ci-venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find hf_evopress tests -name __pycache__ -type d -prune -exec rm -rf {} +
