@@ -1,0 +1,218 @@
+"""A plan: which unit gets which level, and where that came from. The product to share."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from .level import Level
+from .plugins import did_you_mean
+from .resources import atomic_write
+
+FORMAT_VERSION = 1
+FILE_NAME = "evopress_plan.json"
+MAX_BYTES = 64 * 2**20  # a plan of 100 000 units is 15 MB; anything larger is not a plan
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Plan(Mapping[str, Level]):
+    """An immutable mapping from unit (module path) to Level.
+
+    levels: one level per unit; units that are not named stay dense.
+    shapes: unit -> (out_features, in_features), so that a plan knows its model when it sees it.
+    budget, results, search: how it was found and what was measured, as JSON values.
+
+    >>> plan = Plan({"model.layers.0.mlp.up_proj": "rtn:bits=4,group_size=64"})
+    >>> Plan.from_json(plan.to_json()) == plan
+    True
+    """
+
+    levels: Mapping[str, Level]
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    base_model: str | None = None
+    revision: str | None = None
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    results: Mapping[str, Any] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        levels = {unit: Level.parse(self.levels[unit]) for unit in sorted(self.levels)}
+        shapes = {unit: _shape(unit, self.shapes[unit]) for unit in sorted(self.shapes)}
+        if not levels:
+            raise ValueError("a plan needs at least one unit, got none")
+        if stray := sorted(set(shapes) - set(levels)):
+            raise ValueError(f"plan has a shape but no level for {_some(stray)}")
+        object.__setattr__(self, "levels", MappingProxyType(levels))
+        object.__setattr__(self, "shapes", MappingProxyType(shapes))
+
+    def __getitem__(self, unit: str) -> Level:
+        return self.levels[unit]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.levels)
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.to_dict() == other.to_dict()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # mapping proxies cannot be copied or pickled
+        return (Plan.from_dict, (self.to_dict(),))
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values, levels sorted by unit."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "base_model": self.base_model,
+            "revision": self.revision,
+            "budget": dict(self.budget),
+            "levels": {unit: str(level) for unit, level in self.levels.items()},
+            "shapes": {unit: list(shape) for unit, shape in self.shapes.items()},
+            "results": dict(self.results),
+            "search": dict(self.search),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Return the plan that `data` holds; unknown keys and newer versions are refused."""
+        if not isinstance(data, Mapping):
+            raise TypeError(f"a plan is a JSON object, got {type(data).__name__}")
+        version = data.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ValueError(
+                f"plan has format_version {version!r}, this hf-evopress reads up to "
+                f"{FORMAT_VERSION}: pip install --upgrade hf-evopress"
+            )
+        known = ["base_model", "revision", "budget", "levels", "shapes", "results", "search"]
+        values = {k: v for k, v in data.items() if k != "format_version"}
+        for key, value in values.items():
+            if key not in known:
+                raise ValueError(f"unknown key {key!r} in plan{did_you_mean(key, known)}")
+            if key in known[2:] and not isinstance(value, Mapping):
+                raise TypeError(f"plan key {key!r} is an object, got {type(value).__name__}")
+        if "levels" not in values:
+            raise ValueError("plan has no 'levels'; is this file a plan?")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """Return the plan as text: one unit per line, made to be read and diffed."""
+        return json.dumps(self._with_short_shapes(), indent=2, allow_nan=False) + "\n"
+
+    def _with_short_shapes(self) -> dict[str, Any]:
+        # "576x1536" keeps one unit on one line, where a list would take four
+        data = self.to_dict()
+        data["shapes"] = {unit: f"{o}x{i}" for unit, (o, i) in self.shapes.items()}
+        return data
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Return the plan that `text` spells."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"plan is not valid JSON: {error}") from error
+        return cls.from_dict(data)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan to `path`, a file or an existing folder; return the file's path."""
+        path = Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
+        atomic_write(path, self.to_json())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Return the plan in the file `path`, or in the folder `path`."""
+        path = Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"no plan at {path}; a plan is a file like {FILE_NAME}")
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes; a plan has at most {MAX_BYTES}")
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{path}: {error}") from error
+
+    # -- questions -----------------------------------------------------------------------------
+
+    def check(self, shapes: Mapping[str, Shape]) -> None:
+        """Raise ValueError unless every unit is in `shapes` (a model's) with the same shape.
+
+        All mismatches are listed, so that one look tells another model from a renamed one.
+        """
+        wrong = []
+        for unit in self:
+            if unit not in shapes:
+                wrong.append(f"{unit}: not in the model{did_you_mean(unit, list(shapes))}")
+            elif unit in self.shapes and tuple(self.shapes[unit]) != tuple(shapes[unit]):
+                have, want = "x".join(map(str, shapes[unit])), "x".join(map(str, self.shapes[unit]))
+                wrong.append(f"{unit}: the model has {have}, the plan was made for {want}")
+        if wrong:
+            origin = f" (made for {self.base_model})" if self.base_model else ""
+            raise ValueError(
+                f"the plan{origin} does not fit this model, {len(wrong)} of {len(self)} units:\n  "
+                + _some(wrong, sep="\n  ")
+            )
+
+    def diff(self, other: Plan) -> dict[str, tuple[Level | None, Level | None]]:
+        """Return unit -> (level here, level in `other`) where the two differ; None is absent."""
+        units = sorted({*self, *other})
+        return {
+            u: (self.get(u), other.get(u)) for u in units if self.get(u) != other.get(u)
+        }
+
+    def summary(self) -> str:
+        """Return a few lines for people: base, budget, how many units and weights at each level."""
+        count = Counter(str(level) for level in self.levels.values())
+        weights: Counter[str] = Counter()
+        for unit, (rows, columns) in self.shapes.items():
+            weights[str(self.levels[unit])] += rows * columns
+        total = sum(weights.values())
+        lines = [f"plan for {self.base_model or 'an unnamed model'}: {len(self)} units"]
+        if self.budget:
+            lines.append("budget: " + ", ".join(f"{k} {v}" for k, v in self.budget.items()))
+        for level in sorted(count):
+            share = f", {weights[level] / total:6.1%} of weights" if total else ""
+            lines.append(f"  {count[level]:5d} units{share}  {level}")
+        for key, value in self.results.items():
+            if isinstance(value, (int, float, str)):
+                lines.append(f"{key}: {value}")
+        return "\n".join(lines)
+
+    def replace(self, **changes: Any) -> Plan:
+        """Return a copy with some fields replaced: `plan.replace(results={...})`."""
+        return Plan.from_dict({**self.to_dict(), **changes})
+
+
+def _shape(unit: str, value: Any) -> Shape:
+    if isinstance(value, str):
+        value = value.split("x")
+    try:
+        rows, columns = (int(n) for n in value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"shape of {unit} is out x in such as '576x1536', got {value!r}") from error
+    if rows <= 0 or columns <= 0 or rows * columns > 2**40:
+        raise ValueError(f"shape of {unit} is not a weight's: {value!r}")
+    return rows, columns
+
+
+def _some(items: list[str], sep: str = ", ", most: int = 8) -> str:
+    more = f"{sep}and {len(items) - most} more" if len(items) > most else ""
+    return sep.join(items[:most]) + more

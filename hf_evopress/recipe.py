@@ -1,0 +1,234 @@
+"""A recipe: everything that decides a compressed model, in one strict YAML file.
+
+    model: HuggingFaceTB/SmolLM2-135M-Instruct
+    budget: {bits: 3.3}
+    data: {sources: [calibration.txt]}
+
+The command line builds the same object, every run writes it beside its result, and cards embed
+it: a pushed model is reproducible by copy and paste.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .plugins import did_you_mean, names
+from .resources import atomic_write, parse_size
+
+STRATEGIES = ("evolve", "evopress", "knapsack", "uniform", "random")
+DTYPES = ("auto", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The size limit, said in one of three ways."""
+
+    bits: float | None = None  # stored bits per compressed weight, scales and zero points included
+    size: str | None = None  # of the whole checkpoint: 90MB, 1.5GiB
+    ratio: float | None = None  # of the dense checkpoint's size
+
+    def __post_init__(self) -> None:
+        said = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        if len(said) > 1:
+            raise ValueError(f"say the budget in one way, got {said}")
+        if self.size is not None:
+            parse_size(self.size)
+        if self.bits is not None and not 0 < self.bits <= 32:
+            raise ValueError(f"bits is per compressed weight, in (0, 32]; got {self.bits}")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio is of the dense size, in (0, 1]; got {self.ratio}")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Text and how it is cut; calibration, search and held-out sequences never overlap."""
+
+    sources: tuple[str, ...] = ()  # files, or Hub datasets name:config; none: fineweb-edu
+    split: str = "train"
+    column: str = "text"
+    seq_len: int = 1024
+    calibration: int = 56  # sequences
+    search: int = 32
+    heldout: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "calibration", "search")
+        _at_least(self, 8, "seq_len")
+        _at_least(self, 0, "heldout")
+
+
+@dataclass(frozen=True)
+class Search:
+    """How levels are chosen; see `hf-evopress list` for fitnesses and README for strategies."""
+
+    strategy: str = "evolve"
+    fitness: str = "kl"
+    generations: int = 12
+    offspring: int = 16
+    tokens: tuple[int, ...] = (4096, 16384)  # per selection stage
+    seed: int = 0
+    sensitivity_tokens: int = 6144  # 0: none, then evolve starts from uniform
+
+    def __post_init__(self) -> None:
+        _one_of("search strategy", self.strategy, STRATEGIES)
+        _one_of("fitness", self.fitness, names("fitness"))
+        _at_least(self, 1, "generations", "offspring")
+        _at_least(self, 0, "sensitivity_tokens")
+        if not self.tokens or min(self.tokens) < 1:
+            raise ValueError(f"search tokens are counts per stage, all >= 1; got {self.tokens}")
+        if self.strategy == "knapsack" and not self.sensitivity_tokens:
+            raise ValueError("strategy knapsack needs sensitivity_tokens > 0, got 0")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to compress, with what, to which size, and where to.
+
+    >>> Recipe.from_dict({"model": "me/model", "budget": {"bits": 3.3}}).budget.bits
+    3.3
+    """
+
+    model: str
+    budget: Budget
+    out: str | None = None
+    work: str | None = None  # statistics, levels and search state; default: OUT.work
+    revision: str | None = None
+    dtype: str = "auto"  # of what is shipped uncompressed; auto: the model's own, 16 bit
+    data: Data = field(default_factory=Data)
+    levels: tuple[str, ...] | None = None  # none: the default menu
+    skip: tuple[str, ...] = ()  # glob patterns of units that stay dense
+    tie: tuple[tuple[str, ...], ...] = ()  # last name parts that share a level in each block
+    pin: Mapping[str, str] = field(default_factory=dict)  # glob -> level
+    forbid: Mapping[str, str] = field(default_factory=dict)  # glob -> glob of levels
+    search: Search = field(default_factory=Search)
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, DTYPES)
+        if not any(v is not None for v in dataclasses.asdict(self.budget).values()):
+            raise ValueError("a recipe needs a budget: bits, size or ratio (for example bits: 3.3)")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that `data` holds; unknown keys name the nearest valid key."""
+        return _build(cls, data, "")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Return the recipe in a YAML file with `key=value` or `group.key=value` overrides."""
+        import yaml
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no recipe at {path}")
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{path}: a recipe is a mapping with keys such as model and budget")
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals:
+                raise ValueError(f"an override is key=value, got {override!r}")
+            _set(data, key.strip().split("."), yaml.safe_load(value))
+        try:
+            return cls.from_dict(data)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain values, defaults left out."""
+        return _plain(self)
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML, defaults left out."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe to `path`."""
+        atomic_write(path, self.to_yaml())
+
+
+def _build(cls: type, data: Mapping[str, Any], where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise TypeError(f"{where or 'a recipe'} is a mapping, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            raise ValueError(f"unknown key {where}{key!r}{did_you_mean(str(key), list(hints))}")
+    for f in dataclasses.fields(cls):
+        if f.name not in data and _is_required(f):
+            raise ValueError(f"the recipe has no {where}{f.name!r}")
+    values = {k: _convert(hints[k], v, f"{where}{k}") for k, v in data.items()}
+    return cls(**values)
+
+
+def _is_required(f: dataclasses.Field[Any]) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """Return `value` as the annotated type `kind`, or raise TypeError that names the key."""
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, f"{where}.")
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert(args[0], item, where) for item in items)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{where} is a mapping, got {value!r}")
+        return {str(k): _convert(args[1], v, where) for k, v in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is str and type(value) in (int, float):
+        return str(value)
+    if type(value) is not kind:
+        raise TypeError(f"{where} is a {kind.__name__}, got {value!r}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        plain = {}
+        for f in dataclasses.fields(value):
+            this = getattr(value, f.name)
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            if this != default:
+                plain[f.name] = _plain(this)
+        return plain
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _set(data: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise ValueError(f"override {'.'.join(path)}: {part!r} is a value, not a group")
+    data[path[-1]] = value
+
+
+def _one_of(what: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}{did_you_mean(value, list(known))}")
+
+
+def _at_least(settings: Any, least: int, *keys: str) -> None:
+    for key in keys:
+        if getattr(settings, key) < least:
+            raise ValueError(f"{key} must be at least {least}, got {getattr(settings, key)}")

@@ -1,0 +1,318 @@
+"""The level store: every candidate of every unit, packed as it will ship (EvoPress's database).
+
+A folder with `index.json` (what the store is made from and what it will hold) and one safetensors
+file per unit, whole or absent, so that a killed build resumes at the next unit. Files are
+numbered; unit names never become paths.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import compose
+from .level import Level
+from .linalg import Stats
+from .methods.base import Shape, State
+from .resources import atomic_path, atomic_write
+from .units import Unit
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a store is made from: the statistics of each block, and a fingerprint of it all."""
+
+    fingerprint: Mapping[str, Any]
+    stats: Callable[[int], Mapping[str, Stats]]
+    moments: Callable[[int], Mapping[str, Tensor]] | None = None
+
+
+class LevelStore:
+    """Read access to a finished store; `LevelStore.build` makes or continues one.
+
+    >>> store = LevelStore("work/store")                      # doctest: +SKIP
+    >>> store.weight("model.layers.0.mlp.up_proj", "gptq:bits=3,group_size=64", torch.float32)
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.index = _read_index(self.folder)
+        self.units: dict[str, Unit] = {
+            u["name"]: Unit(u["name"], (u["shape"][0], u["shape"][1]), u["block"])
+            for u in self.index["units"]
+        }
+        self._numbers = {name: i for i, name in enumerate(self.units)}
+        self._levels = {
+            u["name"]: [compose.normalize(level) for level in u["levels"]]
+            for u in self.index["units"]
+        }
+        self._scores: dict[str, list[dict[str, float]]] = {}
+        missing = [u for u in self.units if not self._file(u).is_file()]
+        if missing:
+            raise ValueError(
+                f"the store {self.folder} is not finished: {len(missing)} of {len(self.units)} "
+                "units are missing; run the same build again to continue it"
+            )
+
+    # -- building ------------------------------------------------------------------------------
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | Path,
+        model: nn.Module,
+        units: Sequence[Unit],
+        menus: Mapping[str, Sequence[Level]],
+        source: Source,
+        *,
+        progress: Progress | None = None,
+    ) -> LevelStore:
+        """Return the store in `folder`, after building what is not there yet.
+
+        One block at a time: its statistics are read, each distinct input's Hessian is factorised
+        once, and all levels of the units behind it are made in one pass. Raises ValueError where
+        the folder holds a store made from something else.
+        """
+        folder = Path(folder)
+        index = _new_index(units, menus, source.fingerprint)
+        _start(folder, index)
+        numbers = {unit.name: i for i, unit in enumerate(units)}
+        done = sum(_unit_file(folder, i).is_file() for i in numbers.values())
+        for block in sorted({unit.block for unit in units}):
+            todo = [u for u in units if u.block == block]
+            todo = [u for u in todo if not _unit_file(folder, numbers[u.name]).is_file()]
+            if not todo:
+                continue
+            stats = source.stats(block)
+            moments = source.moments(block) if source.moments else {}
+            for group in _by_input(todo, stats, menus):
+                weights = [_weight(model, unit) for unit in group]
+                levels = list(menus[group[0].name])
+                made = compose.compress_many(levels, weights, stats.get(group[0].name))
+                for j, (unit, W) in enumerate(zip(group, weights, strict=True)):
+                    states = [per_level[j] for per_level in made]
+                    known = (stats.get(unit.name), moments.get(unit.name))
+                    scores = [
+                        _score(level, state, W, *known)
+                        for level, state in zip(levels, states, strict=True)
+                    ]
+                    _write_unit(_unit_file(folder, numbers[unit.name]), unit, states, scores)
+                    done += 1
+                    if progress:
+                        progress("levels", done, len(units))
+        return cls(folder)
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def levels(self, unit: str) -> list[Level]:
+        """Return the levels stored for `unit`, cheapest first."""
+        return self._levels[self._known(unit)]
+
+    def state(self, unit: str, level: Level | str) -> State:
+        """Return the packed tensors of `unit` at `level`; a damaged file raises ValueError."""
+        number = self._level_number(unit, level)
+        path = self._file(unit)
+        prefix = f"{number}/"
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = {
+                    key.removeprefix(prefix): file.get_tensor(key)
+                    for key in sorted(file.keys())
+                    if key.startswith(prefix)
+                }
+                expected = json.loads(file.metadata()["crc32"])[number]
+        except (SafetensorError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+            raise _damaged(path, unit) from error
+        if checksum(state) != expected:
+            raise _damaged(path, unit)
+        return state
+
+    def weight(self, unit: str, level: Level | str, dtype: torch.dtype) -> Tensor:
+        """Return the decompressed weight (out, in) of `unit` at `level`."""
+        level = compose.normalize(level)
+        return compose.decompress(level, self.state(unit, level), self.units[unit].shape, dtype)
+
+    def cost_bits(self, unit: str, level: Level | str) -> int:
+        """Return the stored bits of `unit` at `level`."""
+        return compose.cost_bits(compose.normalize(level), self.units[self._known(unit)].shape)
+
+    def scores(self, unit: str, level: Level | str) -> dict[str, float]:
+        """Return what was measured when the level was made.
+
+        error: tr(dW H dW^T) / tr(W H W^T) on the calibration inputs; heldout_error: the same on
+        held-out inputs; sensitivity_nats: 1/2 tr(G dW H' dW^T), the KL that the level is expected
+        to add per token. The last two only where the calibration provides for them.
+        """
+        number = self._level_number(unit, level)
+        if unit not in self._scores:
+            try:
+                with safe_open(self._file(unit), framework="pt") as file:
+                    self._scores[unit] = json.loads(file.metadata()["scores"])
+            except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+                raise _damaged(self._file(unit), unit) from error
+        return self._scores[unit][number]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the store's files."""
+        return sum(p.stat().st_size for p in self.folder.glob("*.safetensors"))
+
+    def _file(self, unit: str) -> Path:
+        return _unit_file(self.folder, self._numbers[self._known(unit)])
+
+    def _known(self, unit: str) -> str:
+        if unit not in self.units:
+            raise ValueError(f"unit {unit!r} is not in the store {self.folder}")
+        return unit
+
+    def _level_number(self, unit: str, level: Level | str) -> int:
+        level, stored = compose.normalize(level), self.levels(unit)
+        if level not in stored:
+            raise ValueError(
+                f"the store {self.folder} has no level '{level}' for {unit}; "
+                f"it has: {', '.join(map(str, stored))}"
+            )
+        return stored.index(level)
+
+
+def checksum(state: State) -> int:
+    """Return the CRC-32 over names and bytes of the tensors of a state."""
+    crc = 0
+    for name in sorted(state):
+        crc = zlib.crc32(name.encode(), crc)
+        flat = state[name].detach().cpu().contiguous().reshape(-1)
+        crc = zlib.crc32(flat.view(torch.uint8).numpy().data if flat.numel() else b"", crc)
+    return crc
+
+
+def _by_input(
+    units: Iterable[Unit], stats: Mapping[str, Stats], menus: Mapping[str, Sequence[Level]]
+) -> list[list[Unit]]:
+    """Group units that share one input and one menu: their rows go through the loop together."""
+    groups: dict[Any, list[Unit]] = {}
+    for unit in units:
+        key = (id(stats[unit.name]) if unit.name in stats else unit.name, tuple(menus[unit.name]))
+        groups.setdefault(key, []).append(unit)
+    return list(groups.values())
+
+
+def _weight(model: nn.Module, unit: Unit) -> Tensor:
+    return model.get_submodule(unit.name).weight.detach().float()
+
+
+def _score(
+    level: Level, state: State, W: Tensor, stats: Stats | None, G: Tensor | None
+) -> dict[str, float]:
+    if stats is None:
+        return {}
+    delta = W - compose.decompress(level, state, (W.shape[0], W.shape[1]), torch.float32)
+    scores = {"error": _relative(delta, W, stats.gram)}
+    if stats.heldout is not None:
+        scores["heldout_error"] = _relative(delta, W, stats.heldout)
+    if G is not None:
+        H = stats.hessian()  # sink-aware: the plain Hessian does not see errors at position 0
+        scores["sensitivity_nats"] = 0.5 * float(((G @ delta) * (delta @ H)).sum())
+    return scores
+
+
+def _relative(delta: Tensor, W: Tensor, H: Tensor) -> float:
+    energy = float(((W @ H) * W).sum())
+    return float(((delta @ H) * delta).sum()) / energy if energy > 0 else 0.0
+
+
+def _unit_file(folder: Path, number: int) -> Path:
+    return folder / f"unit_{number:05d}.safetensors"
+
+
+def _write_unit(
+    path: Path, unit: Unit, states: Sequence[State], scores: Sequence[Mapping[str, float]]
+) -> None:
+    tensors = {
+        f"{i}/{name}": tensor.contiguous()
+        for i, state in enumerate(states)
+        for name, tensor in state.items()
+    }
+    metadata = {
+        "unit": unit.name,
+        "scores": json.dumps(list(scores)),
+        "crc32": json.dumps([checksum(state) for state in states]),
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def _new_index(
+    units: Sequence[Unit],
+    menus: Mapping[str, Sequence[Level]],
+    fingerprint: Mapping[str, Any],
+) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": dict(fingerprint),
+        "units": [
+            {
+                "name": unit.name,
+                "shape": list(unit.shape),
+                "block": unit.block,
+                "levels": [str(level) for level in menus[unit.name]],
+            }
+            for unit in units
+        ],
+    }
+
+
+def _start(folder: Path, index: dict[str, Any]) -> None:
+    """Write the index of a new store, or check that the one in `folder` is the same."""
+    if not (folder / INDEX).is_file():
+        atomic_write(folder / INDEX, json.dumps(index, indent=1) + "\n")
+        return
+    found = _read_index(folder)
+    wanted = json.loads(json.dumps(index))
+    if found == wanted:
+        return
+    differing = [k for k in wanted["fingerprint"] if found["fingerprint"].get(k) != wanted["fingerprint"][k]]
+    if not differing:
+        differing = ["the units or their levels"]
+    raise ValueError(
+        f"{folder} holds a level store made with other settings ({', '.join(differing)} differ); "
+        "give another work folder, or remove this one to build anew"
+    )
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"no level store at {folder}: {INDEX} is missing")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if index.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {index.get('format_version')!r}, this hf-evopress reads "
+            f"{FORMAT_VERSION}; build the store again"
+        )
+    return index
+
+
+def _damaged(path: Path, unit: str) -> ValueError:
+    return ValueError(
+        f"{path} (levels of {unit}) is damaged: truncated or changed after it was written; "
+        "delete it and run the same build again, which makes only what is missing"
+    )
