@@ -70,7 +70,10 @@ class Method(ABC):
     params: ClassVar[Mapping[str, Param]] = {}
     needs_stats: ClassVar[bool] = False  # compress() cannot work without calibration
     can_follow: ClassVar[bool] = False  # may stand after a `+`, on the error that is left
-    is_trainable: ClassVar[bool] = False  # the floats of its state get gradients that mean something
+    is_trainable: ClassVar[bool] = (
+        False  # the floats of its state get gradients that mean something
+    )
+    examples: ClassVar[tuple[str, ...]] = ()  # levels to try on a (24, 64) weight
 
     def normalize(self, term: Term) -> Term:
         """Return `term` in canonical form: values checked, defaults left out."""
@@ -84,7 +87,9 @@ class Method(ABC):
                 values[key] = param.check(self.name, key, values[key])
             elif param.is_required:
                 allowed = f", one of {', '.join(map(str, param.choices))}" if param.choices else ""
-                raise ValueError(f"{self.name} needs {key}=... ({param.doc}{allowed}); got '{term}'")
+                raise ValueError(
+                    f"{self.name} needs {key}=... ({param.doc}{allowed}); got '{term}'"
+                )
         kept = {k: v for k, v in values.items() if v != self.params[k].default}
         self.check(**self.filled(kept))
         return Term.of(self.name, **kept)
@@ -120,6 +125,15 @@ class Method(ABC):
     ) -> list[State]:
         """Return the states of weights that share one input; override to do them in one pass."""
         return [self.compress(W, stats, **params) for W in Ws]
+
+    def compress_many(
+        self, Ws: Sequence[Tensor], stats: Stats | None, settings: Sequence[Mapping[str, Any]]
+    ) -> list[list[State]]:
+        """Return, per setting, the states of weights that share one input.
+
+        Override where settings can share work, as the bit-widths of one Hessian do.
+        """
+        return [self.compress_stacked(Ws, stats, **params) for params in settings]
 
     def operator(
         self, state: State, bias: Tensor | None, shape: Shape, dtype: torch.dtype, **params: Any
