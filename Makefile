@@ -39,7 +39,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo-model: $(MODEL)/config.json .cache/demo.txt
 
-$(MODEL)/config.json: tests/fetch_demo.py | venv
+$(MODEL)/config.json: | venv
 	$(PY) tests/fetch_demo.py model $(MODEL)
 
 .cache/demo.txt: tests/fetch_demo.py tests/data/botchan.txt | venv
