@@ -1,0 +1,122 @@
+"""The compressible parts of a model: linear weights inside its decoder blocks.
+
+Names are module paths, found by walking the module tree, so any decoder of transformers works
+without a table of architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+SUPPORTED = (
+    "decoder-only transformers models whose blocks hold nn.Linear layers, such as Llama, "
+    "Mistral, Qwen, Gemma, Phi, SmolLM, OPT, GPT-NeoX and Falcon"
+)
+_ROUTERS = ("gate", "router", "shared_expert_gate", "shared_gate")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One compressible part: its module path, (out, in) shape and decoder block number."""
+
+    name: str
+    shape: tuple[int, int]
+    block: int
+
+    @property
+    def n_weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the module path and the list of the decoder blocks of a causal language model.
+
+    The list is the shallowest nn.ModuleList of the (text) decoder that has as many entries as
+    the config has hidden layers. Raises ValueError for a model without one.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"{type(model).__name__} has no config; supported: {SUPPORTED}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; supported: {SUPPORTED}")
+    n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    decoder: nn.Module = getattr(model, "get_decoder", lambda: model)()
+    inside = {id(module) for module in decoder.modules()}
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers and id(module) in inside
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no list of {n_layers} decoder blocks; "
+            f"supported: {SUPPORTED}"
+        )
+    return min(found, key=lambda item: item[0].count("."))
+
+
+def find_units(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
+    """Return the linear weights inside the decoder blocks, in module order.
+
+    `skip` are glob patterns on module paths ("*.v_proj", "model.layers.0.*"). Embeddings, the
+    output head, routers, tied weights and the insides of nn.MultiheadAttention are never units.
+    """
+    path, blocks = find_blocks(model)
+    tied = {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", ())}
+    routed = _expert_counts(model)
+    units = []
+    for i, block in enumerate(blocks):
+        for name, linear in _linears(block, f"{path}.{i}"):
+            if name in tied or _is_router(name, linear, routed):
+                continue
+            units.append(Unit(name, (linear.out_features, linear.in_features), i))
+    if not units:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear inside its decoder blocks; "
+            f"supported: {SUPPORTED}"
+        )
+    kept = [u for u in units if not any(fnmatchcase(u.name, pattern) for pattern in skip)]
+    if not kept:
+        raise ValueError(f"skip={list(skip)} leaves none of the {len(units)} units to compress")
+    return kept
+
+
+def _linears(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the linear modules of one block with their full paths."""
+    closed: list[str] = []  # modules that read the weights of their children themselves
+    for relative, module in block.named_modules(prefix=path):
+        if isinstance(module, Conv1D):
+            raise ValueError(
+                f"{relative} is a {type(module).__name__} (GPT-2 family), which stores its "
+                f"weight transposed and is not supported; supported: {SUPPORTED}"
+            )
+        if isinstance(module, nn.MultiheadAttention):
+            closed.append(relative + ".")
+        if _is_linear(module) and not any(relative.startswith(prefix) for prefix in closed):
+            yield relative, module  # type: ignore[misc]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether `module` is a plain nn.Linear or one of our packed ones.
+
+    Other subclasses (bitsandbytes, ...) hold weights in forms of their own.
+    """
+    kind = type(module)
+    ours = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return kind is nn.Linear or (ours and issubclass(kind, nn.Linear))
+
+
+def _expert_counts(model: nn.Module) -> set[int]:
+    """Return the widths a router of this model may have."""
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return {int(n) for key in keys if (n := getattr(config, key, None))} | {1}
+
+
+def _is_router(name: str, linear: nn.Linear, widths: set[int]) -> bool:
+    return name.rpartition(".")[2] in _ROUTERS and linear.out_features in widths

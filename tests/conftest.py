@@ -1,0 +1,133 @@
+"""Tiny models, text and a tokenizer that tests share; all made in memory, all deterministic."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+ARCHITECTURES = ("llama", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox", "opt")
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_GROUPED = {"num_key_value_heads": 2, "intermediate_size": 128}
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "llama": _GROUPED,
+    "mistral": _GROUPED | {"sliding_window": 8},
+    "qwen3": _GROUPED | {"head_dim": 16},
+    "gemma3_text": _GROUPED
+    | {
+        "head_dim": 16,
+        "num_hidden_layers": 3,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi3": _GROUPED,
+    "gpt_neox": {"intermediate_size": 128},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+}
+
+
+def make_tiny_model(arch: str = "llama", *, seed: int = 0, **overrides: Any) -> nn.Module:
+    """Return a random model of 2-3 layers, hidden size 64, 256 tokens, float32, in eval mode."""
+    settings = _SIZES | _SPECIAL[arch] | overrides
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(arch, **settings)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def make_structured_text(n_sentences: int = 400, *, seed: int = 0) -> str:
+    """Return ASCII text with grammar and repetition, so that a tiny model can learn from it."""
+    rng = random.Random(seed)
+    adjectives = ["red", "tall", "quiet", "old", "brave", "round"]
+    nouns = ["fox", "tower", "river", "engine", "doctor", "planet", "garden"]
+    verbs = ["sees", "follows", "builds", "forgets", "paints"]
+    sentences = []
+    for i in range(n_sentences):
+        noun, digit = rng.choice(nouns), rng.randrange(10)
+        sentences.append(
+            f"the {rng.choice(adjectives)} {noun} {rng.choice(verbs)} the {rng.choice(nouns)}. "
+            f"{digit} and {digit} is {2 * digit}; the {noun} knows."
+        )
+        if i % 4 == 3:
+            sentences.append("\n\n")
+    return " ".join(sentences).replace(" \n\n ", "\n\n")
+
+
+def make_tokens(n_sequences: int, seq_len: int, *, seed: int = 1) -> Tensor:
+    """Return (n_sequences, seq_len) tokens, the bytes of structured text."""
+    text = make_structured_text(n_sequences * seq_len // 30 + 8, seed=seed)
+    data = torch.tensor(list(text.encode()), dtype=torch.long)
+    return data[: n_sequences * seq_len].view(n_sequences, seq_len)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., nn.Module]:
+    """The factory tiny_model(arch="llama", *, seed=0, **config_overrides)."""
+    return make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def structured_text() -> Callable[..., str]:
+    """The factory structured_text(n_sentences=400, *, seed=0)."""
+    return make_structured_text
+
+
+@pytest.fixture(scope="session")
+def text_tokens() -> Callable[..., Tensor]:
+    """The factory text_tokens(n_sequences, seq_len, *, seed=1): byte tokens of such text."""
+    return make_tokens
+
+
+@pytest.fixture(scope="session")
+def trained_llama() -> nn.Module:
+    """A 3-layer Llama that has learnt the structured text; copy.deepcopy it before changing it."""
+    model = make_tiny_model("llama", num_hidden_layers=3).train()
+    data = torch.tensor(list(make_structured_text(2000).encode()), dtype=torch.long)
+    generator = torch.Generator().manual_seed(0)
+    steps = 160
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    for _ in range(steps):
+        starts = torch.randint(len(data) - 65, (16,), generator=generator)
+        batch = torch.stack([data[s : s + 64] for s in starts.tolist()])
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of one token per byte; token 0 is <eos>, nothing is added to a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    by_byte = _byte_characters()
+    vocab = {by_byte[b] if b else "<eos>": b for b in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def _byte_characters() -> dict[int, str]:
+    """Return the printable character that stands for each byte in byte-level BPE (GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {b: chr(b) for b in printable}
+    for n, b in enumerate(b for b in range(256) if b not in table):
+        table[b] = chr(256 + n)
+    return table
