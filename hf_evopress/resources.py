@@ -1,4 +1,4 @@
-"""Bytes on disk: sizes people write, files that are whole or absent, checksums."""
+"""Bytes on disk: sizes people write, files that are whole or absent, checksums, bundled files."""
 
 from __future__ import annotations
 
@@ -85,6 +85,15 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def bundled(folder: str) -> Path:
+    """Return the folder "recipes" or "model_cards", inside a wheel or beside a checkout."""
+    package = Path(__file__).resolve().parent
+    for place in (package / f"_{folder}", package.parent / folder):
+        if place.is_dir():
+            return place
+    raise FileNotFoundError(f"the folder {folder!r} is not part of this installation of {package}")
 
 
 def _umask() -> int:

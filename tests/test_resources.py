@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from hf_evopress.resources import atomic_path, atomic_write, format_size, parse_size, sha256
+from hf_evopress.resources import (
+    atomic_path,
+    atomic_write,
+    bundled,
+    format_size,
+    parse_size,
+    sha256,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +66,8 @@ def test_the_temporary_path_keeps_the_suffix(tmp_path: Path) -> None:
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     data = bytes(range(256)) * 9000
     assert sha256(atomic_write(tmp_path / "f", data)) == hashlib.sha256(data).hexdigest()
+
+
+def test_a_missing_bundled_folder_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match="no_such_folder"):
+        bundled("no_such_folder")
