@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .level import Level
+from .level import Level, Term
 from .linalg import Stats
 from .methods.base import Method, Operator, Shape, State
 from .plugins import load, names
@@ -68,29 +68,61 @@ def compress(level: Level, W: Tensor, stats: Stats | None) -> State:
 
 def compress_stacked(level: Level, Ws: Sequence[Tensor], stats: Stats | None) -> list[State]:
     """Return one state per weight, for weights (out_i, in) that share one input."""
-    states: list[State] = [{} for _ in Ws]
-    parts = list(_parts(level))
-    left = list(Ws)
-    for i, (part, params, suffix) in enumerate(parts):
-        made = part.compress_stacked(left, stats, **params)
-        for state, new in zip(states, made, strict=True):
-            state.update({f"{k}{suffix}": v for k, v in new.items()})
-        if i + 1 < len(parts):
+    return compress_many([level], Ws, stats)[0]
+
+
+def compress_many(
+    levels: Sequence[Level], Ws: Sequence[Tensor], stats: Stats | None
+) -> list[list[State]]:
+    """Return, per level, one state per weight, for weights (out_i, in) that share one input.
+
+    Levels share what they can: one method makes all its first terms in one call, and levels
+    that begin with the same term share it and the error that it leaves.
+    """
+    for W in Ws:
+        if not bool(torch.isfinite(W).all()):
+            raise ValueError(f"a weight of shape {tuple(W.shape)} contains inf or NaN")
+    return _many([level.terms for level in levels], Ws, stats, 0)
+
+
+def _many(
+    levels: Sequence[tuple[Term, ...]], Ws: Sequence[Tensor], stats: Stats | None, depth: int
+) -> list[list[State]]:
+    by_method: dict[str, dict[Term, list[int]]] = {}
+    for i, terms in enumerate(levels):
+        by_method.setdefault(terms[0].method, {}).setdefault(terms[0], []).append(i)
+    result: list[list[State]] = [[] for _ in levels]
+    for name, users in by_method.items():
+        part = method(name)
+        settings = [part.filled(term.kwargs) for term in users]
+        made = part.compress_many(Ws, stats, settings)
+        for members, params, states in zip(users.values(), settings, made, strict=True):
+            named = [_rename(state, _suffix(depth)) for state in states]
+            for i in members:
+                result[i] = [dict(state) for state in named]
+            longer = [i for i in members if len(levels[i]) > 1]
+            if not longer:
+                continue
             left = [
-                W - part.decompress(new, _shape(W), torch.float32, **params)
-                for W, new in zip(left, made, strict=True)
+                W - part.decompress(state, _shape(W), torch.float32, **params)
+                for W, state in zip(Ws, states, strict=True)
             ]
-    return states
+            tails = _many([levels[i][1:] for i in longer], left, stats, depth + 1)
+            for i, tail in zip(longer, tails, strict=True):
+                for state, new in zip(result[i], tail, strict=True):
+                    state.update(new)
+    return result
 
 
 def decompress(level: Level, state: State, shape: Shape, dtype: torch.dtype) -> Tensor:
     """Return the weight (out, in) that `state` stands for: the sum of its terms, in `dtype`."""
-    parts = list(_parts(level))
-    if len(parts) == 1:
-        part, params, _ = parts[0]
+    (part, params, _), *others = _parts(level)
+    if not others:
         return part.decompress(state, shape, dtype, **params)
-    terms = [p.decompress(_pick(state, s), shape, torch.float32, **kw) for p, kw, s in parts]
-    return torch.stack(terms).sum(0).to(dtype)
+    total = part.decompress(_pick(state, ""), shape, torch.float32, **params)
+    for part, params, suffix in others:
+        total = total + part.decompress(_pick(state, suffix), shape, torch.float32, **params)
+    return total.to(dtype)
 
 
 def empty(level: Level, shape: Shape, dtype: torch.dtype) -> State:
@@ -126,7 +158,15 @@ def _sum(operators: Sequence[Operator]) -> Callable[[Tensor], Tensor]:
 def _parts(level: Level) -> Iterator[tuple[Method, dict[str, Any], str]]:
     for i, term in enumerate(level.terms):
         part = method(term.method)
-        yield part, part.filled(term.kwargs), f"_{i}" if i else ""
+        yield part, part.filled(term.kwargs), _suffix(i)
+
+
+def _suffix(i: int) -> str:
+    return f"_{i}" if i else ""
+
+
+def _rename(state: State, suffix: str) -> State:
+    return {f"{name}{suffix}": tensor for name, tensor in state.items()}
 
 
 def _pick(state: State, suffix: str) -> State:

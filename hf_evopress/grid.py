@@ -37,23 +37,23 @@ def find_grid(
         low = -high
     if not clip:
         return _grid(low, high, maxq, symmetric, scale_dtype)
-    best: tuple[Tensor, Tensor] | None = None
-    least = torch.full_like(low, torch.inf)
-    for factor in CLIP_FACTORS:
-        scale, zero = _grid(low * factor, high * factor, maxq, symmetric, scale_dtype)
-        error = _error(W, scale, zero, maxq, weight)
-        if best is None:
-            best, least = (scale, zero), error
-            continue
+    work = torch.empty_like(W)
+    scale, zero = _grid(low, high, maxq, symmetric, scale_dtype)
+    least = _error(W, scale, zero, maxq, weight, work)
+    for factor in CLIP_FACTORS[1:]:
+        s, z = _grid(low * factor, high * factor, maxq, symmetric, scale_dtype)
+        error = _error(W, s, z, maxq, weight, work)
         better = error < least  # ties keep the wider range
         least = torch.where(better, error, least)
-        best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
-    return best if best is not None else _grid(low, high, maxq, symmetric, scale_dtype)
+        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+    return scale, zero
 
 
-def quantize(W: Tensor, scale: Tensor, zero: Tensor, maxq: float | Tensor) -> Tensor:
+def quantize(
+    W: Tensor, scale: Tensor, zero: Tensor, maxq: float | Tensor, *, out: Tensor | None = None
+) -> Tensor:
     """Return the codes of W as whole float32 numbers in 0 .. maxq; arguments broadcast."""
-    q = torch.round(W / scale).add_(zero).clamp_(min=0.0)
+    q = torch.div(W, scale, out=out).round_().add_(zero).clamp_(min=0.0)
     return q.clamp_(max=maxq) if isinstance(maxq, float) else torch.minimum(q, maxq, out=q)
 
 
@@ -86,9 +86,16 @@ def _grid(
 
 
 def _error(
-    W: Tensor, scale: Tensor, zero: Tensor, maxq: float | Tensor, weight: Tensor | None
+    W: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    maxq: float | Tensor,
+    weight: Tensor | None,
+    work: Tensor,
 ) -> Tensor:
+    """Return the error (rows,) of one grid; `work` like W is overwritten (saves page faults)."""
     scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
     limit = maxq if isinstance(maxq, float) else maxq.unsqueeze(-1)
-    left = dequantize(quantize(W, scale, zero, limit), scale, zero).sub_(W).abs_().pow_(CLIP_NORM)
-    return (left if weight is None else left * weight).sum(-1)
+    quantize(W, scale, zero, limit, out=work).sub_(zero).mul_(scale).sub_(W).abs_()
+    work.pow_(CLIP_NORM)
+    return (work if weight is None else work.mul_(weight)).sum(-1)

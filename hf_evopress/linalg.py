@@ -55,13 +55,17 @@ def _inverse_factor(H: Tensor, damp: float) -> Tensor:
     diagonal = H.diagonal().clone()
     dead = diagonal <= 0
     mean = diagonal[~dead].mean() if bool((~dead).any()) else diagonal.new_tensor(1.0)
-    identity = torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
     for factor in (1.0, 10.0, 100.0):  # a Gram of few tokens is singular; damp until it is not
-        damped = H + (max(damp, 1e-6) * factor * mean) * identity
-        damped[dead, dead] += mean
-        L, info = torch.linalg.cholesky_ex(damped)
+        damped = H.clone()
+        damped.diagonal().add_(max(damp, 1e-6) * factor * mean)
+        damped.diagonal()[dead] += mean  # an input that is never on: rounded, absorbs nothing
+        # H = R R^T with R upper is a Cholesky factor read backwards, and U = R^-1: half the
+        # work of inverting H first, and one factorisation that can fail instead of two.
+        L, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(info) == 0:
-            return torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True).float()
+            identity = torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
+            R = L.flip(0, 1)
+            return torch.linalg.solve_triangular(R, identity, upper=True).float()
     raise ValueError(
         "the Gram matrix of a layer's inputs is not positive definite; the calibration "
         "activations probably contain inf or NaN: check the model and its dtype"

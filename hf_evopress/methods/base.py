@@ -104,6 +104,21 @@ class Method(ABC):
     def check_shape(self, shape: Shape, **params: Any) -> None:
         """Raise ValueError, with the way out, where a weight of `shape` cannot take these."""
 
+    def required(self, stats: Stats | None, Ws: Sequence[Tensor]) -> Stats:
+        """Return `stats`, or raise ValueError where they are missing or of another layer."""
+        if stats is None:
+            raise ValueError(
+                f"{self.name} needs calibration statistics of the layer's inputs, got none; "
+                "calibrate first, or use a data-free level such as rtn"
+            )
+        for W in Ws:
+            if W.shape[1] != stats.gram.shape[0]:
+                raise ValueError(
+                    f"{self.name}: a weight of shape {tuple(W.shape)} has {W.shape[1]} inputs, "
+                    f"its statistics have {stats.gram.shape[0]}"
+                )
+        return stats
+
     @abstractmethod
     def cost_bits(self, shape: Shape, **params: Any) -> int:
         """Return the exact number of bits that compress() stores for a weight of `shape`."""
