@@ -16,12 +16,14 @@ class Stats:
     sink (in, in) float32 or None: the same over position 0 only, where attention sinks live.
     mean (in,) float32 or None: mean of x.
     n_tokens: how many tokens gram and mean saw.
+    heldout (in, in) float32 or None: the Gram of other text, to score levels.
     """
 
     gram: Tensor
     sink: Tensor | None = None
     mean: Tensor | None = None
     n_tokens: int = 0
+    heldout: Tensor | None = None
     _factors: dict[tuple[float, float], Tensor] = field(default_factory=dict, repr=False)
 
     def hessian(self, *, sink: float = 0.05) -> Tensor:
