@@ -48,6 +48,7 @@ class Evaluator:
     ) -> None:
         self.model, self.store, self.tokens, self.fitness = model, store, tokens, fitness
         self.stream = BlockStream(model)
+        self.device = model.get_input_embeddings().weight.device
         self.hidden_bytes = hidden_bytes
         self.progress = progress
         self.evaluated_tokens = 0
@@ -95,7 +96,7 @@ class Evaluator:
     def _score(
         self, plans: Sequence[Mapping[str, Level]], part: Sequence[int]
     ) -> Iterator[tuple[int, list[float]]]:
-        ids = self.tokens[list(part)].to(self.stream.device)
+        ids = self.tokens[list(part)].to(self.device)
         groups = [(self.stream.embed(ids), list(range(len(plans))))]
         for block in range(self.stream.n_blocks):
             groups = [
@@ -132,7 +133,7 @@ class Evaluator:
     def _make_targets(self, part: Sequence[int]) -> None:
         for number in part:
             if number not in self._targets:
-                ids = self.tokens[number : number + 1].to(self.stream.device)
+                ids = self.tokens[number : number + 1].to(self.device)
                 logits = self.model(input_ids=ids, use_cache=False).logits[0]
                 self._targets[number] = self.fitness.targets(logits, ids[0])
 

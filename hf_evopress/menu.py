@@ -60,9 +60,7 @@ def _default_menu(unit: str, shape: Shape) -> list[Level]:
     fitting = [level for level in offered if fits(level, shape)]
     if not any(fits(level, shape) for level in offered[: len(DEFAULT_BITS)]):
         group = next((g for g in (32, 16) if shape[1] % g == 0), -1)
-        fitting = [
-            compose.normalize(f"gptq:bits={b},group_size={group}") for b in DEFAULT_BITS
-        ]
+        fitting = [compose.normalize(f"gptq:bits={b},group_size={group}") for b in DEFAULT_BITS]
     return _by_cost(fitting, shape)
 
 

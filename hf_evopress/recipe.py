@@ -26,7 +26,7 @@ DTYPES = ("auto", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class Budget:
+class Limit:
     """The size limit, said in one of three ways."""
 
     bits: float | None = None  # stored bits per compressed weight, scales and zero points included
@@ -96,7 +96,7 @@ class Recipe:
     """
 
     model: str
-    budget: Budget
+    budget: Limit
     out: str | None = None
     work: str | None = None  # statistics, levels and search state; default: OUT.work
     revision: str | None = None

@@ -286,7 +286,9 @@ def _start(folder: Path, index: dict[str, Any]) -> None:
     wanted = json.loads(json.dumps(index))
     if found == wanted:
         return
-    differing = [k for k in wanted["fingerprint"] if found["fingerprint"].get(k) != wanted["fingerprint"][k]]
+    differing = [
+        k for k in wanted["fingerprint"] if found["fingerprint"].get(k) != wanted["fingerprint"][k]
+    ]
     if not differing:
         differing = ["the units or their levels"]
     raise ValueError(

@@ -1,0 +1,84 @@
+"""The command line, `hf-evopress`: thin wrappers that turn words into calls and results into print.
+
+Nothing here imports torch before a command needs it: `--help`, `show` and `list` answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import click
+import typer
+
+from . import compress, inspect
+from .console import error_console
+
+HELP = """Give it a model and a size: it finds what each layer can bear, and writes an ordinary
+Hugging Face model, with a plan to share.
+
+The whole line:   hf-evopress compress HuggingFaceTB/SmolLM2-135M-Instruct --bits 3.3 --out smol
+
+Then in Python:   import hf_evopress; model = AutoModelForCausalLM.from_pretrained("smol")
+
+Every long command can be stopped with Ctrl-C and goes on where it was when it is run again.
+"""
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+@app.callback()
+def settings(
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what is going on."),
+    debug: bool = typer.Option(False, "--debug", help="Show the whole trace of an error."),
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if version:
+        from .. import __version__
+
+        print(f"hf-evopress {__version__}")
+        raise typer.Exit()
+    level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(name)s: %(message)s", force=True)
+    if not debug:
+        for noisy in ("urllib3", "filelock", "httpx", "matplotlib"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+for module in (compress, inspect):
+    for name, command in module.COMMANDS.items():
+        app.command(name)(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(words, standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(_stopped())
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(_stopped())
+    except (ValueError, TypeError, LookupError, OSError, ImportError, RuntimeError) as error:
+        if "--debug" in words:
+            raise
+        error_console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2 if isinstance(error, (ValueError, TypeError, LookupError)) else 1)
+    sys.exit(code or 0)
+
+
+def _stopped() -> int:
+    error_console.print(
+        "stopped; what was finished is kept, and the same command goes on from there"
+    )
+    return 130

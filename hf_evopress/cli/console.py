@@ -1,0 +1,60 @@
+"""What the command line looks like: consoles, progress bars with the time left, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+console = Console(highlight=False)
+error_console = Console(stderr=True, highlight=False)
+
+
+class Bars:
+    """A progress callback (label, done, total): one bar for each label, in order of appearance."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        if label not in self._tasks:
+            self._tasks[label] = self.progress.add_task(label, total=total)
+        task = self._tasks[label]
+        self.progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def bars() -> Iterator[Bars]:
+    """Show progress on stderr, so that a command's output can be piped."""
+    columns = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=error_console) as progress:
+        yield Bars(progress)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> Table:
+    """Return a plain table, numbers to the right."""
+    made = Table(title=title or None, box=None, pad_edge=False, title_justify="left")
+    for i, header in enumerate(headers):
+        made.add_column(header, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made

@@ -1,0 +1,26 @@
+"""The packed checkpoint: smaller on disk and in memory, loaded by `from_pretrained`.
+
+Needs `import hf_evopress` where it is loaded; without it, loading fails rather than giving noise.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from ..layers import replace_linears
+from ..plan import Plan
+from ..quantizer import attach
+from .base import Export, States
+
+
+class EvoPressExport(Export):
+    """Packed tensors as they are in the level store, the plan in config.json."""
+
+    name = "evopress"
+
+    def write(self, model: nn.Module, plan: Plan, states: States, folder: Path) -> None:
+        replace_linears(model, plan, states)
+        attach(model, plan)
+        model.save_pretrained(folder)  # type: ignore[operator]

@@ -1,0 +1,121 @@
+"""What the evaluator scores is what ships, and shared work changes no number."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_evopress import compose
+from hf_evopress.evaluator import Evaluator
+from hf_evopress.fitness.kl import KL
+from hf_evopress.level import Level
+from hf_evopress.menu import menus
+from hf_evopress.store import LevelStore, Source
+from hf_evopress.units import find_units
+
+LEVELS = [f"rtn:bits={b},group_size=32" for b in (2, 3, 4)]
+Made = tuple[nn.Module, LevelStore, Tensor]
+
+
+@pytest.fixture(scope="module")
+def made(
+    trained_llama: nn.Module,
+    text_tokens: Callable[..., Tensor],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Made:
+    model = copy.deepcopy(trained_llama)
+    units = find_units(model)
+    folder: Path = tmp_path_factory.mktemp("store")
+    offered = menus({u.name: u.shape for u in units}, LEVELS)
+    store = LevelStore.build(folder, model, units, offered, Source({}, lambda block: {}))
+    return model, store, text_tokens(6, 48, seed=3)
+
+
+def _plan(store: LevelStore, seed: int) -> dict[str, Level]:
+    g = torch.Generator().manual_seed(seed)
+    return {u: store.levels(u)[int(torch.randint(3, (1,), generator=g))] for u in store.units}
+
+
+def _reference(model: nn.Module, store: LevelStore, plan: dict[str, Level]) -> nn.Module:
+    changed = copy.deepcopy(model)
+    for unit, level in plan.items():
+        changed.get_submodule(unit).weight.data = store.weight(unit, level, torch.float32)
+    return changed
+
+
+@torch.no_grad()
+def test_losses_are_those_of_a_model_with_the_weights_replaced(made: Made) -> None:
+    model, store, tokens = made
+    plans = [_plan(store, s) for s in range(4)]
+    evaluator = Evaluator(model, store, tokens, KL(top_k=0))
+    found = evaluator.losses(plans, 3, seed=5)
+    chosen = evaluator.draw(3, 5)
+    for plan, losses in zip(plans, found, strict=True):
+        changed = _reference(model, store, plan)
+        for number, loss in zip(chosen, losses, strict=True):
+            ids = tokens[number : number + 1]
+            p, q = (m(ids).logits[0].log_softmax(-1) for m in (model, changed))
+            assert loss == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3, abs=1e-6)
+
+
+def test_logits_equal_bit_for_bit_those_of_the_replaced_weights(made: Made) -> None:
+    model, store, tokens = made
+    plan = _plan(store, 9)
+    with torch.no_grad():
+        expected = _reference(model, store, plan)(tokens).logits
+    assert torch.equal(Evaluator(model, store, tokens, KL()).logits(plan, tokens), expected)
+
+
+def test_batches_and_companions_do_not_change_a_loss(made: Made) -> None:
+    model, store, tokens = made
+    plans = [_plan(store, s) for s in range(5)]
+    together = Evaluator(model, store, tokens, KL()).losses(plans, 6, seed=0)
+    one_by_one = Evaluator(model, store, tokens, KL(), hidden_bytes=1, cache_bytes=1)
+    alone = [one_by_one.losses([plan], 6, seed=0)[0] for plan in plans]
+    for a, b in zip(together, alone, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-7)
+
+
+def test_plans_that_agree_on_a_prefix_run_it_once(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, store, tokens = made
+    base = _plan(store, 1)
+    last = [u.name for u in store.units.values() if u.block == 2]
+    plans = [{**base, last[i]: level} for i in range(3) for level in store.levels(last[i])]
+    evaluator = Evaluator(model, store, tokens, KL())
+    runs: list[int] = []
+    run_block = evaluator.stream.run_block
+    monkeypatch.setattr(
+        evaluator.stream, "run_block", lambda i, h: (runs.append(i), run_block(i, h))[1]
+    )
+    evaluator.losses(plans, 2, seed=0)
+    distinct = len({tuple(str(p[u]) for u in last) for p in plans})
+    assert runs.count(0) == runs.count(1) == 1 and runs.count(2) == distinct
+
+
+def test_the_dense_plan_has_no_loss_and_the_model_is_whole_after(made: Made) -> None:
+    model, store, tokens = made
+    evaluator = Evaluator(model, store, tokens, KL())
+    dense = {u: Level.parse("dense") for u in store.units}
+    assert evaluator.losses([dense], 2, seed=0)[0] == pytest.approx([0.0, 0.0], abs=1e-6)
+    evaluator.losses([_plan(store, 2)], 2, seed=0)
+    assert all("forward" not in vars(m) for m in model.modules())
+
+
+def test_the_same_seed_draws_the_same_sequences_and_too_many_are_refused(made: Made) -> None:
+    model, store, tokens = made
+    evaluator = Evaluator(model, store, tokens, KL())
+    assert evaluator.draw(3, 7) == evaluator.draw(3, 7) and len(set(evaluator.draw(6, 7))) == 6
+    with pytest.raises(ValueError, match="round of 7 sequences needs a larger search pool than 6"):
+        evaluator.draw(7, 0)
+
+
+def test_more_bits_lose_less(made: Made) -> None:
+    model, store, tokens = made
+    plans = [{u: compose.normalize(level) for u in store.units} for level in LEVELS]
+    two, three, four = (sum(x) for x in Evaluator(model, store, tokens, KL()).losses(plans, 6, seed=0))
+    assert two > three > four > 0
