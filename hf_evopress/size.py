@@ -1,0 +1,68 @@
+"""What a model takes: stored bits in memory, bytes on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from .units import find_units
+
+
+@dataclass(frozen=True)
+class Size:
+    """Stored bits of a model, as they are in memory and in its checkpoint.
+
+    units: the linear weights inside decoder blocks, with scales, zero points, masks, factors;
+    others: biases, norms, embeddings and the head, tied ones once. Weights are counted as the
+    dense model has them.
+    """
+
+    unit_bits: int
+    unit_weights: int
+    other_bits: int
+    other_weights: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the compressible weights."""
+        return self.unit_bits / self.unit_weights
+
+    @property
+    def bits_per_weight_with_embeddings(self) -> float:
+        """Stored bits per weight of everything the model holds."""
+        return (self.unit_bits + self.other_bits) / (self.unit_weights + self.other_weights)
+
+
+def model_size(model: nn.Module, *, shapes: Mapping[str, tuple[int, int]] | None = None) -> Size:
+    """Return what `model` stores.
+
+    `shapes` (unit -> (out, in), a plan's) adds the weights of dropped blocks, which the model
+    no longer has, to the number of weights.
+    """
+    units = {unit.name: unit.shape for unit in find_units(model)}
+    seen: set[int] = set()  # tied parameters are one object under two names
+    unit_bits = other_bits = other_weights = 0
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        owner, _, own = name.rpartition(".")
+        if owner in units and own != "bias":
+            unit_bits += 8 * tensor.nbytes
+        else:
+            other_bits += 8 * tensor.nbytes
+            other_weights += tensor.numel()
+    everything = {**units, **(shapes or {})}
+    unit_weights = sum(rows * columns for rows, columns in everything.values())
+    return Size(unit_bits, unit_weights, other_bits, other_weights)
+
+
+def stored_bytes(folder: str | Path) -> int:
+    """Return the bytes of the safetensors files of a checkpoint folder, headers included."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no .safetensors file in {folder}; is it a checkpoint folder?")
+    return sum(file.stat().st_size for file in files)
