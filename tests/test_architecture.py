@@ -17,11 +17,11 @@ NAME = "hf_evopress"
 # A module imports from rows above and from its own row, without cycles. A name with `/` stands
 # for every module in that folder; the first row knows names, levels and integers, never torch.
 LAYERS = (
-    "level plugins resources after_import checksums plan genes space knapsack pareto paired "
+    "level plugins resources after_import plan genes space knapsack pareto paired "
     "surrogate rounds evopress_search evolve baselines search recipe",
-    "linalg packing grid codes methods/ compose menu layers",
+    "checksums linalg packing grid codes methods/ compose menu layers",
     "data units fingerprint stream calibrate sensitivity store stitch fitness/ evaluator",
-    "config quantizer",
+    "config compress_on_load quantizer",
     "adapters trainer export/ evaluate size hub cards report",
     "pipeline",
     "cli/ __main__",
