@@ -22,7 +22,7 @@ LAYERS = (
     "checksums linalg packing grid codes methods/ compose menu layers",
     "data units fingerprint stream calibrate sensitivity store stitch fitness/ evaluator",
     "config compress_on_load quantizer",
-    "adapters trainer export/ evaluate size hub cards report",
+    "adapters trainer export/ evaluate size hub cards report plots",
     "pipeline",
     "cli/ __main__",
 )

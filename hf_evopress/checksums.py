@@ -1,0 +1,97 @@
+"""CRC-32 of the tensors in safetensors files, to tell a damaged checkpoint from a good one.
+
+safetensors notices a file that is too short, not a flipped bit. Files are read in pieces (about
+2 GB/s), never mapped, so that checking a checkpoint does not add to the memory it takes.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_PIECE_BYTES = 1 << 22
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+def checksum(data: bytes | memoryview, shape: Sequence[int]) -> str:
+    """Return 8 hex digits: the CRC-32 over the shape and the bytes of a tensor."""
+    return f"{zlib.crc32(data, _start(shape)):08x}"
+
+
+def file_checksums(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Yield (tensor name, checksum) for every tensor with elements in a safetensors file."""
+    with open(path, "rb") as file:
+        header, start = _read_header(file, path)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, end = entry["data_offsets"]
+            if first == end:
+                continue
+            file.seek(start + first)
+            crc, left = _start(entry["shape"]), end - first
+            while left:
+                piece = file.read(min(left, _PIECE_BYTES))
+                if not piece:
+                    raise ValueError(f"{path} is truncated: it ends inside {name}")
+                crc = zlib.crc32(piece, crc)
+                left -= len(piece)
+            yield name, f"{crc:08x}"
+
+
+def verify_files(paths: Iterable[str | Path], expected: Mapping[str, str]) -> None:
+    """Raise ValueError that names the damaged or missing tensors of a checkpoint.
+
+    Tensors that `expected` does not know are left alone. A tensor that no file has counts as
+    missing only if every name in the files is known: some models are written under other names
+    than their modules have, and what is missing then shows after loading.
+    """
+    damaged, found, n_unknown = [], set(), 0
+    for path in paths:
+        for name, value in file_checksums(path):
+            if name not in expected:
+                n_unknown += 1
+                continue
+            found.add(name)
+            if expected[name] != value:
+                damaged.append(f"{name} in {path}")
+    if damaged:
+        raise ValueError(
+            f"the checkpoint is damaged, {len(damaged)} tensors differ from their checksum; "
+            f"download or export it again: {_some(damaged)}"
+        )
+    missing = sorted(set(expected) - found)
+    if missing and not n_unknown:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} tensors; "
+            f"download or export it again: {_some(missing)}"
+        )
+
+
+def _read_header(file: Any, path: str | Path) -> tuple[dict[str, Any], int]:
+    """Return the tensors' entries and the offset at which their bytes start."""
+    length = file.read(8)
+    n_bytes = struct.unpack("<Q", length)[0] if len(length) == 8 else 0
+    text = file.read(n_bytes) if 0 < n_bytes <= _MAX_HEADER_BYTES else b""
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            first, end = entry["data_offsets"]
+            if not (isinstance(entry["shape"], list) and 0 <= first <= end):
+                raise ValueError("offsets run backwards")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged or no safetensors file: its header cannot be read ({error})"
+        ) from error
+    return header, 8 + n_bytes
+
+
+def _start(shape: Sequence[int]) -> int:
+    return zlib.crc32(",".join(map(str, shape)).encode())
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:8]) + (f" and {len(items) - 8} more" if len(items) > 8 else "")

@@ -1,0 +1,310 @@
+"""EvoPressQuantizer: how transformers loads, saves and dequantizes compressed models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+
+from . import compose
+from .checksums import checksum, verify_files
+from .config import QUANT_METHOD, EvoPressConfig
+from .layers import CompressedLinear, compressed_linears, resolve_units, restore_linears
+from .level import Level
+from .plan import Plan
+
+
+class EvoPressQuantizer(HfQuantizer):
+    """The bridge that transformers calls; users meet it as `model.hf_quantizer`.
+
+    A compressed checkpoint: planned linear layers are replaced on the meta device, so that the
+    packed tensors load by name and no dense weight ever exists. A dense checkpoint with
+    EvoPressConfig(plan=...): levels that need no data are compressed weight by weight while
+    loading, others after loading, calibrated on `data`.
+    """
+
+    quantization_config: EvoPressConfig
+
+    def __init__(self, quantization_config: EvoPressConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._on_load: dict[str, Level] = {}  # parameter name -> level, of a dense checkpoint
+        self._tokens: Tensor | None = None
+
+    # -- before the weights --------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what cannot work; transformers calls this before anything is read."""
+        config = self.quantization_config
+        if config.plan is None:
+            raise ValueError(
+                "EvoPressConfig has no plan: pass EvoPressConfig(plan=...), or load a model "
+                "that is already compressed"
+            )
+        if config.requested_plan is not None and config.requested_plan != config.plan:
+            raise ValueError(
+                "the model is already compressed with another plan; to apply "
+                "EvoPressConfig(plan=...), start from the dense model "
+                f"({config.plan.base_model or 'it is not named in the plan'})"
+            )
+        if self.pre_quantized:
+            return
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "a model cannot be compressed and offloaded to disk at once; compress it, "
+                "save it, and load the result with this device_map"
+            )
+        if config.data is None and (levels := _calibrated(config.plan)):
+            raise ValueError(
+                f"levels {', '.join(levels)} need calibration data: pass "
+                "EvoPressConfig(plan=..., data='text.txt'), or a plan with levels such as rtn"
+            )
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Refuse tensor parallelism: packed tensors cannot be cut along their rows yet."""
+        settings = getattr(model.config, "distributed_config", None)
+        for key in ("tp_size", "ep_size"):
+            size = getattr(settings, key, None) or 1
+            if size > 1:
+                raise ValueError(
+                    f"compressed models cannot be loaded with {key}={size}; use device_map, "
+                    "data parallelism, or dequantize() first"
+                )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, *, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        plan = _plan_of(config)
+        names = resolve_units(model, plan)
+        levels = {names[u]: compose.normalize(v) for u, v in plan.items() if not v.is_dense}
+        if not self.pre_quantized:
+            self._prepare_compression(model, plan, levels)
+            return
+        files = [str(f) for f in checkpoint_files or () if str(f).endswith(".safetensors")]
+        if config.verify and config.checksums and files:
+            verify_files(files, config.checksums)
+        for name, level in levels.items():
+            linear = model.get_submodule(name)
+            shape = (linear.out_features, linear.in_features)
+            layer = CompressedLinear.empty(level, shape, linear.bias, dtype=linear.weight.dtype)
+            model.set_submodule(name, layer)
+        _ignore_sentinels(model, list(levels))
+
+    def _prepare_compression(self, model: Any, plan: Plan, levels: dict[str, Level]) -> None:
+        if not _calibrated(plan):
+            self._on_load = {f"{name}.weight": level for name, level in levels.items()}
+            return
+        # Statistics are those of the dense model, so nothing is compressed while loading. The
+        # data is read first: it should fail before the weights are loaded, not after.
+        data = import_module("hf_evopress.data")
+        from transformers import AutoTokenizer
+
+        config = self.quantization_config
+        sources = [config.data] if isinstance(config.data, str) else list(config.data or ())
+        with torch.device("cpu"):  # transformers builds models inside torch.device("meta")
+            self._tokens = data.load_tokens(
+                sources,
+                AutoTokenizer.from_pretrained(model.config.name_or_path),
+                n_sequences=config.n_sequences,
+                seq_len=config.seq_len,
+                seed=config.seed,
+            )
+
+    # -- while the weights are loaded ----------------------------------------------------------
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Return whether `param_name` is a dense weight to be compressed while loading."""
+        return param_name in self._on_load
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Return the bytes per element that `device_map="auto"` plans with: the packed size."""
+        if param_name in self._on_load:
+            shape = (param.shape[0], param.shape[1])
+            return compose.cost_bits(self._on_load[param_name], shape) / 8 / param.numel()
+        return float(param.element_size())
+
+    def get_quantize_ops(self) -> Any:
+        """Return the operation that compresses one dense weight."""
+        from .compress_on_load import CompressOnLoad
+
+        return CompressOnLoad(self._on_load)
+
+    # -- after the weights ---------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        if self._tokens is not None:
+            store = import_module("hf_evopress.store")
+            store.compress_model(model, _plan_of(config), self._tokens)
+            self._tokens = None
+        _check_loaded(model, _plan_of(config))
+        for layer in compressed_linears(model).values():
+            for tensor in layer.state.values():
+                tensor.requires_grad_(False)  # the loader gives every float tensor a gradient
+        config.requested_plan = None
+        if config.dequantize:
+            restore_linears(model)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        restore_linears(model)
+        for module in model.modules():
+            if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
+                del module.config._is_quantized
+        if dtype is not None and dtype != model.dtype:
+            model.to(dtype)
+        return model
+
+    # -- saving and training -------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict]:
+        """Return what save_pretrained writes, after noting its checksums in the config.
+
+        For each compressed layer there is an empty tensor `<layer>.weight`, about 100 bytes of
+        header: without hf_evopress, transformers would load the folder with random weights and
+        a mere warning; a weight of the wrong shape makes it an error.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # only the adapter is written
+        state = model.state_dict()
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        self.quantization_config.checksums = {
+            name: _checksum(_on_cpu(model, name, tensor))
+            for name, tensor in state.items()
+            if name not in tied and tensor.numel()
+        }
+        for name in compressed_linears(model):
+            state[f"{name}.weight"] = torch.empty(0, dtype=torch.uint8)
+        return state, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether Trainer accepts the bare model: what has requires_grad is trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+def attach(model: Any, plan: Plan) -> EvoPressQuantizer:
+    """Make `model`, whose linear layers hold the levels of `plan`, a compressed model.
+
+    After it, save_pretrained writes a checkpoint that from_pretrained loads, and dequantize()
+    works. Raises ValueError where layers and plan disagree. Returns `model.hf_quantizer`.
+    """
+    _check_levels_match(model, plan)
+    config = EvoPressConfig(plan)
+    quantizer = EvoPressQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    return quantizer
+
+
+def register_with_transformers() -> None:
+    """Add the format to the registries of transformers, unless it is there."""
+    auto = import_module("transformers.quantizers.auto")
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, EvoPressConfig)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, EvoPressQuantizer)
+    # without this, EvoPressConfig(dequantize=True) over a compressed model is ignored
+    if EvoPressConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (EvoPressConfig,)
+
+
+def _plan_of(config: EvoPressConfig) -> Plan:
+    if config.plan is None:
+        raise ValueError("EvoPressConfig has no plan")
+    return config.plan
+
+
+def _calibrated(plan: Plan) -> list[str]:
+    """Return the levels of `plan` that need calibration statistics, sorted."""
+    return sorted({str(v) for v in plan.values() if compose.needs_stats(compose.normalize(v))})
+
+
+def _ignore_sentinels(model: Any, names: list[str]) -> None:
+    """Keep the empty `<layer>.weight` tensors out of the report of unexpected keys."""
+    prefix = f"{model.base_model_prefix}."
+    patterns = {rf"^(.*\.)?{re.escape(n.removeprefix(prefix))}\.weight$" for n in names}
+    known = model._keys_to_ignore_on_load_unexpected or set()
+    model._keys_to_ignore_on_load_unexpected = set(known) | patterns
+
+
+def _check_loaded(model: Any, plan: Plan) -> None:
+    """Raise ValueError that names packed tensors that the checkpoint did not bring."""
+    _check_levels_match(model, plan)
+    missing = []
+    for path, layer in compressed_linears(model).items():
+        expected = compose.empty(layer.level, layer.shape, layer.weight_dtype)
+        for name, tensor in layer.named_parameters(recurse=False):
+            full = f"{path}.{name}"
+            loaded = getattr(tensor, "_is_hf_initialized", False)
+            if not loaded and not _is_offloaded(model, full, tensor):
+                missing.append(full)
+            elif name in expected and tensor.shape != expected[name].shape:
+                missing.append(f"{full} (of shape {tuple(expected[name].shape)})")
+    if missing:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} packed tensors, or has them in another shape: "
+            f"{', '.join(missing[:8])}{more}; download or export it again"
+        )
+
+
+def _check_levels_match(model: Any, plan: Plan) -> None:
+    names = resolve_units(model, plan)
+    layers = compressed_linears(model)
+    wrong = sorted(set(layers) - {names[u] for u, v in plan.items() if not v.is_dense})
+    for unit, level in plan.items():
+        if not level.is_dense:
+            layer = layers.get(names[unit])
+            if layer is None or layer.level != compose.normalize(level):
+                wrong.append(names[unit])
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} layers do not hold the level that the plan gives them: "
+            f"{', '.join(wrong[:8])}"
+        )
+
+
+def _is_offloaded(model: Any, name: str, tensor: Tensor) -> bool:
+    """Return whether a tensor on the meta device is there to be read from disk."""
+    if not tensor.is_meta:
+        return False
+    try:
+        _on_cpu(model, name, tensor)
+    except (KeyError, ValueError):
+        return False
+    return True
+
+
+def _on_cpu(model: Any, name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_meta:
+        return tensor
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    return load_offloaded_parameter(model, name)
+
+
+def _checksum(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return checksum(flat.view(torch.uint8).numpy().data, list(tensor.shape))
+
+
+# Here, not in the package's register(): when this module is what imports transformers first,
+# that runs while this module is half loaded.
+register_with_transformers()
