@@ -123,8 +123,8 @@ class BlockStream:
             hidden = self.embed(input_ids)
             for i in range(self.n_blocks):
                 hidden = self.run_block(i, hidden)
-            same = torch.equal(self.head(input_ids, hidden), self._forward(input_ids))
-        if not same:
+            streamed, whole = self.head(input_ids, hidden), self._forward(input_ids)
+        if not torch.allclose(streamed, whole, rtol=0, atol=0, equal_nan=True):
             raise ValueError(
                 f"{type(self.model).__name__} gives other logits block by block than as a whole: "
                 "its blocks share state or draw random numbers; call model.eval(), or use a "
