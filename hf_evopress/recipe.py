@@ -55,13 +55,14 @@ class Data:
     seq_len: int = 1024
     calibration: int = 56  # sequences
     search: int = 32
-    heldout: int = 4
+    heldout: int = 4  # to score levels
+    test: int = 8  # for the final table, unless another text is given
     seed: int = 0
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "calibration", "search")
         _at_least(self, 8, "seq_len")
-        _at_least(self, 0, "heldout")
+        _at_least(self, 0, "heldout", "test")
 
 
 @dataclass(frozen=True)

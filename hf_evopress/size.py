@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,3 +66,12 @@ def stored_bytes(folder: str | Path) -> int:
     if not files:
         raise FileNotFoundError(f"no .safetensors file in {folder}; is it a checkpoint folder?")
     return sum(file.stat().st_size for file in files)
+
+
+def header_bytes(names: Iterable[str]) -> int:
+    """Return an upper bound of the safetensors headers of tensors with these names.
+
+    An entry is {"name":{"dtype":"F16","shape":[r,c],"data_offsets":[a,b]}} and a comma: 60
+    characters, and at most 60 digits up to a terabyte.
+    """
+    return 64 + sum(len(name) + 120 for name in names)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import compose
+from .checksums import tensor_checksum
 from .level import Level
 from .linalg import Stats
 from .methods.base import Shape, State
@@ -139,7 +139,7 @@ class LevelStore:
                 expected = json.loads(file.metadata()["crc32"])[number]
         except (SafetensorError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
             raise _damaged(path, unit) from error
-        if checksum(state) != expected:
+        if checksums(state) != expected:
             raise _damaged(path, unit)
         return state
 
@@ -191,14 +191,9 @@ class LevelStore:
         return stored.index(level)
 
 
-def checksum(state: State) -> int:
-    """Return the CRC-32 over names and bytes of the tensors of a state."""
-    crc = 0
-    for name in sorted(state):
-        crc = zlib.crc32(name.encode(), crc)
-        flat = state[name].detach().cpu().contiguous().reshape(-1)
-        crc = zlib.crc32(flat.view(torch.uint8).numpy().data if flat.numel() else b"", crc)
-    return crc
+def checksums(state: State) -> dict[str, str]:
+    """Return tensor name -> CRC-32 of the tensors of a state."""
+    return {name: tensor_checksum(tensor) for name, tensor in state.items()}
 
 
 def _by_input(
@@ -251,7 +246,7 @@ def _write_unit(
     metadata = {
         "unit": unit.name,
         "scores": json.dumps(list(scores)),
-        "crc32": json.dumps([checksum(state) for state in states]),
+        "crc32": json.dumps([checksums(state) for state in states]),
     }
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)

@@ -1,0 +1,238 @@
+"""The straight line: a model and a size in, a compressed model, its plan and figures out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from .compose import normalize
+from .data import tokenize_file
+from .evaluate import Report, compare_many
+from .evaluator import Evaluator
+from .job import Job, read_state, versions
+from .level import Level
+from .plan import Plan
+from .plugins import load
+from .quantizer import register_with_transformers
+from .recipe import Recipe
+from .resources import atomic_write
+from .search import make_search
+from .size import stored_bytes
+from .store import LevelStore, Progress
+
+logger = logging.getLogger(__name__)
+
+PROMPT = "The capital of France is"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the final table."""
+
+    name: str
+    bits_per_weight: float
+    size_bytes: int
+    report: Report
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a compression leaves: the folder, its plan, figures on unseen text, a sentence."""
+
+    folder: Path
+    plan: Plan
+    rows: tuple[Row, ...] = ()
+    sample: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def compress(
+    recipe: Recipe,
+    *,
+    test: str | None = None,
+    window: int = 2048,
+    max_windows: int | None = 10,
+    progress: Progress | None = None,
+) -> Result:
+    """Return the model of `recipe`, compressed, written to its folder, reloaded and measured.
+
+    test: a text file for the figures, in windows of `window` tokens; by default sequences of the
+    recipe's own data that neither calibration nor search has seen.
+    """
+    seconds = _Clock()
+    job = Job(recipe, progress=progress)
+    if recipe.out is None:
+        raise ValueError("say where to write the model: out in the recipe, or --out FOLDER")
+    unseen, window = _test_tokens(job, test, window)
+    store = seconds("levels", job.build)
+    plan = seconds("search", lambda: find_plan(job, store))
+    folder = seconds("export", lambda: export(job, store, plan))
+    rows, sample = seconds(
+        "evaluate", lambda: measure(job, store, plan, folder, unseen, window, max_windows)
+    )
+    plan = plan.replace(results={**plan.results, **_figures(rows)})
+    plan.save(folder)
+    recipe.save(folder / "evopress_recipe.yaml")
+    return Result(folder, plan, rows, sample, seconds.spent)
+
+
+def find_plan(job: Job, store: LevelStore) -> Plan:
+    """Return the plan that the recipe's search settles on; its state is kept after each round."""
+    path = job.work / "search.json"
+    settings = job.recipe.search
+    losses = job.loss_table(store)
+    search = make_search(job.space, job.budget, settings, losses, state=_kept(path, job))
+    evaluator = job.evaluator(store)
+    while (asked := search.ask()) is not None:
+        plans = [_levels(job, genome) for genome in asked.genomes]
+        if job.progress:
+            job.progress("search", search.done, search.total)
+        search.tell(evaluator.losses(plans, job.sequences(asked.n_tokens), asked.seed))
+        atomic_write(path, json.dumps({"made_for": job.search_key(), "state": search.state()}))
+        for line in search.news():
+            logger.info(line)
+    about = {"strategy": settings.strategy, "seed": settings.seed, "versions": versions()}
+    return job.plan(
+        job.space.levels(search.best),
+        results={"search": search.summary()},
+        search={**about, "evaluated_tokens": evaluator.evaluated_tokens},
+    )
+
+
+def export(job: Job, store: LevelStore, plan: Plan, *, format: str = "evopress") -> Path:
+    """Return the folder that `plan` was written to in `format`."""
+    exporter = load("export", format)()
+    return exporter.save(
+        job.load_model(), plan, store.state, job.recipe.out, tokenizer=job.tokenizer
+    )
+
+
+def measure(
+    job: Job,
+    store: LevelStore,
+    plan: Plan,
+    folder: Path,
+    tokens: Tensor,
+    window: int,
+    max_windows: int | None,
+) -> tuple[tuple[Row, ...], str]:
+    """Return the rows dense / uniform / searched on `tokens` (n,), and a generated sentence.
+
+    The searched row is the reloaded checkpoint. Raises RuntimeError if its logits are not, bit
+    for bit, those that the search scored.
+    """
+    register_with_transformers()
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=job.model.dtype).eval()
+    reloaded = reloaded.to(job.model.device)
+    evaluator = job.evaluator(store)
+    check_reloaded(evaluator, plan, reloaded)
+    models: dict[str, Any] = {"dense": job.model}
+    sizes = {"dense": (16.0, job.space.dense_bits // 8)}
+    if (uniform := best_uniform(job)) is not None:
+        name, genome = uniform
+        levels = _levels(job, genome)
+        models[name] = lambda ids: evaluator.logits(levels, ids.to(evaluator.device))
+        sizes[name] = (job.space.bits_per_weight(genome), job.space.size_bytes(genome))
+    models["searched"] = reloaded
+    genome = job.space.genome({unit: str(level) for unit, level in plan.items()})
+    sizes["searched"] = (job.space.bits_per_weight(genome), stored_bytes(folder))
+    reports = compare_many(
+        models, job.model, tokens, window=window, max_windows=max_windows, progress=job.progress
+    )
+    rows = tuple(Row(name, *sizes[name], reports[name]) for name in models)
+    return rows, generate(job.tokenizer, reloaded)
+
+
+@torch.no_grad()
+def check_reloaded(evaluator: Evaluator, plan: Plan, reloaded: Any) -> None:
+    """Raise RuntimeError unless the reloaded model gives the logits that were scored."""
+    ids = evaluator.tokens[:1].to(evaluator.device)
+    scored = evaluator.logits(plan.levels, ids)
+    loaded = reloaded(input_ids=ids, use_cache=False).logits
+    if not torch.equal(scored, loaded):
+        raise RuntimeError(
+            "the reloaded checkpoint does not give the logits that the search scored "
+            f"(largest difference {float((scored - loaded).abs().max()):.3g}); "
+            "please report this with the recipe"
+        )
+
+
+def best_uniform(job: Job) -> tuple[str, tuple[int, ...]] | None:
+    """Return name and genome of the dearest uniform plan within the budget, None if none is."""
+    fitting = [
+        (job.space.cost(genome), level, genome)
+        for level, genome in job.space.uniform().items()
+        if job.budget.allows(job.space, genome)
+    ]
+    if not fitting:
+        return None
+    _, level, genome = max(fitting)
+    return f"uniform {level}", genome
+
+
+def generate(tokenizer: Any, model: Any, prompt: str = PROMPT, *, n_tokens: int = 32) -> str:
+    """Return `prompt` with the model's greedy continuation."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=n_tokens, do_sample=False)
+    return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def _levels(job: Job, genome: tuple[int, ...]) -> dict[str, Level]:
+    return {unit: normalize(level) for unit, level in job.space.levels(genome).items()}
+
+
+def _kept(path: Path, job: Job) -> dict[str, Any] | None:
+    """Return the saved state of this very search, None if there is none."""
+    saved = read_state(path)
+    if saved is None or saved.get("made_for") != job.search_key():
+        return None
+    return saved["state"]
+
+
+def _test_tokens(job: Job, test: str | None, window: int) -> tuple[Tensor, int]:
+    if test is not None:
+        tokens = tokenize_file(test, job.tokenizer)
+        if len(tokens) < window:
+            raise ValueError(f"{test} has {len(tokens)} tokens, one window needs {window}")
+        return tokens, window
+    return job.tokens["test"].flatten(), job.recipe.data.seq_len
+
+
+def _figures(rows: tuple[Row, ...]) -> dict[str, Any]:
+    return {
+        "evaluation": {
+            row.name: {
+                "bits_per_weight": round(row.bits_per_weight, 4),
+                "size_bytes": row.size_bytes,
+                "perplexity": row.report.perplexity,
+                "kl_nats": row.report.kl_nats,
+                "top1_agreement": row.report.top1_agreement,
+                "window": row.report.window,
+                "n_tokens": row.report.n_tokens,
+            }
+            for row in rows
+        }
+    }
+
+
+class _Clock:
+    """Seconds spent in named steps."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+
+    def __call__(self, name: str, step: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = step()
+        self.spent[name] = round(time.perf_counter() - start, 1)
+        return result
