@@ -53,7 +53,7 @@ def check_shape(level: Level, shape: Shape) -> None:
 
 def needs_stats(level: Level) -> bool:
     """Return whether `level` can be made only with calibration statistics."""
-    return any(part.needs_stats for part, _, _ in _parts(level))
+    return any(part.uses_stats(**params) for part, params, _ in _parts(level))
 
 
 def cost_bits(level: Level, shape: Shape) -> int:
@@ -123,6 +123,16 @@ def decompress(level: Level, state: State, shape: Shape, dtype: torch.dtype) -> 
     for part, params, suffix in others:
         total = total + part.decompress(_pick(state, suffix), shape, torch.float32, **params)
     return total.to(dtype)
+
+
+def bias_fix(level: Level, state: State) -> Tensor | None:
+    """Return what `state` adds to the layer's bias, (out,) float32, or None for nothing."""
+    total: Tensor | None = None
+    for part, params, suffix in _parts(level):
+        fix = part.bias_fix(_pick(state, suffix), **params)
+        if fix is not None:
+            total = fix.float() if total is None else total + fix.float()
+    return total
 
 
 def empty(level: Level, shape: Shape, dtype: torch.dtype) -> State:

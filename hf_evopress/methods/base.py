@@ -104,6 +104,10 @@ class Method(ABC):
     def check_shape(self, shape: Shape, **params: Any) -> None:
         """Raise ValueError, with the way out, where a weight of `shape` cannot take these."""
 
+    def uses_stats(self, **params: Any) -> bool:
+        """Return whether compress() needs calibration statistics at these parameters."""
+        return self.needs_stats
+
     def required(self, stats: Stats | None, Ws: Sequence[Tensor]) -> Stats:
         """Return `stats`, or raise ValueError where they are missing or of another layer."""
         if stats is None:
@@ -134,6 +138,13 @@ class Method(ABC):
     @abstractmethod
     def empty(self, shape: Shape, dtype: torch.dtype, **params: Any) -> State:
         """Return the tensors of a state on the meta device; `dtype` is for unscaled floats."""
+
+    def bias_fix(self, state: State, **params: Any) -> Tensor | None:
+        """Return what operator() adds to the layer's bias, (out,), or None for nothing.
+
+        A dense copy of the layer is decompress() and the bias plus this.
+        """
+        return None
 
     def compress_stacked(
         self, Ws: Sequence[Tensor], stats: Stats | None, **params: Any
