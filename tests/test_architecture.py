@@ -23,7 +23,7 @@ LAYERS = (
     "data units fingerprint stream calibrate sensitivity store stitch fitness/ evaluator",
     "config compress_on_load quantizer",
     "adapters trainer export/ evaluate size hub cards report plots",
-    "pipeline",
+    "job pipeline",
     "cli/ __main__",
 )
 # Heavy or optional: imported inside the function that needs them.
