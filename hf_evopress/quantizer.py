@@ -139,8 +139,8 @@ class EvoPressQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         if self._tokens is not None:
-            store = import_module("hf_evopress.store")
-            store.compress_model(model, _plan_of(config), self._tokens)
+            stitch = import_module("hf_evopress.stitch")
+            stitch.compress_model(model, _plan_of(config), self._tokens)
             self._tokens = None
         _check_loaded(model, _plan_of(config))
         for layer in compressed_linears(model).values():
@@ -149,13 +149,18 @@ class EvoPressQuantizer(HfQuantizer):
         config.requested_plan = None
         if config.dequantize:
             restore_linears(model)
+            self.remove_quantization_config(model)
         return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Make `model` forget that it was compressed: what is saved next is a stock checkpoint."""
+        super().remove_quantization_config(model)
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_is_quantized"):
+                del module.config._is_quantized
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         restore_linears(model)
-        for module in model.modules():
-            if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
-                del module.config._is_quantized
         if dtype is not None and dtype != model.dtype:
             model.to(dtype)
         return model
@@ -180,7 +185,10 @@ class EvoPressQuantizer(HfQuantizer):
         }
         for name in compressed_linears(model):
             state[f"{name}.weight"] = torch.empty(0, dtype=torch.uint8)
-        return state, {}
+        # in the order of a model that was loaded, so that shards are cut at the same places
+        from transformers.core_model_loading import dot_natural_key
+
+        return {name: state[name] for name in sorted(state, key=dot_natural_key)}, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -217,7 +225,7 @@ def attach(model: Any, plan: Plan) -> EvoPressQuantizer:
 
 def register_with_transformers() -> None:
     """Add the format to the registries of transformers, unless it is there."""
-    auto = import_module("transformers.quantizers.auto")
+    auto: Any = import_module("transformers.quantizers.auto")
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, EvoPressConfig)
     auto.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, EvoPressQuantizer)
     # without this, EvoPressConfig(dequantize=True) over a compressed model is ignored
