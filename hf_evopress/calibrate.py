@@ -104,7 +104,7 @@ def load_stats(folder: str | Path, block: int) -> dict[str, Stats]:
     return result
 
 
-class _Moment:
+class Moment:
     """Running sums of x and x x^T of one input."""
 
     def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
@@ -152,16 +152,16 @@ class _Run:
         for b, hidden in enumerate(self.hidden):
             self.hidden[b] = self.stream.run_block(block, hidden)
 
-    def moments(self, block: int, names: Sequence[str], dtype: torch.dtype) -> dict[Group, _Moment]:
+    def moments(self, block: int, names: Sequence[str], dtype: torch.dtype) -> dict[Group, Moment]:
         """Run one block over all sequences and return the moments of its distinct inputs."""
-        made: dict[Group, _Moment] = {}
+        made: dict[Group, Moment] = {}
         with _inputs(self.stream.model, names) as seen:
             for b, hidden in enumerate(self.hidden):
                 seen.clear()
                 self.hidden[b] = self.stream.run_block(block, hidden)
                 for group, x in _distinct(seen):
                     if group not in made:
-                        made[group] = _Moment(x, dtype)
+                        made[group] = Moment(x, dtype)
                     made[group].add(x)
         return made
 
@@ -270,7 +270,7 @@ def _file(root: Path, block: int) -> Path:
     return root / f"block_{block:05d}.safetensors"
 
 
-def _write(path: Path, made: dict[str, dict[Group, _Moment]], names: Sequence[str]) -> None:
+def _write(path: Path, made: dict[str, dict[Group, Moment]], names: Sequence[str]) -> None:
     """Write the moments of one block; every unit must belong to one group."""
     grams = made["gram"]
     counts = Counter(name for group in grams for name in group)

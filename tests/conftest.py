@@ -98,11 +98,11 @@ def trained_llama() -> nn.Module:
     model = make_tiny_model("llama", num_hidden_layers=3).train()
     data = torch.tensor(list(make_structured_text(2000).encode()), dtype=torch.long)
     generator = torch.Generator().manual_seed(0)
-    steps = 160
+    steps = 120
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in range(steps):
-        starts = torch.randint(len(data) - 65, (16,), generator=generator)
+        starts = torch.randint(len(data) - 65, (12,), generator=generator)
         batch = torch.stack([data[s : s + 64] for s in starts.tolist()])
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
         optimizer.step()

@@ -98,7 +98,7 @@ def test_units_with_one_input_share_one_stats(tiny_model, text_tokens, tmp_path)
 
 def test_wide_inputs_are_summed_in_strips_without_a_difference():
     x = torch.randn(64, 300, generator=torch.Generator().manual_seed(0))
-    moment = calibration._Moment(x, torch.float32)
+    moment = calibration.Moment(x, torch.float32)
     moment.add(x)
     moment.add(2 * x)
     torch.testing.assert_close(moment.gram(), 5 * (x.T @ x) / 128, rtol=1e-4, atol=1e-5)
