@@ -154,15 +154,17 @@ def results_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def _nominal(level: Level, shape: Shape | None) -> float:
-    return 0.0 if level.is_drop else sum(_nominal_term(term, shape) for term in level.terms)
+    return sum(_nominal_term(term, shape) for term in level.terms)
 
 
 def _nominal_term(term: Term, shape: Shape | None) -> float:
+    if term.method in ("drop", "zero"):
+        return 0.0
     params = term.kwargs
     bits = float(params.get("bits", DENSE_BITS))
     if "rank" in params:
         rows, columns = shape or (1, 1)
-        return bits * float(params["rank"]) * (rows + columns) / (rows * columns) if shape else 0.0
+        return bits * float(params["rank"]) * (rows + columns) / (rows * columns)
     return bits * (1 - float(params.get("sparsity", 0)))
 
 

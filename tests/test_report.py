@@ -71,6 +71,7 @@ def test_kinds_with_one_last_name_keep_their_paths() -> None:
     [
         ("dense", 16),
         ("drop", 0),
+        ("zero", 0),
         ("gptq:bits=3,group_size=64", 3),
         ("sparsegpt:sparsity=0.5", 8),
         ("sparsegpt:sparsity=0.5,bits=4", 2),
