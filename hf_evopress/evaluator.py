@@ -8,7 +8,6 @@ tensors in the store.
 
 from __future__ import annotations
 
-import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,31 +58,26 @@ class Evaluator:
             self._units[unit.block].append(unit.name)
 
     def losses(
-        self, plans: Sequence[Mapping[str, Level]], n_sequences: int, seed: int
+        self, plans: Sequence[Mapping[str, Level]], sequences: Sequence[int]
     ) -> list[list[float]]:
-        """Return for each plan its loss on each of `n_sequences` sequences drawn with `seed`.
+        """Return for each plan its loss on each of the pool's `sequences`, given by number.
 
         All plans see the same sequences, so differences between them are paired. ValueError
-        where the pool has fewer sequences.
+        where the pool has no such sequence.
         """
-        chosen = self.draw(n_sequences, seed)
+        for number in sequences:
+            if not 0 <= number < len(self.tokens):
+                raise ValueError(
+                    f"the pool has sequences 0 to {len(self.tokens) - 1}, not {number}"
+                )
         losses: list[list[float]] = [[] for _ in plans]
-        self.evaluated_tokens += len(plans) * len(chosen) * self.tokens.shape[1]
+        self.evaluated_tokens += len(plans) * len(sequences) * self.tokens.shape[1]
         with torch.no_grad():
-            for part in _chunks(chosen, self._sequences_at_once(len(plans))):
+            for part in _chunks(sequences, self._sequences_at_once(len(plans))):
                 self._make_targets(part)
                 for i, values in self._score(plans, part):
                     losses[i].extend(values)
         return losses
-
-    def draw(self, n_sequences: int, seed: int) -> list[int]:
-        """Return the indices of `n_sequences` different sequences of the pool."""
-        if n_sequences > len(self.tokens):
-            raise ValueError(
-                f"a round of {n_sequences} sequences needs a larger search pool than "
-                f"{len(self.tokens)}; give more data or fewer tokens per round"
-            )
-        return sorted(random.Random(seed).sample(range(len(self.tokens)), n_sequences))
 
     @torch.no_grad()
     def logits(self, plan: Mapping[str, Level], input_ids: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     work/stats/        second moments of every block's inputs      (calibrate)
     work/moments/      second moments of the output gradients      (sensitivity)
     work/store/        every level of every unit, packed           (store)
-    work/search.json   the search's state after each round         (search)
+    work/search/       the state of each search after each round   (search)
 
 A step whose files are there is not done again, so a job that was stopped goes on, and another
 budget for the same model, data and levels costs only its search.
@@ -29,12 +29,14 @@ from .calibrate import calibrate, load_stats
 from .data import split_tokens
 from .evaluator import Evaluator
 from .export.base import check_target
-from .fingerprint import model_fingerprint, tensor_fingerprint
+from .fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
 from .level import Level
 from .menu import menus
 from .plan import Plan
 from .plugins import load
 from .recipe import Recipe
+from .resources import atomic_write
+from .search import Search
 from .sensitivity import load_moments, output_moments
 from .size import header_bytes
 from .space import Budget, SearchSpace
@@ -161,6 +163,44 @@ class Job:
         fitness = load("fitness", self.recipe.search.fitness)()
         return Evaluator(self.model, store, self.tokens["search"], fitness)
 
+    def search(self, store: LevelStore) -> Search:
+        """Return the recipe's search, at the point where an earlier run of it was stopped."""
+        settings = self.recipe.search
+        pool = self.tokens["search"]
+        search = Search(
+            self.space,
+            self.budget,
+            strategy=settings.strategy,
+            table=self.table(store),
+            n_sequences=len(pool),
+            seq_len=pool.shape[1],
+            seed=settings.seed,
+            **settings.settings,
+        )
+        kept = _read_json(self._search_file(search))
+        return search.restore(kept) if kept is not None else search
+
+    def keep(self, search: Search) -> None:
+        """Write the search's state, so that it can go on from here."""
+        atomic_write(self._search_file(search), json.dumps(search.state()))
+
+    def _search_file(self, search: Search) -> Path:
+        # one file per problem: searches for several budgets share a work folder
+        problem = {**search.state()["problem"], "fitness": self.recipe.search.fitness}
+        return self.work / "search" / f"{text_fingerprint(json.dumps(problem))}.json"
+
+    def table(self, store: LevelStore) -> list[list[float]] | None:
+        """Return the predicted loss of each option of each gene, None without sensitivities."""
+        if not self.recipe.search.sensitivity_tokens:
+            return None
+        return [
+            [
+                sum(store.scores(unit, option.level)["sensitivity_nats"] for unit in gene.units)
+                for option in gene.options
+            ]
+            for gene in self.space.genes
+        ]
+
     def plan(self, levels: Mapping[str, Any], **about: Any) -> Plan:
         """Return the plan of `levels` (unit -> level) with where it came from."""
         shapes = {unit.name: unit.shape for unit in self.units if unit.name in levels}
@@ -185,7 +225,9 @@ class Job:
         data = self.tokens
         return {
             "model": model_fingerprint(self.model),
-            "data": {k: tensor_fingerprint(v) for k, v in data.items() if k in ("calibration", "heldout")},
+            "data": {
+                k: tensor_fingerprint(v) for k, v in data.items() if k in ("calibration", "heldout")
+            },
             "sensitivity": [self.recipe.search.sensitivity_tokens, self.recipe.data.seed],
             "hf_evopress": __version__,
         }
@@ -245,9 +287,7 @@ def _space(
     )
 
 
-def _pinned(
-    offered: dict[str, list[Level]], pins: Mapping[str, str]
-) -> dict[str, list[Level]]:
+def _pinned(offered: dict[str, list[Level]], pins: Mapping[str, str]) -> dict[str, list[Level]]:
     """Return the menus with one level only for units that a pattern pins; the last one wins."""
     made = dict(offered)
     for pattern, level in pins.items():
@@ -277,8 +317,7 @@ def _ties(units: list[Any], tie: tuple[tuple[str, ...], ...]) -> list[list[str]]
     return [names for names in groups.values() if len(names) > 1]
 
 
-def read_state(path: Path) -> dict[str, Any] | None:
-    """Return the saved state of a search, or None where there is none."""
+def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .compose import normalize
+from .config import EvoPressConfig
 from .data import tokenize_file
-from .evaluate import Report, compare_many
+from .evaluate import Report, compare, compare_many
 from .evaluator import Evaluator
-from .job import Job, read_state, versions
+from .export.base import check_target, whole_folder
+from .job import Job, versions
 from .level import Level
 from .plan import Plan
 from .plugins import load
 from .quantizer import register_with_transformers
 from .recipe import Recipe
-from .resources import atomic_write
-from .search import make_search
-from .size import stored_bytes
+from .size import model_size, stored_bytes
 from .store import LevelStore, Progress
 
 logger = logging.getLogger(__name__)
@@ -86,25 +85,23 @@ def compress(
 
 
 def find_plan(job: Job, store: LevelStore) -> Plan:
-    """Return the plan that the recipe's search settles on; its state is kept after each round."""
-    path = job.work / "search.json"
-    settings = job.recipe.search
-    losses = job.loss_table(store)
-    search = make_search(job.space, job.budget, settings, losses, state=_kept(path, job))
+    """Return the plan that the recipe's search settles on.
+
+    The search's state is kept after each round: a run that was stopped gives the same plan.
+    """
+    search = job.search(store)
     evaluator = job.evaluator(store)
     while (asked := search.ask()) is not None:
         plans = [_levels(job, genome) for genome in asked.genomes]
         if job.progress:
-            job.progress("search", search.done, search.total)
-        search.tell(evaluator.losses(plans, job.sequences(asked.n_tokens), asked.seed))
-        atomic_write(path, json.dumps({"made_for": job.search_key(), "state": search.state()}))
-        for line in search.news():
-            logger.info(line)
-    about = {"strategy": settings.strategy, "seed": settings.seed, "versions": versions()}
+            job.progress(asked.stage, 0, 1)
+        search.tell(evaluator.losses(plans, asked.sequences))
+        if job.progress:
+            job.progress(asked.stage, 1, 1)
+        job.keep(search)
     return job.plan(
         job.space.levels(search.best),
-        results={"search": search.summary()},
-        search={**about, "evaluated_tokens": evaluator.evaluated_tokens},
+        search={**search.report, "fitness": job.recipe.search.fitness, "versions": versions()},
     )
 
 
@@ -191,14 +188,6 @@ def _levels(job: Job, genome: tuple[int, ...]) -> dict[str, Level]:
     return {unit: normalize(level) for unit, level in job.space.levels(genome).items()}
 
 
-def _kept(path: Path, job: Job) -> dict[str, Any] | None:
-    """Return the saved state of this very search, None if there is none."""
-    saved = read_state(path)
-    if saved is None or saved.get("made_for") != job.search_key():
-        return None
-    return saved["state"]
-
-
 def _test_tokens(job: Job, test: str | None, window: int) -> tuple[Tensor, int]:
     if test is not None:
         tokens = tokenize_file(test, job.tokenizer)
@@ -236,3 +225,68 @@ class _Clock:
         result = step()
         self.spent[name] = round(time.perf_counter() - start, 1)
         return result
+
+
+def apply_plan(
+    plan: str,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    data: Sequence[str] | None = None,
+    n_sequences: int = 56,
+    seq_len: int = 1024,
+    seed: int = 0,
+    revision: str | None = None,
+) -> Path:
+    """Return the folder `out` with `model` compressed by `plan`, without a search.
+
+    model: the dense model, by default the plan's own. Levels that need no data are made while
+    the model loads; others are calibrated on `data`.
+    """
+    check_target(out)
+    register_with_transformers()
+    config = EvoPressConfig(
+        plan, data=list(data or ()) or None, n_sequences=n_sequences, seq_len=seq_len, seed=seed
+    )
+    source = model or (config.plan.base_model if config.plan else None)
+    if source is None:
+        raise ValueError(f"the plan {plan} does not name its model; give one with --model")
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    compressed = AutoModelForCausalLM.from_pretrained(
+        source, revision=revision, quantization_config=config
+    )
+    with whole_folder(Path(out)) as folder:
+        compressed.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if config.plan is not None:
+            config.plan.save(folder)
+    return Path(out)
+
+
+def evaluate_model(
+    model: str,
+    data: str,
+    *,
+    against: str | None = None,
+    window: int = 2048,
+    max_windows: int | None = None,
+    dtype: str = "float32",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Return what `model` scores on the text file `data`, what it stores, and how far from
+    the dense model `against` it is."""
+    register_with_transformers()
+    tokens = tokenize_file(data, AutoTokenizer.from_pretrained(model))
+    if len(tokens) < window:
+        raise ValueError(f"{data} has {len(tokens)} tokens, one window needs {window}")
+    made = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    dense = AutoModelForCausalLM.from_pretrained(against, dtype=dtype) if against else None
+    report = compare(made, dense, tokens, window=window, max_windows=max_windows, progress=progress)
+    size = model_size(made)
+    stored = {"size_bytes": stored_bytes(model)} if Path(model).is_dir() else {}
+    return {
+        **report.to_dict(),
+        "bits_per_weight": size.bits_per_weight,
+        "bits_per_weight_with_embeddings": size.bits_per_weight_with_embeddings,
+        **stored,
+    }

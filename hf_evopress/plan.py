@@ -144,7 +144,9 @@ class Plan(Mapping[str, Level]):
         if not path.is_file():
             raise FileNotFoundError(f"no plan at {path}; a plan is a file like {FILE_NAME}")
         if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes; a plan has at most {MAX_BYTES}")
+            raise ValueError(
+                f"{path} has {path.stat().st_size} bytes; a plan has at most {MAX_BYTES}"
+            )
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except (ValueError, TypeError) as error:
@@ -174,9 +176,7 @@ class Plan(Mapping[str, Level]):
     def diff(self, other: Plan) -> dict[str, tuple[Level | None, Level | None]]:
         """Return unit -> (level here, level in `other`) where the two differ; None is absent."""
         units = sorted({*self, *other})
-        return {
-            u: (self.get(u), other.get(u)) for u in units if self.get(u) != other.get(u)
-        }
+        return {u: (self.get(u), other.get(u)) for u in units if self.get(u) != other.get(u)}
 
     def summary(self) -> str:
         """Return a few lines for people: base, budget, how many units and weights at each level."""
@@ -207,7 +207,9 @@ def _shape(unit: str, value: Any) -> Shape:
     try:
         rows, columns = (int(n) for n in value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"shape of {unit} is out x in such as '576x1536', got {value!r}") from error
+        raise ValueError(
+            f"shape of {unit} is out x in such as '576x1536', got {value!r}"
+        ) from error
     if rows <= 0 or columns <= 0 or rows * columns > 2**40:
         raise ValueError(f"shape of {unit} is not a weight's: {value!r}")
     return rows, columns

@@ -20,8 +20,8 @@ from typing import Any
 
 from .plugins import did_you_mean, names
 from .resources import atomic_write, parse_size
+from .search import STRATEGIES, check_settings
 
-STRATEGIES = ("evolve", "evopress", "knapsack", "uniform", "random")
 DTYPES = ("auto", "bfloat16", "float16")
 
 
@@ -67,23 +67,19 @@ class Data:
 
 @dataclass(frozen=True)
 class Search:
-    """How levels are chosen; see `hf-evopress list` for fitnesses and README for strategies."""
+    """How levels are chosen. settings are the strategy's own, such as {generations: 20}."""
 
     strategy: str = "evolve"
     fitness: str = "kl"
-    generations: int = 12
-    offspring: int = 16
-    tokens: tuple[int, ...] = (4096, 16384)  # per selection stage
     seed: int = 0
-    sensitivity_tokens: int = 6144  # 0: none, then evolve starts from uniform
+    sensitivity_tokens: int = 6144  # 0: none, then evolve guesses from bits alone
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _one_of("search strategy", self.strategy, STRATEGIES)
+        _one_of("search strategy", self.strategy, list(STRATEGIES))
         _one_of("fitness", self.fitness, names("fitness"))
-        _at_least(self, 1, "generations", "offspring")
         _at_least(self, 0, "sensitivity_tokens")
-        if not self.tokens or min(self.tokens) < 1:
-            raise ValueError(f"search tokens are counts per stage, all >= 1; got {self.tokens}")
+        check_settings(self.strategy, self.settings)
         if self.strategy == "knapsack" and not self.sensitivity_tokens:
             raise ValueError("strategy knapsack needs sensitivity_tokens > 0, got 0")
 
@@ -192,6 +188,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise TypeError(f"{where} is a mapping, got {value!r}")
+        if args[1] is Any:
+            return dict(value)
         return {str(k): _convert(args[1], v, where) for k, v in value.items()}
     if kind is float and type(value) is int:
         return float(value)

@@ -31,9 +31,7 @@ def compress_model(
     """
     names = resolve_units(model, plan)
     levels = {
-        names[unit]: compose.normalize(level)
-        for unit, level in plan.items()
-        if not level.is_dense
+        names[unit]: compose.normalize(level) for unit, level in plan.items() if not level.is_dense
     }
     units = [unit for unit in find_units(model) if unit.name in levels]
     with tempfile.TemporaryDirectory(prefix="evopress-") as folder, torch.no_grad():

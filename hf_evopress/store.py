@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import compose
-from .checksums import tensor_checksum
+from .checksums import checksum
 from .level import Level
 from .linalg import Stats
-from .methods.base import Shape, State
+from .methods.base import State
 from .resources import atomic_path, atomic_write
 from .units import Unit
 
@@ -76,7 +76,7 @@ class LevelStore:
     def build(
         cls,
         folder: str | Path,
-        model: nn.Module,
+        model: Any,
         units: Sequence[Unit],
         menus: Mapping[str, Sequence[Level]],
         source: Source,
@@ -193,7 +193,12 @@ class LevelStore:
 
 def checksums(state: State) -> dict[str, str]:
     """Return tensor name -> CRC-32 of the tensors of a state."""
-    return {name: tensor_checksum(tensor) for name, tensor in state.items()}
+    return {name: checksum(_bytes(tensor), tensor.shape) for name, tensor in state.items()}
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _by_input(
@@ -207,7 +212,7 @@ def _by_input(
     return list(groups.values())
 
 
-def _weight(model: nn.Module, unit: Unit) -> Tensor:
+def _weight(model: Any, unit: Unit) -> Tensor:
     return model.get_submodule(unit.name).weight.detach().float()
 
 

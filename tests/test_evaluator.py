@@ -53,14 +53,16 @@ def test_losses_are_those_of_a_model_with_the_weights_replaced(made: Made) -> No
     model, store, tokens = made
     plans = [_plan(store, s) for s in range(4)]
     evaluator = Evaluator(model, store, tokens, KL(top_k=0))
-    found = evaluator.losses(plans, 3, seed=5)
-    chosen = evaluator.draw(3, 5)
+    chosen = [4, 0, 3]
+    found = evaluator.losses(plans, chosen)
     for plan, losses in zip(plans, found, strict=True):
         changed = _reference(model, store, plan)
         for number, loss in zip(chosen, losses, strict=True):
             ids = tokens[number : number + 1]
             p, q = (m(ids).logits[0].log_softmax(-1) for m in (model, changed))
-            assert loss == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3, abs=1e-6)
+            assert loss == pytest.approx(
+                float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3, abs=1e-6
+            )
 
 
 def test_logits_equal_bit_for_bit_those_of_the_replaced_weights(made: Made) -> None:
@@ -74,14 +76,16 @@ def test_logits_equal_bit_for_bit_those_of_the_replaced_weights(made: Made) -> N
 def test_batches_and_companions_do_not_change_a_loss(made: Made) -> None:
     model, store, tokens = made
     plans = [_plan(store, s) for s in range(5)]
-    together = Evaluator(model, store, tokens, KL()).losses(plans, 6, seed=0)
+    together = Evaluator(model, store, tokens, KL()).losses(plans, range(6))
     one_by_one = Evaluator(model, store, tokens, KL(), hidden_bytes=1, cache_bytes=1)
-    alone = [one_by_one.losses([plan], 6, seed=0)[0] for plan in plans]
+    alone = [one_by_one.losses([plan], range(6))[0] for plan in plans]
     for a, b in zip(together, alone, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-7)
 
 
-def test_plans_that_agree_on_a_prefix_run_it_once(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_that_agree_on_a_prefix_run_it_once(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, store, tokens = made
     base = _plan(store, 1)
     last = [u.name for u in store.units.values() if u.block == 2]
@@ -92,7 +96,7 @@ def test_plans_that_agree_on_a_prefix_run_it_once(made: Made, monkeypatch: pytes
     monkeypatch.setattr(
         evaluator.stream, "run_block", lambda i, h: (runs.append(i), run_block(i, h))[1]
     )
-    evaluator.losses(plans, 2, seed=0)
+    evaluator.losses(plans, [0, 1])
     distinct = len({tuple(str(p[u]) for u in last) for p in plans})
     assert runs.count(0) == runs.count(1) == 1 and runs.count(2) == distinct
 
@@ -101,21 +105,21 @@ def test_the_dense_plan_has_no_loss_and_the_model_is_whole_after(made: Made) -> 
     model, store, tokens = made
     evaluator = Evaluator(model, store, tokens, KL())
     dense = {u: Level.parse("dense") for u in store.units}
-    assert evaluator.losses([dense], 2, seed=0)[0] == pytest.approx([0.0, 0.0], abs=1e-6)
-    evaluator.losses([_plan(store, 2)], 2, seed=0)
+    assert evaluator.losses([dense], [0, 1])[0] == pytest.approx([0.0, 0.0], abs=1e-6)
+    evaluator.losses([_plan(store, 2)], [0, 1])
     assert all("forward" not in vars(m) for m in model.modules())
 
 
-def test_the_same_seed_draws_the_same_sequences_and_too_many_are_refused(made: Made) -> None:
+def test_a_sequence_that_the_pool_lacks_is_refused(made: Made) -> None:
     model, store, tokens = made
-    evaluator = Evaluator(model, store, tokens, KL())
-    assert evaluator.draw(3, 7) == evaluator.draw(3, 7) and len(set(evaluator.draw(6, 7))) == 6
-    with pytest.raises(ValueError, match="round of 7 sequences needs a larger search pool than 6"):
-        evaluator.draw(7, 0)
+    with pytest.raises(ValueError, match="sequences 0 to 5, not 6"):
+        Evaluator(model, store, tokens, KL()).losses([_plan(store, 0)], [5, 6])
 
 
 def test_more_bits_lose_less(made: Made) -> None:
     model, store, tokens = made
     plans = [{u: compose.normalize(level) for u in store.units} for level in LEVELS]
-    two, three, four = (sum(x) for x in Evaluator(model, store, tokens, KL()).losses(plans, 6, seed=0))
+    two, three, four = (
+        sum(x) for x in Evaluator(model, store, tokens, KL()).losses(plans, range(6))
+    )
     assert two > three > four > 0

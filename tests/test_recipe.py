@@ -15,7 +15,7 @@ data: {sources: [a.txt, b.txt], seq_len: 512}
 levels: ["gptq:bits=3,group_size=64"]
 tie: [[q_proj, k_proj]]
 pin: {"*.v_proj": "gptq:bits=4,group_size=64"}
-search: {strategy: evopress, tokens: [1024, 4096]}
+search: {strategy: evopress, settings: {tokens: [1024, 4096]}}
 """
 
 
@@ -54,6 +54,7 @@ def test_overrides_reach_into_groups(tmp_path: Path) -> None:
         ("model: m\nbudget: {bits: many}", "budget.bits is a float"),
         ("model: m\nbudget: {bits: 3}\nsearch: {strategy: evopres}", "did you mean 'evopress'"),
         ("model: m\nbudget: {bits: 3}\nsearch: {fitness: lk}", "unknown fitness 'lk'"),
+        ("model: m\nbudget: {bits: 3}\nsearch: {settings: {genrations: 3}}", "'generations'"),
         ("model: m\nbudget: {bits: 3}\ndata: {calibration: 0}", "at least 1, got 0"),
         ("model: m\nbudget: {bits: 3}\ndtype: float64", "unknown dtype 'float64'"),
         ("- just\n- a list", "is a mapping"),

@@ -42,7 +42,9 @@ def _source(model: nn.Module, **fingerprint: Any) -> Source:
     return Source({"model": "tiny", **fingerprint}, _stats(model), lambda block: G)
 
 
-def _build(model: nn.Module, folder: Path, source: Source | None = None, **kwargs: Any) -> LevelStore:
+def _build(
+    model: nn.Module, folder: Path, source: Source | None = None, **kwargs: Any
+) -> LevelStore:
     units = find_units(model)
     offered = menus({u.name: u.shape for u in units}, kwargs.pop("levels", LEVELS))
     return LevelStore.build(folder, model, units, offered, source or _source(model), **kwargs)
@@ -75,7 +77,9 @@ def test_files_hold_the_declared_bits_and_one_percent(model: nn.Module, tmp_path
     assert declared == stored
 
 
-def test_scores_are_the_weighted_errors_of_the_packed_weight(model: nn.Module, tmp_path: Path) -> None:
+def test_scores_are_the_weighted_errors_of_the_packed_weight(
+    model: nn.Module, tmp_path: Path
+) -> None:
     built = _build(model, tmp_path)
     name, level = next(iter(built.units)), LEVELS[0]
     stats = _stats(model)(0)[name]

@@ -17,8 +17,10 @@ from .console import error_console
 HELP = """Give it a model and a size: it finds what each layer can bear, and writes an ordinary
 Hugging Face model, with a plan to share.
 
+\b
 The whole line:   hf-evopress compress HuggingFaceTB/SmolLM2-135M-Instruct --bits 3.3 --out smol
 
+\b
 Then in Python:   import hf_evopress; model = AutoModelForCausalLM.from_pretrained("smol")
 
 Every long command can be stopped with Ctrl-C and goes on where it was when it is run again.

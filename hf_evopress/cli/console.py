@@ -50,11 +50,12 @@ def bars() -> Iterator[Bars]:
         yield Bars(progress)
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> Table:
-    """Return a plain table, numbers to the right."""
-    made = Table(title=title or None, box=None, pad_edge=False, title_justify="left")
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, is_text: bool = False) -> Table:
+    """Return a plain table: names to the left, the rest to the right unless it is text."""
+    made = Table(box=None, pad_edge=False)
     for i, header in enumerate(headers):
-        made.add_column(header, justify="left" if i == 0 else "right", overflow="fold")
+        is_left = i == 0 or is_text
+        made.add_column(header, justify="left" if is_left else "right", overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made

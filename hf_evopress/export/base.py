@@ -46,7 +46,7 @@ class Export(ABC):
         A folder that exists is replaced only if it is empty or holds an earlier export.
         """
         folder = Path(folder)
-        with _whole_folder(folder) as temporary:
+        with whole_folder(folder) as temporary:
             self.write(model, plan, states, temporary)
             plan.save(temporary)
             if tokenizer is not None:
@@ -66,7 +66,8 @@ def check_target(folder: str | Path) -> None:
 
 
 @contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder` when all went well, and is gone if not."""
     check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))

@@ -19,18 +19,24 @@ def _logits(seed: int, scale: float = 3.0) -> torch.Tensor:
 
 
 def _full_kl(p: torch.Tensor, q: torch.Tensor) -> float:
-    return float(F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum")) / len(p)
+    return float(
+        F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum")
+    ) / len(p)
 
 
 def test_all_tokens_give_the_exact_kl() -> None:
     p, q = _logits(0), _logits(1)
     fitness = KL(top_k=0)
-    assert fitness.loss(q, TOKENS, fitness.targets(p, TOKENS)) == pytest.approx(_full_kl(p, q), rel=1e-5)
+    assert fitness.loss(q, TOKENS, fitness.targets(p, TOKENS)) == pytest.approx(
+        _full_kl(p, q), rel=1e-5
+    )
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 49), st.integers(0, 1000), st.floats(0.1, 8))
-def test_any_top_k_is_a_lower_bound_between_zero_and_the_full_kl(k: int, seed: int, scale: float) -> None:
+def test_any_top_k_is_a_lower_bound_between_zero_and_the_full_kl(
+    k: int, seed: int, scale: float
+) -> None:
     p, q = _logits(seed, scale), _logits(seed + 1, scale)
     fitness = KL(top_k=k)
     value = fitness.loss(q, TOKENS, fitness.targets(p, TOKENS))

@@ -1,0 +1,115 @@
+"""show, diff, list, evaluate: commands that only look."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import plugins
+from ..plan import Plan
+from .console import bars, console, table
+
+
+def show(
+    plan: Annotated[str, typer.Argument(help="A plan file, or a folder that holds one.")],
+    png: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the heat map to this file (.png, .svg).")
+    ] = None,
+    units: Annotated[bool, typer.Option("--units", help="One line per unit.")] = False,
+) -> None:
+    """Show a plan: a summary, a table of its levels and a heat map of bits per layer.
+
+    \b
+    hf-evopress show smol-3.3bit --plot plan.png
+    """
+    from ..report import heat_map, level_table
+
+    loaded = Plan.load(plan)
+    console.print(loaded.summary(), markup=False)
+    console.print("\n" + level_table(loaded), markup=False, soft_wrap=True)
+    console.print("\n" + heat_map(loaded, color=console.is_terminal), markup=False, soft_wrap=True)
+    if units:
+        for unit, level in loaded.items():
+            console.print(f"{unit}  {level}", markup=False, soft_wrap=True)
+    if png is not None:
+        from ..plots import heat_map_plot
+
+        console.print(f"heat map drawn to {heat_map_plot(loaded, png)}", markup=False)
+
+
+def diff(
+    a: Annotated[str, typer.Argument(help="A plan.")],
+    b: Annotated[str, typer.Argument(help="Another plan.")],
+) -> None:
+    """Show the units whose level differs between two plans; exit code 1 if any does."""
+    changed = Plan.load(a).diff(Plan.load(b))
+    rows = [(unit, str(x or "-"), str(y or "-")) for unit, (x, y) in changed.items()]
+    if rows:
+        console.print(table(("unit", a, b), rows, is_text=True))
+    console.print(f"{len(rows)} units differ")
+    raise typer.Exit(1 if rows else 0)
+
+
+def list_plugins(
+    name: Annotated[
+        str | None, typer.Argument(help="A method, fitness or export to describe at length.")
+    ] = None,
+) -> None:
+    """List the methods, fitnesses and export formats, or describe one."""
+    groups = {"methods": "methods (levels)", "fitness": "fitnesses", "export": "export formats"}
+    if name is not None:
+        for group in groups:
+            if name in plugins.names(group):
+                console.print(plugins.describe(group, name), markup=False, soft_wrap=True)
+                return
+        known = [n for group in groups for n in plugins.names(group)]
+        raise ValueError(f"nothing is called {name!r}{plugins.did_you_mean(name, known)}")
+    for group, title in groups.items():
+        rows = [(n, plugins.describe(group, n).partition("\n")[0]) for n in plugins.names(group)]
+        console.print(table((title, ""), rows, is_text=True))
+        console.print()
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model, dense or compressed.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="A text file.")],
+    against: Annotated[
+        str | None, typer.Option(help="The dense model: adds KL divergence and agreement.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(help="Stop after so many windows.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure perplexity, and KL divergence and top-1 agreement against the dense model.
+
+    \b
+    hf-evopress evaluate smol-3.3bit --against HuggingFaceTB/SmolLM2-135M-Instruct --data wiki.txt
+    """
+    from ..pipeline import evaluate_model
+
+    with bars() as progress:
+        measured = evaluate_model(
+            model,
+            data,
+            against=against,
+            window=window,
+            max_windows=max_windows,
+            dtype=dtype,
+            progress=progress,
+        )
+    if as_json:
+        console.print(json.dumps(measured, indent=2), markup=False, soft_wrap=True)
+        return
+    rows = [
+        (key, f"{value:.5g}" if isinstance(value, float) else f"{value:,}")
+        for key, value in measured.items()
+        if isinstance(value, (int, float))
+    ]
+    console.print(table(("", model), rows))
+
+
+COMMANDS = {"show": show, "diff": diff, "list": list_plugins, "evaluate": evaluate}
