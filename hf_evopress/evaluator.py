@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import compose
 from .fitness.base import Fitness, Targets
@@ -36,7 +37,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         store: LevelStore,
         tokens: Tensor,
         fitness: Fitness,
@@ -156,7 +157,7 @@ class Evaluator:
 class _OperatorCache:
     """Operators of (unit, level), least recently used dropped first."""
 
-    def __init__(self, model: nn.Module, store: LevelStore, limit_bytes: int) -> None:
+    def __init__(self, model: Any, store: LevelStore, limit_bytes: int) -> None:
         self.model, self.store, self.limit_bytes = model, store, limit_bytes
         self.size_bytes = 0
         self._kept: OrderedDict[tuple[str, Level], tuple[Operator, int]] = OrderedDict()

@@ -75,11 +75,11 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is shipped uncompressed: the recipe's dtype, else the model's own if it has 16 bits."""
+        """What is shipped uncompressed: the recipe's dtype, else the model's own if of 16 bits."""
         if self.recipe.dtype != "auto":
             return _DTYPES[self.recipe.dtype]
-        own = getattr(self.config, "dtype", None)
-        return own if own in _DTYPES.values() else torch.bfloat16
+        own = str(getattr(self.config, "dtype", None)).removeprefix("torch.")
+        return _DTYPES.get(own, torch.bfloat16)
 
     @property
     def work(self) -> Path:
@@ -108,7 +108,7 @@ class Job:
             column=data.column,
         )
 
-    def load_model(self) -> nn.Module:
+    def load_model(self) -> Any:
         """Return the dense model in the dtype to ship."""
         model = AutoModelForCausalLM.from_pretrained(
             self.recipe.model, revision=self.recipe.revision, dtype=self.dtype
@@ -116,7 +116,7 @@ class Job:
         return model.eval().requires_grad_(False)
 
     @cached_property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """The dense model to compute with: the values to ship, in float32 on a CPU."""
         model = self.load_model()
         return model.to("cuda") if torch.cuda.is_available() else model.float()

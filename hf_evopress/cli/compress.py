@@ -233,7 +233,7 @@ def _recipe(**words: Any) -> Recipe:
         "search": given.get("search_pool", 32),
         "seed": given["seed"],
     }
-    recipe = {
+    recipe: dict[str, Any] = {
         **{k: given[k] for k in ("model", "out", "work", "revision", "skip") if k in given},
         "budget": {k: given[k] for k in ("bits", "size", "ratio") if k in given},
         "data": data,

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
-
 from ..level import Level
 from ..methods.base import State
 from ..plan import Plan
@@ -26,7 +24,7 @@ class Export(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def write(self, model: nn.Module, plan: Plan, states: States, folder: Path) -> None:
+    def write(self, model: Any, plan: Plan, states: States, folder: Path) -> None:
         """Write `model`, dense and in the dtype to ship, with `plan` applied, into `folder`.
 
         `model` is changed by it. The folder exists and is empty.
@@ -34,7 +32,7 @@ class Export(ABC):
 
     def save(
         self,
-        model: nn.Module,
+        model: Any,
         plan: Plan,
         states: States,
         folder: str | Path,
