@@ -97,7 +97,7 @@ def _many(
         settings = [part.filled(term.kwargs) for term in users]
         made = part.compress_many(Ws, stats, settings)
         for members, params, states in zip(users.values(), settings, made, strict=True):
-            named = [_rename(state, _suffix(depth)) for state in states]
+            named = [_rename(state, name, _suffix(depth)) for state in states]
             for i in members:
                 result[i] = [dict(state) for state in named]
             longer = [i for i in members if len(levels[i]) > 1]
@@ -175,7 +175,13 @@ def _suffix(i: int) -> str:
     return f"_{i}" if i else ""
 
 
-def _rename(state: State, suffix: str) -> State:
+def _rename(state: State, method_name: str, suffix: str) -> State:
+    for name in state:
+        if _SUFFIXED.search(name):
+            raise ValueError(
+                f"{method_name} calls a tensor {name!r}; an ending such as _1 is the number of a "
+                "term of the level, so the method has to choose another name"
+            )
     return {f"{name}{suffix}": tensor for name, tensor in state.items()}
 
 

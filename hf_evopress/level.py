@@ -94,8 +94,7 @@ def _parse_term(part: str, text: str) -> Term:
         key, equals, value = (s.strip() for s in item.partition("="))
         if not equals or not _NAME.match(key) or not _WORD.match(value):
             raise ValueError(
-                f"level {text!r}: {item!r} is not parameter=value; "
-                f"a level looks like {_EXAMPLE!r}"
+                f"level {text!r}: {item!r} is not parameter=value; a level looks like {_EXAMPLE!r}"
             )
         if key in params:
             raise ValueError(f"level {text!r}: {key!r} is given twice")
