@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Shrink grid and norm of the clip search: measured on SmolLM2 to cut the held-out error of
-# GPTQ layers by 0.635 at 2 bits and 0.835 at 3 bits against plain min-max ranges.
+# Shrink grid and norm of the clip search. Where nothing is known of the inputs, 2.4 is a little
+# better than 2 because it spares the large weights; a `weight` does that job itself.
 CLIP_FACTORS = tuple(1.0 - 0.05 * k for k in range(11))
 CLIP_NORM = 2.4
 
@@ -28,8 +28,9 @@ def find_grid(
 
     maxq is the largest code, 2**bits - 1: a number, or (rows,) to mix bit-widths. Asymmetric
     ranges include 0, so that the zero point is itself a code. With `clip` the range is the
-    one of CLIP_FACTORS with the least sum of weight * |w - w_hat|**2.4 (`weight` broadcasts
-    against W). The scale is exact in `scale_dtype` and is neither 0 nor infinite.
+    one of CLIP_FACTORS with the least sum of |w - w_hat|**2.4, or of weight * (w - w_hat)**2
+    where a `weight` is given, which broadcasts against W. The scale is exact in `scale_dtype`
+    and is neither 0 nor infinite.
     """
     low, high = W.amin(-1).clamp(max=0.0), W.amax(-1).clamp(min=0.0)
     if symmetric:
@@ -97,5 +98,4 @@ def _error(
     scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
     limit = maxq if isinstance(maxq, float) else maxq.unsqueeze(-1)
     quantize(W, scale, zero, limit, out=work).sub_(zero).mul_(scale).sub_(W).abs_()
-    work.pow_(CLIP_NORM)
-    return (work if weight is None else work.mul_(weight)).sum(-1)
+    return (work.pow_(CLIP_NORM) if weight is None else work.square_().mul_(weight)).sum(-1)

@@ -54,13 +54,12 @@ class Stats:
 
 def _inverse_factor(H: Tensor, damp: float) -> Tensor:
     H = H.double()
-    diagonal = H.diagonal().clone()
-    dead = diagonal <= 0
-    mean = diagonal[~dead].mean() if bool((~dead).any()) else diagonal.new_tensor(1.0)
+    alive = H.diagonal()[H.diagonal() > 0]
+    mean = alive.mean() if alive.numel() else H.new_tensor(1.0)
     for factor in (1.0, 10.0, 100.0):  # a Gram of few tokens is singular; damp until it is not
         damped = H.clone()
+        # An input that is never on gets nothing else: it is rounded, lightly weighed, alone.
         damped.diagonal().add_(max(damp, 1e-6) * factor * mean)
-        damped.diagonal()[dead] += mean  # an input that is never on: rounded, absorbs nothing
         # H = R R^T with R upper is a Cholesky factor read backwards, and U = R^-1: half the
         # work of inverting H first, and one factorisation that can fail instead of two.
         L, info = torch.linalg.cholesky_ex(damped.flip(0, 1))

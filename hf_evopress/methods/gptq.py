@@ -123,6 +123,8 @@ def _solve(
     columns = W.shape[0]
     group = columns if group_size == -1 else group_size
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    # The loss that rounding input i adds is (w - w_hat)^2 / U_ii^2: the clip search weighs by it.
+    weight = U.diagonal() ** -2
     grids: list[tuple[Tensor, Tensor]] = []
     # Whole groups per block, or whole blocks per group: a group starts with all updates made.
     unit, step = (columns, BLOCK // group * group) if group <= BLOCK else (group, BLOCK)
@@ -130,7 +132,8 @@ def _solve(
         errors = torch.empty(high - low, W.shape[1], device=W.device)
         for start, stop in _cuts(low, high, min(group, high - low), STRIP):
             if start % group == 0:
-                grids.append(find_grid(W[start : start + group].T, maxq, **options))
+                mine = slice(start, start + group)
+                grids.append(find_grid(W[mine].T, maxq, weight=weight[mine], **options))
             scale, zero = grids[-1]
             for i in range(start, stop):
                 q = quantize(W[i], scale, zero, maxq)
@@ -138,8 +141,8 @@ def _solve(
                 error = errors[i - low]
                 torch.div(W[i] - dequantize(q, scale, zero), U[i, i], out=error)
                 W[i + 1 : stop].addr_(U[i, i + 1 : stop], error, alpha=-1)
-            mine = errors[start - low : stop - low]
-            W[stop:high].addmm_(U[start:stop, stop:high].T, mine, alpha=-1)
+            done = errors[start - low : stop - low]
+            W[stop:high].addmm_(U[start:stop, stop:high].T, done, alpha=-1)
         W[high:].addmm_(U[low:high, high:].T, errors, alpha=-1)
     scale, zero = (torch.stack(x) for x in zip(*grids, strict=True))
     return codes, scale, zero
