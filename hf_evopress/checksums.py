@@ -22,6 +22,17 @@ def checksum(data: bytes | memoryview, shape: Sequence[int]) -> str:
     return f"{zlib.crc32(data, _start(shape)):08x}"
 
 
+def file_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Return tensor name -> shape for every tensor with elements in a safetensors file."""
+    with open(path, "rb") as file:
+        header, _ = _read_header(file, path)
+    return {
+        name: tuple(entry["shape"])
+        for name, entry in header.items()
+        if entry["data_offsets"][0] < entry["data_offsets"][1]
+    }
+
+
 def file_checksums(path: str | Path) -> Iterator[tuple[str, str]]:
     """Yield (tensor name, checksum) for every tensor with elements in a safetensors file."""
     with open(path, "rb") as file:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 from . import compose
-from .checksums import checksum, verify_files
+from .checksums import checksum, file_shapes, verify_files
 from .config import QUANT_METHOD, EvoPressConfig
 from .layers import CompressedLinear, compressed_linears, resolve_units, restore_linears
 from .level import Level
@@ -93,6 +93,7 @@ class EvoPressQuantizer(HfQuantizer):
             shape = (linear.out_features, linear.in_features)
             layer = CompressedLinear.empty(level, shape, linear.bias, dtype=linear.weight.dtype)
             model.set_submodule(name, layer)
+        _check_shapes(model, files)
         _ignore_sentinels(model, list(levels))
 
     def _prepare_compression(self, model: Any, plan: Plan, levels: dict[str, Level]) -> None:
@@ -183,6 +184,9 @@ class EvoPressQuantizer(HfQuantizer):
             for name, tensor in state.items()
             if name not in tied and tensor.numel()
         }
+        for name, tensor in state.items():
+            if not tensor.numel():  # all alike, or shards would be cut by where they came from
+                state[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         for name in compressed_linears(model):
             state[f"{name}.weight"] = torch.empty(0, dtype=torch.uint8)
         # in the order of a model that was loaded, so that shards are cut at the same places
@@ -252,19 +256,41 @@ def _ignore_sentinels(model: Any, names: list[str]) -> None:
     model._keys_to_ignore_on_load_unexpected = set(known) | patterns
 
 
+def _check_shapes(model: Any, files: Sequence[str]) -> None:
+    """Raise ValueError that names packed tensors that have another shape in the files.
+
+    transformers reports some of them, reads others from disk as they are, and draws random
+    numbers for the rest if it is told to ignore mismatches.
+    """
+    prefix = f"{model.base_model_prefix}."
+    expected = {
+        f"{path.removeprefix(prefix)}.{name}": tuple(tensor.shape)
+        for path, layer in compressed_linears(model).items()
+        for name, tensor in layer.named_parameters(recurse=False)
+    }
+    wrong = [
+        f"{name} is {shape}, not {expected[key]}"
+        for file in files
+        for name, shape in file_shapes(file).items()
+        if (key := name.removeprefix(prefix)) in expected and shape != expected[key]
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} packed tensors in the checkpoint do not have the shape of their "
+            f"level: {'; '.join(wrong[:8])}; download or export it again"
+        )
+
+
 def _check_loaded(model: Any, plan: Plan) -> None:
     """Raise ValueError that names packed tensors that the checkpoint did not bring."""
     _check_levels_match(model, plan)
     missing = []
     for path, layer in compressed_linears(model).items():
-        expected = compose.empty(layer.level, layer.shape, layer.weight_dtype)
         for name, tensor in layer.named_parameters(recurse=False):
             full = f"{path}.{name}"
             loaded = getattr(tensor, "_is_hf_initialized", False)
             if not loaded and not _is_offloaded(model, full, tensor):
                 missing.append(full)
-            elif name in expected and tensor.shape != expected[name].shape:
-                missing.append(f"{full} (of shape {tuple(expected[name].shape)})")
     if missing:
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         raise ValueError(
@@ -294,10 +320,9 @@ def _is_offloaded(model: Any, name: str, tensor: Tensor) -> bool:
     if not tensor.is_meta:
         return False
     try:
-        _on_cpu(model, name, tensor)
+        return _on_cpu(model, name, tensor).shape == tensor.shape
     except (KeyError, ValueError):
         return False
-    return True
 
 
 def _on_cpu(model: Any, name: str, tensor: Tensor) -> Tensor:

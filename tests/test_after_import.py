@@ -13,7 +13,7 @@ import pytest
 from hf_evopress.after_import import after_import
 
 
-@pytest.fixture()
+@pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The path of a module `watched.inner` that is not imported yet."""
     (tmp_path / "watched").mkdir()

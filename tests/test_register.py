@@ -29,7 +29,6 @@ def run(code: str) -> str:
     "imports",
     [
         "import hf_evopress; import transformers",
-        "import transformers.quantizers; import hf_evopress",
         "import hf_evopress.quantizer",
     ],
 )
