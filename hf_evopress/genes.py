@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from fractions import Fraction
 
 from .plugins import did_you_mean
 
@@ -49,6 +50,15 @@ class Gene:
         if level not in known:
             raise ValueError(f"{self.units[0]} has no level {level!r}{did_you_mean(level, known)}")
         return known.index(level)
+
+    def nearest(self, rate: Fraction, *, level: str = "") -> int:
+        """Return the option at `level`, else the dearest one of at most `rate` bits per weight."""
+        kept = [n for n, option in enumerate(self.options) if not option.is_drop] or [0]
+        for n in kept:
+            if self.options[n].level == level:
+                return n
+        fits = [n for n in kept if self.options[n].cost_bits <= rate * self.n_weights]
+        return (fits or kept[:1])[-1]
 
 
 def build_genes(

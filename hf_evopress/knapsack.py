@@ -12,7 +12,7 @@ of the best choices inside.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import fsum, isfinite
 
@@ -132,13 +132,25 @@ def front(
     return found
 
 
-def fill(space: SearchSpace, losses: Table, genome: Genome, limit_bits: int) -> Genome:
-    """Return the genome after the best raises that still fit, until none that helps is left."""
+def fill(
+    space: SearchSpace,
+    losses: Table,
+    genome: Genome,
+    limit_bits: int,
+    *,
+    genes: Iterable[int] | None = None,
+) -> Genome:
+    """Return the genome after the best raises that still fit, until none that helps is left.
+
+    Only `genes` are raised, by default all.
+    """
+    numbers = range(len(space.genes)) if genes is None else sorted(genes)
     choices = list(genome)
     slack = limit_bits - space.cost(genome)
     while slack > 0:
         best: tuple[float, int, int, int] | None = None
-        for i, gene in enumerate(space.genes):
+        for i in numbers:
+            gene = space.genes[i]
             if not space.is_active(genome, i) or gene.options[choices[i]].is_drop:
                 continue
             here, row = gene.options[choices[i]].cost_bits, losses[i]

@@ -155,7 +155,7 @@ class SearchSpace:
     def uniform(self) -> dict[str, Genome]:
         """Return level -> the genome with that level everywhere, for each common level.
 
-        Common: offered by genes with at least half of the weights. A gene that lacks the level
+        Common: offered by genes with most of the weights. A gene that lacks the level
         (another group size, a pin) takes its dearest option of no more bits per weight; a
         droppable sub-block is kept.
         """
@@ -167,11 +167,11 @@ class SearchSpace:
         plans = {}
         for level, genes in common.items():
             weights = sum(gene.n_weights for gene in genes)
-            if 2 * weights < self.n_weights:
+            if 2 * weights <= self.n_weights:
                 continue
             bits = sum(gene.options[gene.option(level)].cost_bits for gene in genes)
             rate = Fraction(bits, weights)
-            plans[level] = tuple(_nearest(gene, level, rate) for gene in self.genes)
+            plans[level] = tuple(gene.nearest(rate, level=level) for gene in self.genes)
         return plans
 
     @cached_property
@@ -222,16 +222,6 @@ class SearchSpace:
             for gene in data["genes"]
         )
         return SearchSpace(**{**data, "genes": genes})
-
-
-def _nearest(gene: Gene, level: str, rate: Fraction) -> int:
-    """Return the option at `level`, else the dearest one of at most `rate` bits per weight."""
-    kept = [n for n, option in enumerate(gene.options) if not option.is_drop] or [0]
-    for n in kept:
-        if gene.options[n].level == level:
-            return n
-    fits = [n for n in kept if gene.options[n].cost_bits <= rate * gene.n_weights]
-    return (fits or kept[:1])[-1]
 
 
 @dataclass(frozen=True)
