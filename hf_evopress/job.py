@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import compose
 from .calibrate import calibrate, load_stats
-from .data import split_tokens
+from .data import load_splits
 from .evaluator import Evaluator
 from .export.base import check_target
 from .fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
@@ -98,7 +98,7 @@ class Job:
         """Disjoint calibration, search, held-out and test sequences, (n, seq_len) each."""
         data = self.recipe.data
         counts = {k: getattr(data, k) for k in ("calibration", "search", "heldout", "test")}
-        return split_tokens(
+        return load_splits(
             data.sources,
             self.tokenizer,
             counts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -203,13 +204,15 @@ def _figures(rows: tuple[Row, ...]) -> dict[str, Any]:
             row.name: {
                 "bits_per_weight": round(row.bits_per_weight, 4),
                 "size_bytes": row.size_bytes,
-                "perplexity": row.report.perplexity,
+                # a collapsed model's is infinite, which JSON does not know
+                "perplexity": perplexity if math.isfinite(perplexity) else None,
                 "kl_nats": row.report.kl_nats,
                 "top1_agreement": row.report.top1_agreement,
                 "window": row.report.window,
                 "n_tokens": row.report.n_tokens,
             }
             for row in rows
+            for perplexity in [row.report.perplexity]
         }
     }
 

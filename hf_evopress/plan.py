@@ -51,6 +51,10 @@ class Plan(Mapping[str, Level]):
             raise ValueError(f"plan has a shape but no level for {_some(stray)}")
         object.__setattr__(self, "levels", MappingProxyType(levels))
         object.__setattr__(self, "shapes", MappingProxyType(shapes))
+        for name in ("budget", "results", "search"):
+            # as JSON has it: a plan equals itself after saving and loading
+            value = json.loads(json.dumps(dict(getattr(self, name)), allow_nan=False))
+            object.__setattr__(self, name, MappingProxyType(value))
 
     def __getitem__(self, unit: str) -> Level:
         return self.levels[unit]
@@ -157,10 +161,13 @@ class Plan(Mapping[str, Level]):
     def check(self, shapes: Mapping[str, Shape]) -> None:
         """Raise ValueError unless every unit is in `shapes` (a model's) with the same shape.
 
-        All mismatches are listed, so that one look tells another model from a renamed one.
+        Dropped sub-blocks have no shape and are not looked at. All mismatches are listed, so
+        that one look tells another model from a renamed one.
         """
         wrong = []
         for unit in self:
+            if self[unit].is_drop:
+                continue
             if unit not in shapes:
                 wrong.append(f"{unit}: not in the model{did_you_mean(unit, list(shapes))}")
             elif unit in self.shapes and tuple(self.shapes[unit]) != tuple(shapes[unit]):
