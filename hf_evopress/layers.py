@@ -215,7 +215,7 @@ def fixed_dtype(level: Level, shape: Shape) -> frozenset[str]:
 
 
 def resolve_units(model: nn.Module, plan: Plan) -> dict[str, str]:
-    """Return unit -> module path in `model` for every unit of `plan`.
+    """Return unit -> module path in `model` for every unit of `plan` that is not dropped.
 
     A plan made for the whole model also names the modules of its base model, and the other way
     round. Raises ValueError that lists units the model does not have, that have another shape
@@ -229,20 +229,30 @@ def resolve_units(model: nn.Module, plan: Plan) -> dict[str, str]:
         for name, m in modules.items()
         if isinstance(m, nn.Linear)
     }
-    for unit in plan:
-        for name in (unit, unit.removeprefix(prefix), prefix + unit):
+    for unit, level in plan.items():
+        for name in () if level.is_drop else (unit, unit.removeprefix(prefix), prefix + unit):
             if name in modules:
                 found[unit] = name
                 if name not in shapes:
                     raise TypeError(
-                        f"{unit} is a {type(modules[name]).__name__}; level '{plan[unit]}' "
+                        f"{unit} is a {type(modules[name]).__name__}; level '{level}' "
                         "is for nn.Linear layers"
                     )
                 shapes[unit] = shapes[name]
                 break
     plan.check(shapes)
-    _check_levels(model, {found[unit]: plan[unit] for unit in plan}, shapes)
+    _check_levels(model, {name: plan[unit] for unit, name in found.items()}, shapes)
     return found
+
+
+def planned_levels(model: nn.Module, plan: Plan) -> dict[str, Level]:
+    """Return module path -> canonical level for the layers of `model` that `plan` compresses.
+
+    Those it leaves dense and sub-blocks that it drops are not among them.
+    """
+    names = resolve_units(model, plan)
+    levels = {name: compose.normalize(plan[unit]) for unit, name in names.items()}
+    return {name: level for name, level in levels.items() if not level.is_dense}
 
 
 def _check_levels(
@@ -277,7 +287,7 @@ def replace_linears(
     names = resolve_units(model, plan)
     replaced = []
     for unit, level in plan.items():
-        if level.is_dense:
+        if level.is_dense or level.is_drop:
             continue
         linear = model.get_submodule(names[unit])
         assert isinstance(linear, nn.Linear)  # resolve_units returns linear layers only

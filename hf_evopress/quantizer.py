@@ -14,7 +14,14 @@ from transformers.quantizers.base import HfQuantizer
 from . import compose
 from .checksums import checksum, file_shapes, verify_files
 from .config import QUANT_METHOD, EvoPressConfig
-from .layers import CompressedLinear, compressed_linears, resolve_units, restore_linears
+from .dropped import (
+    dropped_modules,
+    dropped_units,
+    replace_dropped,
+    restore_zero,
+    sentinel_keys,
+)
+from .layers import CompressedLinear, compressed_linears, planned_levels, restore_linears
 from .level import Level
 from .plan import Plan
 
@@ -80,11 +87,11 @@ class EvoPressQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         plan = _plan_of(config)
-        names = resolve_units(model, plan)
-        levels = {names[u]: compose.normalize(v) for u, v in plan.items() if not v.is_dense}
+        levels = planned_levels(model, plan)
         if not self.pre_quantized:
             self._prepare_compression(model, plan, levels)
             return
+        _ignore_keys(model, [f"{path}." for path in replace_dropped(model, plan)])
         files = [str(f) for f in checkpoint_files or () if str(f).endswith(".safetensors")]
         if config.verify and config.checksums and files:
             verify_files(files, config.checksums)
@@ -94,10 +101,11 @@ class EvoPressQuantizer(HfQuantizer):
             layer = CompressedLinear.empty(level, shape, linear.bias, dtype=linear.weight.dtype)
             model.set_submodule(name, layer)
         _check_shapes(model, files)
-        _ignore_sentinels(model, list(levels))
+        _ignore_keys(model, [f"{name}.weight" for name in levels])
 
     def _prepare_compression(self, model: Any, plan: Plan, levels: dict[str, Level]) -> None:
         if not _calibrated(plan):
+            _ignore_keys(model, [f"{path}." for path in replace_dropped(model, plan)])
             self._on_load = {f"{name}.weight": level for name, level in levels.items()}
             return
         # Statistics are those of the dense model, so nothing is compressed while loading. The
@@ -150,6 +158,7 @@ class EvoPressQuantizer(HfQuantizer):
         config.requested_plan = None
         if config.dequantize:
             restore_linears(model)
+            restore_zero(model)
             self.remove_quantization_config(model)
         return model
 
@@ -162,6 +171,7 @@ class EvoPressQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         restore_linears(model)
+        restore_zero(model)
         if dtype is not None and dtype != model.dtype:
             model.to(dtype)
         return model
@@ -187,8 +197,8 @@ class EvoPressQuantizer(HfQuantizer):
         for name, tensor in state.items():
             if not tensor.numel():  # all alike, or shards would be cut by where they came from
                 state[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        for name in compressed_linears(model):
-            state[f"{name}.weight"] = torch.empty(0, dtype=torch.uint8)
+        for key in (*(f"{n}.weight" for n in compressed_linears(model)), *sentinel_keys(model)):
+            state[key] = torch.empty(0, dtype=torch.uint8)
         # in the order of a model that was loaded, so that shards are cut at the same places
         from transformers.core_model_loading import dot_natural_key
 
@@ -248,10 +258,17 @@ def _calibrated(plan: Plan) -> list[str]:
     return sorted({str(v) for v in plan.values() if compose.needs_stats(compose.normalize(v))})
 
 
-def _ignore_sentinels(model: Any, names: list[str]) -> None:
-    """Keep the empty `<layer>.weight` tensors out of the report of unexpected keys."""
+def _ignore_keys(model: Any, keys: list[str]) -> None:
+    """Keep tensors that are there for others out of the report of unexpected keys.
+
+    Sentinels, and all that is inside a dropped sub-block: a key that ends with a dot stands for
+    all that begin with it.
+    """
     prefix = f"{model.base_model_prefix}."
-    patterns = {rf"^(.*\.)?{re.escape(n.removeprefix(prefix))}\.weight$" for n in names}
+    patterns = {
+        rf"^(.*\.)?{re.escape(key.removeprefix(prefix))}{'' if key.endswith('.') else '$'}"
+        for key in keys
+    }
     known = model._keys_to_ignore_on_load_unexpected or set()
     model._keys_to_ignore_on_load_unexpected = set(known) | patterns
 
@@ -300,14 +317,14 @@ def _check_loaded(model: Any, plan: Plan) -> None:
 
 
 def _check_levels_match(model: Any, plan: Plan) -> None:
-    names = resolve_units(model, plan)
-    layers = compressed_linears(model)
-    wrong = sorted(set(layers) - {names[u] for u, v in plan.items() if not v.is_dense})
-    for unit, level in plan.items():
-        if not level.is_dense:
-            layer = layers.get(names[unit])
-            if layer is None or layer.level != compose.normalize(level):
-                wrong.append(names[unit])
+    planned, layers = planned_levels(model, plan), compressed_linears(model)
+    wrong = sorted(set(layers) - set(planned))
+    wrong += [n for n, v in planned.items() if n not in layers or layers[n].level != v]
+    if len(gone := dropped_modules(model)) != len(wanted := dropped_units(plan)):
+        raise ValueError(
+            f"the plan drops {', '.join(wanted) or 'nothing'}; "
+            f"the model has dropped {', '.join(gone) or 'nothing'}"
+        )
     if wrong:
         raise ValueError(
             f"{len(wrong)} layers do not hold the level that the plan gives them: "

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import compose
 from .calibrate import calibrate, load_stats
-from .layers import compress_linear, resolve_units
+from .dropped import replace_dropped
+from .layers import compress_linear, planned_levels
 from .level import Level
 from .linalg import Stats
 from .plan import Plan
@@ -23,16 +24,13 @@ from .units import Unit, find_units
 def compress_model(
     model: Any, plan: Plan, tokens: Tensor, *, progress: Progress | None = None
 ) -> None:
-    """Replace, in place, the linear layers of `model` by their levels in `plan`.
+    """Replace, in place, the linear layers and sub-blocks of `model` by their levels in `plan`.
 
     tokens (n_sequences, seq_len) calibrate levels that need it; statistics are those of the
     dense model, as in the level store, so the same text gives the same tensors. The
     statistics of all blocks pass through a temporary folder; one block's are in memory.
     """
-    names = resolve_units(model, plan)
-    levels = {
-        names[unit]: compose.normalize(level) for unit, level in plan.items() if not level.is_dense
-    }
+    levels = planned_levels(model, plan)
     units = [unit for unit in find_units(model) if unit.name in levels]
     with tempfile.TemporaryDirectory(prefix="evopress-") as folder, torch.no_grad():
         if any(compose.needs_stats(level) for level in levels.values()):
@@ -42,6 +40,7 @@ def compress_model(
             _replace(model, of_block, levels, _stats(Path(folder), of_block, levels))
             if progress:
                 progress("compress", block + 1, units[-1].block + 1)
+    replace_dropped(model, plan)
 
 
 def _stats(folder: Path, units: list[Unit], levels: Mapping[str, Level]) -> Mapping[str, Stats]:

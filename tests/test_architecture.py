@@ -20,7 +20,8 @@ LAYERS = (
     "level plugins resources after_import plan genes space knapsack pareto paired "
     "surrogate rounds evopress_search evolve baselines search recipe",
     "checksums linalg packing grid codes methods/ compose menu layers",
-    "data units dropped fingerprint stream calibrate sensitivity store stitch fitness/ evaluator",
+    "data units sub_blocks dropped fingerprint stream calibrate sensitivity store stitch "
+    "fitness/ evaluator",
     "config compress_on_load quantizer",
     "adapters trainer export/ evaluate size hub cards report plots",
     "job pipeline",
