@@ -60,13 +60,26 @@ def test_levels_search_apply_evaluate_and_show_follow_each_other(home: Path, run
     words = ["--bits", "3.3", "--strategy", "knapsack", "--out", plan]
     code, out, err = run("search", home / "dense", *_common(home), *words)
     assert code == 0 and Plan.load(plan).budget["bits_per_weight"] <= 3.3, err
-    code, out, err = run("apply", plan, "--out", home / "small", "--data", home / "text.txt", *SMALL[:4])
+    code, out, err = run(
+        "apply", plan, "--out", home / "small", "--data", home / "text.txt", *SMALL[:4]
+    )
     assert code == 0, err
-    words = ["--against", home / "dense", "--data", home / "text.txt", "--window", "64", "--max-windows", "4"]
+    words = [
+        "--against",
+        home / "dense",
+        "--data",
+        home / "text.txt",
+        "--window",
+        "64",
+        "--max-windows",
+        "4",
+    ]
     code, out, err = run("evaluate", home / "small", *words, "--json")
     assert code == 0 and json.loads(out)["kl_nats"] > 0, err
     code, out, err = run("show", home / "small", "--plot", home / "plan.png", "--units")
-    assert code == 0 and "gptq:bits=3,group_size=32" in out and (home / "plan.png").stat().st_size > 0
+    assert (
+        code == 0 and "gptq:bits=3,group_size=32" in out and (home / "plan.png").stat().st_size > 0
+    )
     assert run("diff", plan, home / "small")[0] == 0
 
 
@@ -77,11 +90,15 @@ def test_compress_does_the_whole_line_and_prints_the_table(home: Path, run: Run)
     )  # fmt: skip
     assert code == 0, err
     assert "uniform gptq:bits=3,group_size=32" in out and "searched" in out and "It says:" in out
-    code, out, _ = run("run", home / "out" / "evopress_recipe.yaml", "budget.bits=3.2", f"out={home / 'o2'}")
+    code, out, _ = run(
+        "run", home / "out" / "evopress_recipe.yaml", "budget.bits=3.2", f"out={home / 'o2'}"
+    )
     assert code == 0 and Plan.load(home / "o2").budget["bits_per_weight"] <= 3.2
 
 
-@pytest.mark.parametrize("command", ["", "compress", "levels", "search", "apply", "evaluate", "show"])
+@pytest.mark.parametrize(
+    "command", ["", "compress", "levels", "search", "apply", "evaluate", "show"]
+)
 def test_help_teaches_every_command(run: Run, command: str) -> None:
     code, out, _ = run(*([command] if command else []), "--help")
     assert code == 0 and "hf-evopress" in out
@@ -129,5 +146,7 @@ def test_version_is_printed(run: Run) -> None:
 
 
 def test_the_module_runs_as_a_program() -> None:
-    out = subprocess.run([sys.executable, "-m", "hf_evopress", "list"], capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-m", "hf_evopress", "list"], capture_output=True, text=True
+    )
     assert out.returncode == 0 and "rtn" in out.stdout

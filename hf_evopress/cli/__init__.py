@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Annotated
 
-import click
 import typer
 
 from . import compress, inspect
@@ -36,17 +36,29 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def settings(
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what is going on."),
-    debug: bool = typer.Option(False, "--debug", help="Show the whole trace of an error."),
-    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
-) -> None:
-    if version:
+# typer carries its own copy of click, whose base of usage errors it does not export
+_UsageError = typer.BadParameter.__mro__[1]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
         from .. import __version__
 
         print(f"hf-evopress {__version__}")
         raise typer.Exit()
+
+
+@app.callback()
+def settings(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what goes on.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
     level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(name)s: %(message)s", force=True)
     if not debug:
@@ -64,13 +76,11 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         code = app(words, standalone_mode=False)
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(_stopped())
-    except click.ClickException as error:
-        error.show()
+    except _UsageError as error:
+        error.show()  # type: ignore[attr-defined]
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(_stopped())
     except (ValueError, TypeError, LookupError, OSError, ImportError, RuntimeError) as error:
         if "--debug" in words:
             raise
