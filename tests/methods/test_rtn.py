@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_evopress import compose
+from hf_evopress import codes, compose
 
 W = torch.randn(24, 96, generator=torch.Generator().manual_seed(0))
 
@@ -58,9 +58,9 @@ def test_every_bit_halves_the_error():
 
 
 def test_a_weight_on_its_own_grid_comes_back_exactly():
-    codes = torch.randint(0, 8, (6, 32), generator=torch.Generator().manual_seed(1)).float()
-    codes[:, 0], codes[:, 1] = 0, 7
-    weight = (codes - 3) * 0.25
+    q = torch.randint(0, 8, (6, 32), generator=torch.Generator().manual_seed(1)).float()
+    q[:, 0], q[:, 1] = 0, 7
+    weight = (q - 3) * 0.25
     assert torch.equal(state_and_weight("rtn:bits=3,group_size=32", weight)[1], weight)
 
 
@@ -70,3 +70,25 @@ def test_groups_do_not_touch_each_other():
     _, before = state_and_weight("rtn:bits=3,group_size=32")
     _, after = state_and_weight("rtn:bits=3,group_size=32", changed)
     assert torch.equal(before[:, 32:], after[:, 32:])
+
+
+@pytest.mark.parametrize("symmetric", ["true", "false"])
+def test_tiles_and_the_whole_weight_decompress_alike(monkeypatch, symmetric):
+    level = f"rtn:bits=3,group_size=32,symmetric={symmetric}"
+    _, whole = state_and_weight(level, dtype=torch.bfloat16)
+    monkeypatch.setattr(codes, "TILE", 7 * 96)
+    _, tiles = state_and_weight(level, dtype=torch.bfloat16)
+    assert torch.equal(whole, tiles)
+
+
+def test_a_traced_layer_decompresses_alike():
+    level = compose.normalize("rtn:bits=3,group_size=32")
+    state, weight = state_and_weight("rtn:bits=3,group_size=32")
+
+    class Layer(torch.nn.Module):
+        def forward(self, codes, scales, zeros):
+            state = {"codes": codes, "scales": scales, "zeros": zeros}
+            return compose.decompress(level, state, (24, 96), torch.float32)
+
+    program = torch.export.export(Layer(), (state["codes"], state["scales"], state["zeros"]))
+    assert torch.equal(program.module()(*state.values()), weight)
