@@ -10,7 +10,7 @@ every error so far; they are rounded to their stored dtype first.
 Stores codes, scales and zero points: bits + (16 + bits) / group_size bits per weight. Making a
 weight takes O(in^3) once per distinct input and O(out * in^2) per bit-width.
 
-When to use it: the level of choice from 2 to 6 bits; at 8 `rtn` is as good and needs no data.
+When to use it: the level of choice from 2 to 6 bits; `rtn` where there are no data to calibrate on.
 """
 
 from __future__ import annotations
