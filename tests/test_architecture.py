@@ -17,13 +17,14 @@ NAME = "hf_evopress"
 # A module imports from rows above and from its own row, without cycles. A name with `/` stands
 # for every module in that folder; the first row knows names, levels and integers, never torch.
 LAYERS = (
-    "level plugins resources after_import plan genes space knapsack pareto paired "
-    "surrogate rounds evopress_search evolve baselines search recipe",
+    "level plugins resources after_import hub_errors plan_repo card_template plan_push plan genes "
+    "space knapsack pareto paired surrogate rounds evopress_search evolve baselines search recipe "
+    "recipe_schema",
     "checksums linalg packing grid codes methods/ compose menu layers",
     "data units sub_blocks dropped fingerprint stream calibrate sensitivity store stitch "
     "fitness/ evaluator",
     "config compress_on_load quantizer",
-    "adapters trainer export/ evaluate size hub cards report plots",
+    "adapters trainer export/ evaluate size report plots cards hub html_report published",
     "job pipeline",
     "cli/ __main__",
 )
