@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,14 +12,17 @@ from types import MappingProxyType
 from typing import Any
 
 from .level import Level
+from .plan_push import push_plans
+from .plan_repo import FILE_NAME, MAX_BYTES, read_plan
 from .plugins import did_you_mean
 from .resources import atomic_write
 
 FORMAT_VERSION = 1
-FILE_NAME = "evopress_plan.json"
-MAX_BYTES = 64 * 2**20  # a plan of 100 000 units is 15 MB; anything larger is not a plan
 
 Shape = tuple[int, int]
+
+_UNIT = re.compile(r"[\w-]+(\.[\w-]+)*")
+_REVISION = re.compile(r"[\w.][\w./-]*")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,12 @@ class Plan(Mapping[str, Level]):
     search: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for unit in self.levels:
+            if not isinstance(unit, str) or len(unit) > 500 or not _UNIT.fullmatch(unit):
+                raise ValueError(
+                    f"a unit is a module path such as model.layers.0.mlp.up_proj, got {unit!r:.200}"
+                )
+        _check_origin(self.base_model, self.revision)
         levels = {unit: Level.parse(self.levels[unit]) for unit in sorted(self.levels)}
         shapes = {unit: _shape(unit, self.shapes[unit]) for unit in sorted(self.shapes)}
         if not levels:
@@ -129,7 +139,7 @@ class Plan(Mapping[str, Level]):
         """Return the plan that `text` spells."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # too deep, or a number of 5000 digits
             raise ValueError(f"plan is not valid JSON: {error}") from error
         return cls.from_dict(data)
 
@@ -155,6 +165,51 @@ class Plan(Mapping[str, Level]):
             return cls.from_json(path.read_text(encoding="utf-8"))
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from error
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        filename: str | None = None,
+        token: str | None = None,
+    ) -> Plan:
+        """Return the plan of a file, a folder, or a repository on the Hub: `me/smol@v1`.
+
+        filename: which one, where a repository holds several. A compressed model's plan is also
+        found in its config.json.
+        """
+        text, where = read_plan(repo_or_path, revision=revision, filename=filename, token=token)
+        try:
+            return cls.from_json(text)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{where}: {error}") from error
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        filename: str = FILE_NAME,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+    ) -> Any:
+        """Push the plan with index and card in one commit; return CommitInfo, whose oid pins it.
+
+        Push further plans to the same repository under other file names: a Pareto front.
+        """
+        return push_plans(
+            {filename: self},
+            repo_id,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            token=token,
+        )
 
     # -- questions -----------------------------------------------------------------------------
 
@@ -203,9 +258,39 @@ class Plan(Mapping[str, Level]):
                 lines.append(f"{key}: {value}")
         return "\n".join(lines)
 
+    def rename(self, patterns: Mapping[str, str]) -> Plan:
+        """Return the plan for a model whose modules have other names.
+
+        patterns: regular expression -> replacement, each applied once to every unit:
+        plan.rename({r"^model\\.": "model.language_model."}).
+        """
+        names = {unit: unit for unit in self}
+        for pattern, new in patterns.items():
+            try:
+                if not any(re.search(pattern, name) for name in names.values()):
+                    raise ValueError(f"{pattern!r} matches none of the {len(self)} units")
+                names = {u: re.sub(pattern, new, name, count=1) for u, name in names.items()}
+            except re.error as error:
+                raise ValueError(f"{pattern!r} -> {new!r} is no pattern: {error}") from error
+        if len(set(names.values())) < len(names):
+            twice = [name for name, n in Counter(names.values()).items() if n > 1]
+            raise ValueError(f"renaming gives several units one name: {_some(twice)}")
+        return self.replace(
+            levels={names[unit]: str(level) for unit, level in self.levels.items()},
+            shapes={names[unit]: shape for unit, shape in self.shapes.items()},
+        )
+
     def replace(self, **changes: Any) -> Plan:
         """Return a copy with some fields replaced: `plan.replace(results={...})`."""
         return Plan.from_dict({**self.to_dict(), **changes})
+
+
+def _check_origin(base_model: Any, revision: Any) -> None:
+    # both are printed, and pasted into commands and code from cards
+    if base_model is not None and not (isinstance(base_model, str) and base_model.isprintable()):
+        raise ValueError(f"base_model is the name of a model, got {base_model!r:.200}")
+    if revision is not None and not (isinstance(revision, str) and _REVISION.fullmatch(revision)):
+        raise ValueError(f"revision is a branch, a tag or a commit, got {revision!r:.200}")
 
 
 def _shape(unit: str, value: Any) -> Shape:

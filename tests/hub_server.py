@@ -403,6 +403,8 @@ class _Handler(BaseHTTPRequestHandler):
         header, *changes = [json.loads(line) for line in self.data.splitlines()]
         if revision not in repo.branches:
             raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if header["value"].get("parentCommit", repo.branches[revision]) != repo.branches[revision]:
+            raise Refused(412, message="A commit has happened since. Please refresh and try again.")
         files = dict(repo.commits[repo.branches[revision]])
         for change in changes:
             value = change["value"]
