@@ -110,13 +110,14 @@ class EvoPressQuantizer(HfQuantizer):
             return
         # Statistics are those of the dense model, so nothing is compressed while loading. The
         # data is read first: it should fail before the weights are loaded, not after.
-        data = import_module("hf_evopress.data")
         from transformers import AutoTokenizer
+
+        from .data import load_tokens
 
         config = self.quantization_config
         sources = [config.data] if isinstance(config.data, str) else list(config.data or ())
         with torch.device("cpu"):  # transformers builds models inside torch.device("meta")
-            self._tokens = data.load_tokens(
+            self._tokens = load_tokens(
                 sources,
                 AutoTokenizer.from_pretrained(model.config.name_or_path),
                 n_sequences=config.n_sequences,
