@@ -48,6 +48,8 @@ $(MODEL)/config.json: | venv
 demo: venv $(MODEL)/config.json $(DATA)
 	$(VENV)/bin/hf-evopress compress $(MODEL) --bits $(BITS) --data $(DATA) \
 	    $(if $(TEST),--test $(TEST)) --out $(OUT)
+	$(VENV)/bin/hf-evopress show $(OUT) --plot $(OUT).png > /dev/null
+	@echo "checkpoint: $(OUT)  heat map: $(OUT).png"
 
 test: venv demo-model
 	$(PYTEST) -n $(JOBS)
