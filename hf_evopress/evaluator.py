@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from . import compose
+from .dropped import dropped_forward
 from .fitness.base import Fitness, Targets
 from .level import Level
 from .methods.base import Operator
 from .store import LevelStore, Progress
 from .stream import BlockStream
+from .sub_blocks import find_sub_blocks
 
 HIDDEN_BYTES = 1 << 30  # of hidden states of all candidates at once
 CACHE_BYTES = 4 << 30  # of decompressed weights
@@ -57,6 +59,10 @@ class Evaluator:
         self._units: dict[int, list[str]] = defaultdict(list)
         for unit in store.units.values():
             self._units[unit.block].append(unit.name)
+        self._dropped: dict[str, Operator] = {}
+        for sub in find_sub_blocks(model):
+            self._units[sub.block].append(sub.name)
+            self._dropped[sub.name] = dropped_forward(model, sub)
 
     def losses(
         self, plans: Sequence[Mapping[str, Level]], sequences: Sequence[int]
@@ -83,7 +89,7 @@ class Evaluator:
     @torch.no_grad()
     def logits(self, plan: Mapping[str, Level], input_ids: Tensor) -> Tensor:
         """Return the logits (batch, seq, vocabulary) of the model compressed by `plan`."""
-        with self._installed(plan, list(self.store.units)):
+        with self._installed(plan, [unit for units in self._units.values() for unit in units]):
             return self.stream.run_from(0, input_ids, self.stream.embed(input_ids))
 
     # -- one round -----------------------------------------------------------------------------
@@ -146,7 +152,8 @@ class Evaluator:
                 level = plan.get(unit)
                 if level is not None and not level.is_dense:
                     module = self.model.get_submodule(unit)
-                    module.forward = self._operators.get(unit, level)  # type: ignore[method-assign]
+                    forward = self._dropped.get(unit) if level.is_drop else None
+                    module.forward = forward or self._operators.get(unit, level)
                     patched.append(module)
             yield
         finally:

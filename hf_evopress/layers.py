@@ -181,8 +181,15 @@ class CompressedLinear(nn.Linear):
         with torch.no_grad():
             W = compose.decompress(self.level, self.state, self.shape, dtype)
         linear.weight = nn.Parameter(W)
+        fix = compose.bias_fix(self.level, self.state)
+        if fix is not None and self.bias is None:
+            raise ValueError(
+                f"level '{self.level}' corrects the bias, and a stock model of this architecture "
+                "has none here; use a level without centred=true"
+            )
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().to(dtype))
+            bias = self.bias.detach() if fix is None else self.bias.detach() + fix
+            linear.bias = nn.Parameter(bias.to(dtype))
         return linear.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:

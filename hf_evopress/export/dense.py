@@ -8,22 +8,40 @@ from typing import Any
 import torch
 
 from .. import compose
+from ..dropped import dropped_units, set_zero
 from ..plan import Plan
 from .base import Export, States
 
 
 class DenseExport(Export):
-    """Weights as the plan's levels decompress them, rounded to the model's 16-bit dtype."""
+    """Weights as the plan's levels decompress them, rounded to the model's 16-bit dtype.
+
+    Dropped sub-blocks are there with weights of zero.
+    """
 
     name = "dense"
 
     def write(self, model: Any, plan: Plan, states: States, folder: Path) -> None:
-        with torch.no_grad():
-            for unit, level in plan.items():
-                if not level.is_dense:
-                    weight = model.get_submodule(unit).weight
-                    shape = (weight.shape[0], weight.shape[1])
-                    weight.copy_(
-                        compose.decompress(level, states(unit, level), shape, weight.dtype)
-                    )
+        for unit in dropped_units(plan):
+            set_zero(model.get_submodule(unit))
+        write_weights(model, plan, states)
         model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def write_weights(model: Any, plan: Plan, states: States) -> None:
+    """Put the weights that the levels of `plan` stand for into the linear layers of `model`."""
+    for unit, level in plan.items():
+        if level.is_dense or level.is_drop:
+            continue
+        linear, state = model.get_submodule(unit), states(unit, level)
+        shape = (linear.weight.shape[0], linear.weight.shape[1])
+        linear.weight.copy_(compose.decompress(level, state, shape, linear.weight.dtype))
+        fix = compose.bias_fix(level, state)
+        if fix is not None and linear.bias is None:
+            raise ValueError(
+                f"{unit}: level '{level}' corrects the bias, and a stock checkpoint of this "
+                "architecture has none here; use the evopress export, or leave centred out"
+            )
+        if fix is not None:
+            linear.bias.add_(fix.to(linear.bias))

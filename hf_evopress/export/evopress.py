@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..dropped import replace_dropped
 from ..layers import replace_linears
 from ..plan import Plan
 from ..quantizer import attach
@@ -20,6 +21,7 @@ class EvoPressExport(Export):
     name = "evopress"
 
     def write(self, model: Any, plan: Plan, states: States, folder: Path) -> None:
+        replace_dropped(model, plan)
         replace_linears(model, plan, states)
         attach(model, plan)
         model.save_pretrained(folder)

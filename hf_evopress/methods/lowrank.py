@@ -7,9 +7,10 @@ SVD-LLM (Wang et al. 2024, arXiv:2403.07378), AFM (Kaushal et al. 2023, arXiv:23
 and EoRA (Liu et al. 2024, arXiv:2410.21271) compute by way of H^-1/2, here without inverse and
 damping. Ranks are nested: rank 8 is the first 8 columns of rank 64.
 
-Stores A (rank, in) and B (out, rank): 16 * rank * (out + in) bits; with 8- or 4-bit factors
+Stores A (rank, in) and B (out, rank): 16 * rank * (out + in) bits; with `factors=int8` or `int4`
 half or a quarter of that, plus a 16-bit scale per row of A and of B. A `centred` term adds a
-correction of the bias, 16 * out bits. Runs as two thin products, and is trainable.
+correction of the bias, 16 * out bits. Runs as two thin products, and is trainable. On residuals
+of SmolLM2 at 3 bits, 8-bit factors lose nothing and 4-bit ones 0.1 to 2 % of the error.
 
 When to use it: as a term of rank 4 to 16 on q, k and v, whose error spectrum is steep; the
 search should choose the rank, as a uniform one loses to more bits. Alone it saves bytes only
