@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from .evopress_search import n_flips
-from .knapsack import Table, fill, solve, total_loss
+from .knapsack import fill, solve, total_loss
 from .paired import Paired, compare
 from .rounds import Losses, Round, Run, Strategy, mean, unique
-from .space import Genome
+from .space import Genome, Table
 from .surrogate import Surrogate, rate_table
 
 EXPLORED = 0.25  # of the offspring are drawn at random: the surrogate may be wrong
@@ -179,40 +179,40 @@ def mutate(run: Run, table: Table, parent: Genome, flips: int, *, pivot: bool) -
         genes = behind if len(behind) > 1 else genes
     if not genes:
         return None
-    child, changed = parent, set()
+    child, slack, changed = parent, run.limit - space.cost(parent), set()
     for i in rng.sample(genes, min(flips, len(genes))):
         n = rng.choice([n for n in range(len(space.genes[i].options)) if n != child[i]])
-        child = _set(run, child, i, n)
+        child = _restored(run, child, i)
+        slack -= int(space.change(space.costs, child, i, n))
+        child = _with(child, i, n)
         changed.add(i)
-    while space.cost(child) > run.limit:
+    while slack < 0:
         payers = [i for i in genes if child[i] and i not in changed and space.is_active(child, i)]
-        if not payers:
-            return None
         sample = rng.sample(payers, min(SAMPLED, len(payers)))
-        child = min(
-            (_set(run, child, i, rng.randrange(child[i])) for i in sample),
-            key=lambda plan: _price(run, table, child, plan),
-        )
+        offers = [(i, rng.randrange(child[i])) for i in sample]
+        freed = {(i, n): -int(space.change(space.costs, child, i, n)) for i, n in offers}
+        offers = [offer for offer in offers if freed[offer] > 0]
+        if not offers:
+            return None
+        i, n = min(offers, key=lambda o: space.change(table, child, *o) / freed[o])
+        slack += freed[i, n]
+        child = _with(child, i, n)
     # Blocks before the mutated ones stay as they were: evaluations share them.
     start = min(space.genes[i].block for i in genes)
     free = [i for i, g in enumerate(space.genes) if i not in changed and g.block >= start]
     return space.canonical(fill(space, table, child, run.limit, genes=free))
 
 
-def _set(run: Run, genome: Genome, i: int, n: int) -> Genome:
-    """Return the genome with gene i at option n; a sub-block restored starts at average bits."""
-    choices = list(genome)
-    was_dropped = run.space.genes[i].options[genome[i]].is_drop
-    choices[i] = n
-    if was_dropped:
-        rate = Fraction(run.limit, run.space.n_weights)
-        for k in run.space.inner.get(i, ()):
-            choices[k] = run.space.genes[k].nearest(rate)
-    return tuple(choices)
+def _restored(run: Run, genome: Genome, i: int) -> Genome:
+    """Return the genome where units inside a dropped sub-block, gene i, have average bits."""
+    space = run.space
+    if i not in space.inner or not space.genes[i].options[genome[i]].is_drop:
+        return genome
+    rate = Fraction(run.limit, space.n_weights)
+    for k in space.inner[i]:
+        genome = _with(genome, k, space.genes[k].nearest(rate))
+    return genome
 
 
-def _price(run: Run, table: Table, before: Genome, after: Genome) -> float:
-    """Return the predicted loss per bit that a lowering frees."""
-    freed = run.space.cost(before) - run.space.cost(after)
-    lost = total_loss(run.space, table, after) - total_loss(run.space, table, before)
-    return lost / freed if freed > 0 else float("inf")
+def _with(genome: Genome, i: int, n: int) -> Genome:
+    return (*genome[:i], n, *genome[i + 1 :])

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from math import fsum, isfinite
 
-from .space import Genome, SearchSpace
+from .space import Genome, SearchSpace, Table
 
-Table = Sequence[Sequence[float]]  # per gene, per option: predicted loss
 Link = tuple["Link | None", int, int]  # choices so far: (earlier, gene, option)
 State = tuple[int, float, Link | None]  # bits, loss, choices
 
@@ -144,34 +144,34 @@ def fill(
 
     Only `genes` are raised, by default all.
     """
-    numbers = range(len(space.genes)) if genes is None else sorted(genes)
-    choices = list(genome)
+    choices, costs = list(genome), space.costs
     slack = limit_bits - space.cost(genome)
-    while slack > 0:
-        best: tuple[float, int, int, int] | None = None
-        for i in numbers:
-            gene = space.genes[i]
-            if not space.is_active(genome, i) or gene.options[choices[i]].is_drop:
-                continue
-            here, row = gene.options[choices[i]].cost_bits, losses[i]
-            for n in range(choices[i] + 1, len(row)):
-                extra = gene.options[n].cost_bits - here
-                if extra > slack:
-                    break
-                gain = row[choices[i]] - row[n]
-                if gain > 0 and (best is None or gain > best[0]):
-                    best = (gain, i, n, extra)
-        if best is None:
-            break
-        _, i, n, extra = best
-        choices[i] = n
-        slack -= extra
+    raises: list[tuple[float, int, int, int]] = []  # -gain, gene, from option, to option
+
+    def offer(i: int) -> None:
+        here, row = choices[i], losses[i]
+        for n in range(here + 1, len(row)):
+            if costs[i][n] - costs[i][here] > slack:
+                break
+            if row[n] < row[here]:
+                heappush(raises, (row[n] - row[here], i, here, n))
+
+    for i in range(len(choices)) if genes is None else genes:
+        if not space.genes[i].options[choices[i]].is_drop and space.is_active(genome, i):
+            offer(i)
+    while raises:
+        _, i, here, n = heappop(raises)
+        # What no longer fits never will: the slack only shrinks.
+        if choices[i] == here and costs[i][n] - costs[i][here] <= slack:
+            choices[i] = n
+            slack -= costs[i][n] - costs[i][here]
+            offer(i)
     return tuple(choices)
 
 
 def total_loss(space: SearchSpace, losses: Table, genome: Genome) -> float:
     """Return the sum of the predicted losses of all choices that matter."""
-    return fsum(losses[i][c] for i, c in enumerate(genome) if space.is_active(genome, i))
+    return fsum(space.values(losses, genome))
 
 
 def check_table(space: SearchSpace, losses: Table) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .knapsack import Table, check_table
-from .space import Budget, Genome, SearchSpace
+from .knapsack import check_table
+from .space import Budget, Genome, SearchSpace, Table
 
 Losses = list[list[float]]  # per genome, per sequence: mean loss per token, in nats
 

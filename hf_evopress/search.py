@@ -21,10 +21,9 @@ from .baselines import (
 )
 from .evolve import EvolveSettings, evolve
 from .evopress_search import EvoPressSettings, evopress
-from .knapsack import Table
 from .plugins import did_you_mean
 from .rounds import Losses, Round, Run, Strategy
-from .space import Budget, Genome, SearchSpace
+from .space import Budget, Genome, SearchSpace, Table
 
 __all__ = ["STRATEGIES", "Losses", "Round", "Search"]
 

@@ -18,9 +18,10 @@ from typing import Any
 from .genes import Gene, Menu, Option, build_genes
 from .resources import format_size, parse_size
 
-__all__ = ["Budget", "Gene", "Genome", "Option", "SearchSpace"]
+__all__ = ["Budget", "Gene", "Genome", "Option", "SearchSpace", "Table"]
 
 Genome = tuple[int, ...]
+Table = Sequence[Sequence[float]]  # a value per gene and option: bits, or a predicted loss
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,33 @@ class SearchSpace:
         outer = self.genes[i].inside
         return outer is None or not self.genes[outer].options[genome[outer]].is_drop
 
+    @cached_property
+    def costs(self) -> tuple[tuple[int, ...], ...]:
+        """Bits per gene and option."""
+        return tuple(tuple(option.cost_bits for option in gene.options) for gene in self.genes)
+
+    def values(self, table: Table, genome: Genome) -> list[float]:
+        """Return the entries of a table (per gene, per option) of all choices that matter."""
+        if not self.inner:
+            return [row[choice] for row, choice in zip(table, genome, strict=True)]
+        return [table[i][c] for i, c in enumerate(genome) if self.is_active(genome, i)]
+
+    def change(self, table: Table, genome: Genome, i: int, option: int) -> float:
+        """Return by how much the sum of `values` changes when gene i goes to `option`."""
+        if not self.is_active(genome, i):
+            return 0
+        gene, row = self.genes[i], table[i]
+        difference = row[option] - row[genome[i]]
+        if i in self.inner:
+            was, now = gene.options[genome[i]].is_drop, gene.options[option].is_drop
+            if was != now:
+                inside = sum(table[k][genome[k]] for k in self.inner[i])
+                difference += inside if was else -inside
+        return difference
+
     def cost(self, genome: Genome) -> int:
         """Return the bits stored for the units of the space; `fixed_bits` are not among them."""
-        return sum(
-            gene.options[choice].cost_bits
-            for i, (gene, choice) in enumerate(zip(self.genes, genome, strict=True))
-            if self.is_active(genome, i)
-        )
+        return int(sum(self.values(self.costs, genome)))
 
     def bits_per_weight(self, genome: Genome) -> float:
         """Return the stored bits per compressed weight, scales and zero points counted."""

@@ -12,9 +12,8 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from .knapsack import Table
 from .paired import Paired
-from .space import Genome, SearchSpace
+from .space import Genome, SearchSpace, Table
 
 Features = dict[Hashable, float]
 

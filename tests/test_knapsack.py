@@ -19,7 +19,7 @@ def line(n: int, menu: list[int], *, weights: int = 10) -> SearchSpace:
     return SearchSpace.build(units, {u: [(f"b{b}", b * weights) for b in menu] for u in units})
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(seed=st.integers(0, 2**32), is_whole=st.booleans())
 def test_the_optimum_equals_brute_force(seed: int, is_whole: bool) -> None:
     rng = Random(seed)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+from random import Random
 
 import pytest
 
 from hf_evopress.space import Budget, SearchSpace
+
+from .spaces import random_space, random_table
 
 UNITS = {f"model.layers.{i}.mlp.{n}": 100 for i in range(2) for n in ("gate", "up", "down")}
 MENU = {unit: [("rtn:bits=4", 400), ("rtn:bits=2", 200), ("rtn:bits=3", 300)] for unit in UNITS}
@@ -98,6 +101,23 @@ def test_a_dropped_sub_block_frees_the_units_inside() -> None:
     levels = space.levels(dropped)
     assert levels["model.layers.0.mlp"] == "drop" and GATE not in levels
     assert space.genome(levels) == space.canonical(dropped) == (0, 1, 0, 0, 0, 2, 2, 2)
+
+
+def test_a_change_of_one_gene_is_the_difference_of_the_sums() -> None:
+    for seed in range(200):
+        rng = Random(seed)
+        space = random_space(rng)
+        table = random_table(rng, space)
+        old = [rng.randrange(len(gene.options)) for gene in space.genes]
+        i = rng.randrange(len(old))
+        new = old.copy()
+        new[i] = rng.randrange(len(space.genes[i].options))
+        before, after = tuple(old), tuple(new)
+        assert space.change(space.costs, before, i, new[i]) == space.cost(after) - space.cost(
+            before
+        )
+        difference = sum(space.values(table, after)) - sum(space.values(table, before))
+        assert space.change(table, before, i, new[i]) == pytest.approx(difference)
 
 
 def test_uniform_plans_keep_sub_blocks() -> None:
