@@ -111,6 +111,7 @@ def plan_card(repo_id: str, plans: Mapping[str, dict[str, Any]], index: Mapping[
         headers=headers,
         rows=cells,
         protocol=protocol(rows),
+        against=[],
         search={k: v for k, v in (main.get("search") or {}).items() if _is_plain(v)},
     )
 
