@@ -1,0 +1,73 @@
+"""Peak memory and time of from_pretrained, compressed against dense, each in a fresh process.
+
+    python tests/benchmarks/load.py demo/smol-3.3bit .cache/SmolLM2-135M-Instruct
+
+`imports` is a process that imports the same packages and loads nothing. The claim to check:
+peak <= imports + checkpoint + one layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+from hf_evopress.size import stored_bytes
+
+CHILD = """
+import json, resource, sys, time
+import torch, hf_evopress
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+import safetensors.torch
+torch.set_num_threads(1)
+start = time.perf_counter()
+largest = 0
+if sys.argv[1] != "-":
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+    from hf_evopress.units import find_units
+    largest = max(u.n_weights for u in find_units(model))
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"peak_bytes": peak, "seconds": seconds, "largest_layer_weights": largest}))
+"""
+
+
+def measure(model: str, repeats: int) -> dict[str, Any]:
+    """Return medians over fresh processes; peak memory in bytes."""
+    runs = []
+    for _ in range(repeats):
+        out = subprocess.run(
+            [sys.executable, "-c", CHILD, model], capture_output=True, text=True, check=True
+        )
+        runs.append(json.loads(out.stdout.splitlines()[-1]))
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("compressed")
+    parser.add_argument("dense")
+    parser.add_argument("--repeats", type=int, default=3)
+    words = parser.parse_args()
+    imports = measure("-", words.repeats)
+    print("| | checkpoint MB | peak MB above imports | seconds |\n|---|---|---|---|")
+    found = {}
+    for name in (words.compressed, words.dense):
+        run = found[name] = measure(name, words.repeats)
+        above = (run["peak_bytes"] - imports["peak_bytes"]) / 1e6
+        size = stored_bytes(name) / 1e6
+        print(f"| {name} | {size:.1f} | {above:.1f} | {run['seconds']:.2f} |")
+        print(f"|   one layer, bf16 | {2 * run['largest_layer_weights'] / 1e6:.1f} | | |")
+    packed, dense = found[words.compressed], found[words.dense]
+    print(f"\nimports alone: {imports['peak_bytes'] / 1e6:.0f} MB")
+    print(f"load time, compressed / dense: {packed['seconds'] / dense['seconds']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
