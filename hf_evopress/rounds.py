@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from typing import Any
 
 from .knapsack import check_table
 from .space import Budget, Genome, SearchSpace, Table
+
+logger = logging.getLogger(__name__)
 
 Losses = list[list[float]]  # per genome, per sequence: mean loss per token, in nats
 
@@ -77,6 +80,7 @@ class Run:
                     f"over the budget of {self.budget.text}"
                 )
         self.rng = random.Random(self.seed)
+        self._is_short = False
 
     @property
     def limit(self) -> int:
@@ -117,7 +121,16 @@ class Run:
         return Round(tuple(genomes), sequences, self.seq_len, self.seed, stage, spared)
 
     def _n_sequences(self, n_tokens: int, available: int) -> int:
-        return max(1, min(available, -(-n_tokens // self.seq_len)))
+        wanted = -(-n_tokens // self.seq_len)
+        if wanted > available and not self._is_short:
+            self._is_short = True
+            logger.warning(
+                "rounds of %d tokens are asked for, the search pool has %d; give more search "
+                "data for surer decisions",
+                n_tokens,
+                available * self.seq_len,
+            )
+        return max(1, min(available, wanted))
 
     def found(self, genome: Genome, loss: float | None) -> None:
         """Note the best plan so far and its last measured loss."""
@@ -127,12 +140,16 @@ class Run:
         """Add a line to the history: the best plan's loss and bits, tokens spent, and `more`."""
         if self.best is None:
             raise ValueError("a generation is recorded after its best plan is known")
+        bits = self.space.bits_per_weight(self.best)
+        loss = "not measured" if self.best_loss is None else f"{self.best_loss:.4f} nats"
+        tokens = self.evaluated_tokens
+        logger.info("generation %d: %s, %.3f bits, %d tokens", generation, loss, bits, tokens)
         self.history.append(
             {
                 "generation": generation,
                 "loss": self.best_loss,
-                "bits_per_weight": self.space.bits_per_weight(self.best),
-                "evaluated_tokens": self.evaluated_tokens,
+                "bits_per_weight": bits,
+                "evaluated_tokens": tokens,
                 **more,
             }
         )

@@ -21,6 +21,7 @@ from .baselines import (
 )
 from .evolve import EvolveSettings, evolve
 from .evopress_search import EvoPressSettings, evopress
+from .pareto import ParetoSettings, pareto
 from .plugins import did_you_mean
 from .rounds import Losses, Round, Run, Strategy
 from .space import Budget, Genome, SearchSpace, Table
@@ -33,6 +34,7 @@ STRATEGIES: dict[str, tuple[Callable[[Run, Any], Strategy], type]] = {
     "knapsack": (knapsack, KnapsackSettings),
     "uniform": (uniform, UniformSettings),
     "random": (best_of_random, RandomSettings),
+    "pareto": (pareto, ParetoSettings),
 }
 WORST_LOSS = 1e6  # nats; stands for inf and nan, which a collapsed model gives
 STATE_VERSION = 1
@@ -172,12 +174,27 @@ def check_settings(strategy: str, given: Mapping[str, Any]) -> Any:
         hint = did_you_mean(strategy, list(STRATEGIES))
         raise ValueError(f"unknown strategy {strategy!r}{hint}")
     _, settings_class = STRATEGIES[strategy]
-    known = [field.name for field in dataclasses.fields(settings_class)]
-    for name in given:
-        if name not in known:
-            hint = did_you_mean(name, known) if known else ""
+    defaults = {field.name: field.default for field in dataclasses.fields(settings_class)}
+    made = {}
+    for name, value in given.items():
+        if name not in defaults:
+            hint = did_you_mean(name, list(defaults)) if defaults else ""
             raise ValueError(f"strategy {strategy} has no setting {name!r}{hint}")
-    return settings_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        made[name] = tuple(value) if isinstance(value, list) else value
+        if not _is_like(made[name], defaults[name]):
+            raise ValueError(
+                f"strategy {strategy}: {name} is of the kind of {defaults[name]!r}, got {value!r}"
+            )
+    return settings_class(**made)
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Return whether a value has the type of the default: an int will do for a float."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(_is_like(v, default[0]) for v in value)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(default)
 
 
 def _checked(losses: Sequence[Any], asked: Round) -> Losses:

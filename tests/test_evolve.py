@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -100,7 +101,13 @@ def test_the_incumbent_only_falls_to_a_significant_gain_on_fresh_sequences() -> 
     accepted = tests = 0
     for seed in range(40):
         rng = Random(seed)
-        settings = {"tokens": (4, 12), "generations": 6, "patience": 6, "drawn": 8, "offspring": 4}
+        settings: dict[str, Any] = {
+            "tokens": (4, 12),
+            "generations": 6,
+            "patience": 6,
+            "drawn": 8,
+            "offspring": 4,
+        }
         search = Search(space, Budget.parse(space, bits=3), n_sequences=32, seed=seed, **settings)
         while (asked := search.ask()) is not None:
             search.tell([[rng.gauss(0, 1) for _ in asked.sequences] for _ in asked.genomes])

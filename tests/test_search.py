@@ -22,6 +22,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "knapsack": {},
     "uniform": {"tokens": 2},
     "random": {"plans": 4, "tokens": 2},
+    "pareto": {"points": 3, "corrections": 1, "tokens": 2},
 }
 
 
@@ -140,6 +141,8 @@ def test_a_state_of_another_problem_is_refused() -> None:
         ({"strategy": "evopres"}, "did you mean 'evopress'"),
         ({"generation": 3}, "did you mean 'generations'"),
         ({"tokens": (1, 2, 3)}, "two counts"),
+        ({"generations": "three"}, "of the kind of 20, got 'three'"),
+        ({"tokens": [1, True]}, "of the kind of"),
         ({"strategy": "evopress", "survivors": (2,)}, "one survivor count per stage"),
         ({"strategy": "evopress", "survivors": (2, 2)}, "fall to 1"),
         ({"strategy": "evopress", "group": "color"}, "size, name, none"),
@@ -204,3 +207,17 @@ def test_uniform_names_the_case_where_only_mixtures_fit() -> None:
     space = SearchSpace.build(units, menu)
     with pytest.raises(ValueError, match="no uniform plan fits"):
         Search(space, Budget(60, "60 bits"), strategy="uniform")
+
+
+def test_a_pool_smaller_than_a_round_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    search = Search(linears(4), Budget(120, ""), n_sequences=4, seq_len=10, tokens=(40, 80))
+    drive(search, lambda genome, sequence: float(sum(genome)))
+    assert [r.levelname for r in caplog.records].count("WARNING") == 1
+    assert "the search pool has 30" in caplog.text
+
+
+def test_each_generation_is_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="hf_evopress")
+    space = linears(6)
+    search = drive(Search(space, Budget.parse(space, bits=3)), lambda genome, s: float(genome[0]))
+    assert len(search.history) == sum("generation" in r.message for r in caplog.records)
