@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .cards import write_card
 from .compose import normalize
 from .config import EvoPressConfig
 from .data import tokenize_file
@@ -26,6 +27,7 @@ from .plan import Plan
 from .plugins import load
 from .quantizer import register_with_transformers
 from .recipe import Recipe
+from .search import Search
 from .size import model_size, stored_bytes
 from .store import LevelStore, Progress
 
@@ -82,6 +84,7 @@ def compress(
     plan = plan.replace(results={**plan.results, **_figures(rows)})
     plan.save(folder)
     recipe.save(folder / "evopress_recipe.yaml")
+    write_card(folder, plan, recipe)
     return Result(folder, plan, rows, sample, seconds.spent)
 
 
@@ -94,16 +97,20 @@ def find_plan(job: Job, store: LevelStore) -> Plan:
     evaluator = job.evaluator(store)
     while (asked := search.ask()) is not None:
         plans = [_levels(job, genome) for genome in asked.genomes]
-        if job.progress:
-            job.progress(asked.stage, 0, 1)
+        _tell(job, search, asked.stage)
         search.tell(evaluator.losses(plans, asked.sequences))
-        if job.progress:
-            job.progress(asked.stage, 1, 1)
         job.keep(search)
     return job.plan(
         job.space.levels(search.best),
         search={**search.report, "fitness": job.recipe.search.fitness, "versions": versions()},
     )
+
+
+def _tell(job: Job, search: Search, stage: str) -> None:
+    """Report how far the search is, in generations; it may end before the last."""
+    if job.progress:
+        last = getattr(search.settings, "generations", 0) + 1
+        job.progress(f"search: {stage}", min(len(search.history), last), last)
 
 
 def export(job: Job, store: LevelStore, plan: Plan, *, format: str = "evopress") -> Path:

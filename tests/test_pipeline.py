@@ -70,7 +70,9 @@ def result(home: Folder) -> pipeline.Result:
 def test_the_plan_keeps_its_budget_and_uses_it(result: pipeline.Result) -> None:
     assert 3.5 < result.plan.budget["bits_per_weight"] <= 3.6
     searched = next(row for row in result.rows if row.name == "searched")
-    assert searched.bits_per_weight == pytest.approx(result.plan.budget["bits_per_weight"], rel=1e-5)
+    assert searched.bits_per_weight == pytest.approx(
+        result.plan.budget["bits_per_weight"], rel=1e-5
+    )
 
 
 def test_the_checkpoint_is_no_larger_than_declared(result: pipeline.Result) -> None:
@@ -239,7 +241,9 @@ def test_evaluate_measures_the_folder_against_the_dense_model(
         max_windows=8,
     )  # fmt: skip
     assert measured["kl_nats"] > 0 and 0 < measured["top1_agreement"] <= 1
-    assert measured["bits_per_weight"] == pytest.approx(result.plan.budget["bits_per_weight"], rel=1e-5)
+    assert measured["bits_per_weight"] == pytest.approx(
+        result.plan.budget["bits_per_weight"], rel=1e-5
+    )
     assert measured["size_bytes"] == stored_bytes(result.folder)
 
 

@@ -255,22 +255,23 @@ def _run(recipe: Recipe, test: str | None) -> None:
 
 
 def _show(result: Result) -> None:
-    from ..report import heat_map
+    from ..cards import exact_bits
+    from ..report import heat_map, results_table
 
-    console.print(heat_map(result.plan), markup=False, soft_wrap=True)
+    drawn = heat_map(result.plan, exact_bits(result.plan), color=console.is_terminal)
+    console.print(drawn, markup=False, soft_wrap=True)
     rows = [
-        (
-            row.name,
-            f"{row.bits_per_weight:.3f}",
-            f"{row.size_bytes / 1e6:.1f} MB",
-            f"{row.report.perplexity:.2f}",
-            f"{row.report.kl_nats or 0:.4f}",
-            f"{row.report.top1_agreement or 1:.1%}",
-        )
+        {
+            "": row.name,
+            "bits/weight": row.bits_per_weight,
+            "MB": row.size_bytes / 1e6,
+            "perplexity": row.report.perplexity,
+            "KL (nats)": row.report.kl_nats,
+            "same top-1": row.report.top1_agreement,
+        }
         for row in result.rows
     ]
-    headers = ("", "bits/weight", "checkpoint", "perplexity", "KL (nats)", "same top-1")
-    console.print(table(headers, rows))
+    console.print("\n" + results_table(rows), markup=False, soft_wrap=True)
     console.print(f"\nIt says: {result.sample}", markup=False)
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
     console.print(

@@ -29,17 +29,18 @@ class Bars:
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, label: str, done: int, total: int) -> None:
-        if label not in self._tasks:
-            self._tasks[label] = self.progress.add_task(label, total=total)
-        task = self._tasks[label]
-        self.progress.update(task, completed=done, total=total)
+        # "search: confirm" moves the bar of "search" and says what it is doing
+        name = label.partition(":")[0]
+        if name not in self._tasks:
+            self._tasks[name] = self.progress.add_task(label, total=total)
+        self.progress.update(self._tasks[name], description=label, completed=done, total=total)
 
 
 @contextmanager
 def bars() -> Iterator[Bars]:
     """Show progress on stderr, so that a command's output can be piped."""
     columns = (
-        TextColumn("{task.description:>12}"),
+        TextColumn("{task.description:>16}"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -14,11 +14,16 @@ from .console import bars, console, table
 
 
 def show(
-    plan: Annotated[str, typer.Argument(help="A plan file, or a folder that holds one.")],
+    plan: Annotated[
+        str, typer.Argument(help="A plan file, a folder that holds one, or a Hub repository[@rev].")
+    ],
     png: Annotated[
         Path | None, typer.Option("--plot", help="Draw the heat map to this file (.png, .svg).")
     ] = None,
     units: Annotated[bool, typer.Option("--units", help="One line per unit.")] = False,
+    file: Annotated[
+        str | None, typer.Option(help="Which plan, where a repository holds several.")
+    ] = None,
 ) -> None:
     """Show a plan: a summary, a table of its levels and a heat map of bits per layer.
 
@@ -27,7 +32,7 @@ def show(
     """
     from ..report import heat_map, level_table
 
-    loaded = Plan.load(plan)
+    loaded = Plan.from_pretrained(plan, filename=file)
     console.print(loaded.summary(), markup=False)
     console.print("\n" + level_table(loaded), markup=False, soft_wrap=True)
     console.print("\n" + heat_map(loaded, color=console.is_terminal), markup=False, soft_wrap=True)
@@ -41,11 +46,11 @@ def show(
 
 
 def diff(
-    a: Annotated[str, typer.Argument(help="A plan.")],
+    a: Annotated[str, typer.Argument(help="A plan: a file, a folder or a Hub repository[@rev].")],
     b: Annotated[str, typer.Argument(help="Another plan.")],
 ) -> None:
     """Show the units whose level differs between two plans; exit code 1 if any does."""
-    changed = Plan.load(a).diff(Plan.load(b))
+    changed = Plan.from_pretrained(a).diff(Plan.from_pretrained(b))
     rows = [(unit, str(x or "-"), str(y or "-")) for unit, (x, y) in changed.items()]
     if rows:
         console.print(table(("unit", a, b), rows, is_text=True))
