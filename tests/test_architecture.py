@@ -20,7 +20,7 @@ LAYERS = (
     "level plugins resources after_import hub_errors plan_repo card_template plan_push plan genes "
     "space knapsack pareto paired surrogate rounds evopress_search evolve baselines search recipe "
     "recipe_schema",
-    "checksums linalg packing grid codes methods/ compose menu layers",
+    "checksums linalg packing grid codes obs sparse methods/ compose menu layers",
     "data units sub_blocks dropped fingerprint stream calibrate sensitivity store stitch "
     "fitness/ evaluator",
     "config compress_on_load quantizer",

@@ -15,20 +15,16 @@ When to use it: the level of choice from 2 to 6 bits; `rtn` where there are no d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..codes import CODE_PARAMS, SCALE_DTYPES, CodedMethod, pack_state
-from ..grid import dequantize, find_grid, quantize
 from ..linalg import Stats
+from ..obs import MAX_VALUES, Rounding, solve
 from .base import Param, State
-
-BLOCK = 128  # inputs between two updates of all later weights
-STRIP = 16  # inputs between two updates of the later weights of a block
-MAX_VALUES = 2**26  # float32 numbers worked on at once: 256 MB, whatever the layer
 
 
 class GPTQ(CodedMethod):
@@ -121,43 +117,7 @@ def _one_loop(
 def _solve(
     W: Tensor, U: Tensor, maxq: Tensor, group_size: int, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes (in, n) uint8 and scale, zero (groups, n) of W (in, n), which is consumed.
-
-    n weights of one input lie in a row of W; maxq (n,). A group's grid is found when the loop
-    reaches its first input, from weights that carry every earlier error; the grid of a whole
-    row is found up front.
-    """
-    columns = W.shape[0]
-    group = columns if group_size == -1 else group_size
-    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    # The loss that rounding input i adds is (w - w_hat)^2 / U_ii^2: the clip search weighs by it.
-    weight = U.diagonal() ** -2
-    grids: list[tuple[Tensor, Tensor]] = []
-    # Whole groups per block, or whole blocks per group: a group starts with all updates made.
-    unit, step = (columns, BLOCK // group * group) if group <= BLOCK else (group, BLOCK)
-    for low, high in _cuts(0, columns, unit, step):
-        errors = torch.empty(high - low, W.shape[1], device=W.device)
-        for start, stop in _cuts(low, high, min(group, high - low), STRIP):
-            if start % group == 0:
-                mine = slice(start, start + group)
-                grids.append(find_grid(W[mine].T, maxq, weight=weight[mine], **options))
-            scale, zero = grids[-1]
-            for i in range(start, stop):
-                q = quantize(W[i], scale, zero, maxq)
-                codes[i] = q
-                error = errors[i - low]
-                torch.div(W[i] - dequantize(q, scale, zero), U[i, i], out=error)
-                W[i + 1 : stop].addr_(U[i, i + 1 : stop], error, alpha=-1)
-            done = errors[start - low : stop - low]
-            W[stop:high].addmm_(U[start:stop, stop:high].T, done, alpha=-1)
-        W[high:].addmm_(U[low:high, high:].T, errors, alpha=-1)
-    scale, zero = (torch.stack(x) for x in zip(*grids, strict=True))
-    return codes, scale, zero
-
-
-def _cuts(start: int, stop: int, unit: int, step: int) -> Iterator[tuple[int, int]]:
-    """Yield (low, high) that cut start .. stop into units and each unit into steps."""
-    for first in range(start, stop, unit):
-        last = min(first + unit, stop)
-        for low in range(first, last, step):
-            yield low, min(low + step, last)
+    """Return codes (in, n) uint8 and scale, zero (groups, n) of W (in, n), which is consumed."""
+    rounding = Rounding(W, U, maxq, group_size, **options)
+    solve(W, U, rounding, rounding.group)
+    return rounding.codes, *rounding.grids
