@@ -41,32 +41,20 @@ class CodedMethod(Method):
             raise ValueError(f"{self.name} needs group_size > 0, or -1 for a whole row; got 0")
 
     def check_shape(self, shape: Shape, **params: Any) -> None:
-        g, n = params["group_size"], shape[1]
-        if g > 0 and n % g:
-            fits = ", ".join(str(s) for s in GROUP_SIZES if s == -1 or n % s == 0)
-            raise ValueError(
-                f"{self.name}: group_size={g} does not divide the {n} inputs of a weight of "
-                f"shape {tuple(shape)}; group sizes that do: {fits}"
-            )
+        check_group_size(self.name, shape, params["group_size"])
 
     def cost_bits(self, shape: Shape, **params: Any) -> int:
-        rows, bits, groups = shape[0], params["bits"], n_groups(shape, params["group_size"])
-        zeros = 0 if params["symmetric"] else packed_bytes(rows * groups, bits)
-        return 8 * (rows * packed_bytes(shape[1], bits) + zeros) + 16 * rows * groups
+        return 8 * shape[0] * packed_bytes(shape[1], params["bits"]) + grid_bits(shape, **params)
 
     def decompress(self, state: State, shape: Shape, dtype: torch.dtype, **params: Any) -> Tensor:
         rows, bits, groups = shape[0], params["bits"], n_groups(shape, params["group_size"])
-        scale = state["scales"].float().unsqueeze(-1)
-        if params["symmetric"]:
-            zero = torch.full_like(scale, 2 ** (bits - 1))
-        else:
-            zero = unpack(state["zeros"], bits, rows * groups).view(rows, groups, 1).float()
+        scale, zero = unpack_grid(state, shape, **params)
 
         def of_rows(some: slice) -> Tensor:
             q = unpack(state["codes"][some], bits, shape[1]).unflatten(-1, (groups, -1))
             return dequantize(q, scale[some], zero[some]).flatten(1).to(dtype)
 
-        if _wants_one_graph(state["codes"], scale) or rows * shape[1] <= TILE:
+        if wants_one_graph(scale) or rows * shape[1] <= TILE:
             return of_rows(slice(None))
         # A tile at a time stays in the cache: 4 times faster for 4096 x 4096 on a CPU core, and
         # there is never a float32 copy of the whole weight.
@@ -77,18 +65,14 @@ class CodedMethod(Method):
         return W
 
     def empty(self, shape: Shape, dtype: torch.dtype, **params: Any) -> State:
-        rows, bits, groups = shape[0], params["bits"], n_groups(shape, params["group_size"])
-        codes = torch.empty(rows, packed_bytes(shape[1], bits), dtype=torch.uint8, device="meta")
-        scales = torch.empty(rows, groups, dtype=SCALE_DTYPES[params["scales"]], device="meta")
-        if params["symmetric"]:
-            return {"codes": codes, "scales": scales}
-        zeros = torch.empty(packed_bytes(rows * groups, bits), dtype=torch.uint8, device="meta")
-        return {"codes": codes, "scales": scales, "zeros": zeros}
+        width = packed_bytes(shape[1], params["bits"])
+        codes = torch.empty(shape[0], width, dtype=torch.uint8, device="meta")
+        return {"codes": codes} | empty_grid(shape, **params)
 
 
-def _wants_one_graph(codes: Tensor, scale: Tensor) -> bool:
+def wants_one_graph(floats: Tensor) -> bool:
     """Return whether tiles would cost more than they save: for autograd, tracers and GPUs."""
-    return scale.requires_grad or torch.compiler.is_compiling() or codes.device.type != "cpu"
+    return floats.requires_grad or torch.compiler.is_compiling() or floats.device.type != "cpu"
 
 
 def n_groups(shape: Shape, group_size: int) -> int:
@@ -98,10 +82,49 @@ def n_groups(shape: Shape, group_size: int) -> int:
 
 def pack_state(q: Tensor, scale: Tensor, zero: Tensor, **params: Any) -> State:
     """Return the state of codes q (out, in) and of scale and zero (out, groups), all float32."""
-    state = {
-        "codes": pack(q.to(torch.uint8), params["bits"]),
-        "scales": scale.to(SCALE_DTYPES[params["scales"]]).contiguous(),
-    }
+    return {"codes": pack(q.to(torch.uint8), params["bits"])} | pack_grid(scale, zero, **params)
+
+
+def grid_bits(shape: Shape, **params: Any) -> int:
+    """Return the bits that scales and zero points of a weight of `shape` take."""
+    groups = shape[0] * n_groups(shape, params["group_size"])
+    zeros = 0 if params["symmetric"] else packed_bytes(groups, params["bits"])
+    return 16 * groups + 8 * zeros
+
+
+def empty_grid(shape: Shape, **params: Any) -> State:
+    """Return `scales` and, unless symmetric, `zeros` on the meta device."""
+    rows, groups = shape[0], n_groups(shape, params["group_size"])
+    scales = torch.empty(rows, groups, dtype=SCALE_DTYPES[params["scales"]], device="meta")
+    if params["symmetric"]:
+        return {"scales": scales}
+    width = packed_bytes(rows * groups, params["bits"])
+    return {"scales": scales, "zeros": torch.empty(width, dtype=torch.uint8, device="meta")}
+
+
+def pack_grid(scale: Tensor, zero: Tensor, **params: Any) -> State:
+    """Return scale and zero (out, groups) float32 as `scales` and, unless symmetric, `zeros`."""
+    state = {"scales": scale.to(SCALE_DTYPES[params["scales"]]).contiguous()}
     if not params["symmetric"]:
         state["zeros"] = pack(zero.to(torch.uint8).flatten(), params["bits"])
     return state
+
+
+def unpack_grid(state: State, shape: Shape, **params: Any) -> tuple[Tensor, Tensor]:
+    """Return scale and zero, each (out, groups, 1) float32, of the groups of a weight."""
+    rows, bits, groups = shape[0], params["bits"], n_groups(shape, params["group_size"])
+    scale = state["scales"].float().unsqueeze(-1)
+    if params["symmetric"]:
+        return scale, torch.full_like(scale, 2 ** (bits - 1))
+    return scale, unpack(state["zeros"], bits, rows * groups).view(rows, groups, 1).float()
+
+
+def check_group_size(name: str, shape: Shape, group_size: int) -> None:
+    """Raise ValueError that names sizes that fit where groups do not divide the inputs."""
+    n = shape[1]
+    if group_size > 0 and n % group_size:
+        fits = ", ".join(str(s) for s in GROUP_SIZES if s == -1 or n % s == 0)
+        raise ValueError(
+            f"{name}: group_size={group_size} does not divide the {n} inputs of a weight of "
+            f"shape {tuple(shape)}; group sizes that do: {fits}"
+        )
