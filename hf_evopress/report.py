@@ -219,15 +219,20 @@ def _mean(weighted: Sequence[tuple[float, int]]) -> float:
     return math.fsum(v * w for v, w in weighted) / sum(w for _, w in weighted)
 
 
-def _painted(text: str, share: float) -> str:
-    """Return `text` on the colour at `share` (0..1) of the scale."""
+def shade(share: float) -> tuple[tuple[int, int, int], bool]:
+    """Return red, green, blue at `share` (0..1) of the scale, and whether dark text reads on it."""
     place = min(max(share, 0.0), 1.0) * (len(_CIVIDIS) - 1)
     i = min(int(place), len(_CIVIDIS) - 2)
     mixed = zip(_CIVIDIS[i], _CIVIDIS[i + 1], strict=True)
     red, green, blue = (round(a + (b - a) * (place - i)) for a, b in mixed)
     # ITU-R BT.601 luma decides between black and white text
-    ink = 30 if 0.299 * red + 0.587 * green + 0.114 * blue > 120 else 97
-    return f"\x1b[{ink};48;2;{red};{green};{blue}m{text}\x1b[0m"
+    return (red, green, blue), 0.299 * red + 0.587 * green + 0.114 * blue > 120
+
+
+def _painted(text: str, share: float) -> str:
+    """Return `text` on the colour at `share` (0..1) of the scale."""
+    (red, green, blue), is_light = shade(share)
+    return f"\x1b[{30 if is_light else 97};48;2;{red};{green};{blue}m{text}\x1b[0m"
 
 
 def _where(units: Sequence[str]) -> str:
