@@ -36,11 +36,11 @@ class EvolveSettings:
     """
 
     generations: int = 20
-    offspring: int = 8
-    tokens: tuple[int, ...] = (4096, 16384)
+    offspring: int = 6
+    tokens: tuple[int, ...] = (2048, 8192)
     drawn: int = 96
-    patience: int = 3
-    confidence: float = 0.95
+    patience: int = 4
+    confidence: float = 0.9
     pivot: bool = True
 
     def __post_init__(self) -> None:

@@ -12,6 +12,8 @@ from hf_evopress.space import Budget, Genome, SearchSpace
 
 from .spaces import all_genomes
 
+PATIENT: dict[str, Any] = {"offspring": 8, "patience": 20, "generations": 150, "drawn": 48}
+
 
 def linears(n: int, bits: tuple[int, ...] = (2, 3, 4)) -> SearchSpace:
     units = {f"model.layers.{i}.w": 10 for i in range(n)}
@@ -41,7 +43,7 @@ def test_it_reaches_the_optimum_of_a_separable_problem_without_any_table(seed: i
     def loss(genome: Genome) -> float:
         return total_loss(space, truth, genome)
 
-    search = drive(Search(space, budget, seed=seed, patience=10, generations=60), loss)
+    search = drive(Search(space, budget, seed=seed, **PATIENT), loss)
     assert loss(search.best) == pytest.approx(optimum(space, budget, loss))
 
 
@@ -58,7 +60,7 @@ def test_it_reaches_the_optimum_with_pairwise_interactions(seed: int) -> None:
             w for (i, j), w in pairs.items() if low[i] and low[j]
         )
 
-    search = Search(space, budget, table=table, seed=seed, patience=8, generations=80)
+    search = Search(space, budget, table=table, seed=seed, **PATIENT)
     assert loss(drive(search, loss).best) == pytest.approx(optimum(space, budget, loss))
 
 
@@ -74,7 +76,7 @@ def test_it_reaches_the_optimum_of_a_deceptive_problem() -> None:
             0.0 if genome == trap else 10 - sum(a != b for a, b in zip(genome, trap, strict=True))
         )
 
-    search = Search(space, budget, table=table, patience=20, generations=100, drawn=24)
+    search = Search(space, budget, table=table, **PATIENT | {"offspring": 16})
     assert drive(search, loss).best == trap
 
 
@@ -107,6 +109,7 @@ def test_the_incumbent_only_falls_to_a_significant_gain_on_fresh_sequences() -> 
             "patience": 6,
             "drawn": 8,
             "offspring": 4,
+            "confidence": 0.95,
         }
         search = Search(space, Budget.parse(space, bits=3), n_sequences=32, seed=seed, **settings)
         while (asked := search.ask()) is not None:
