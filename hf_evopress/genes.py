@@ -10,15 +10,25 @@ from fractions import Fraction
 
 from .plugins import did_you_mean
 
-Menu = Mapping[str, Sequence[tuple[str, int]]]  # unit -> (level, cost in bits) pairs
+# unit -> (level, cost in bits), or (level, cost in bits, values kept) where values are budgeted
+Menu = Mapping[str, Sequence[tuple[str, int] | tuple[str, int, int]]]
 
 
 @dataclass(frozen=True)
 class Option:
-    """One level a gene may take and the bits all units of the gene store at it."""
+    """One level a gene may take, and the bits that all units of the gene store at it.
+
+    values: the weights or entries of factors that are kept, where a budget counts those.
+    """
 
     level: str
     cost_bits: int
+    values: int | None = None
+
+    @property
+    def cost(self) -> int:
+        """What counts against the budget: bits, or the values kept."""
+        return self.cost_bits if self.values is None else self.values
 
     @property
     def is_drop(self) -> bool:
@@ -52,13 +62,23 @@ class Gene:
         return known.index(level)
 
     def nearest(self, rate: Fraction, *, level: str = "") -> int:
-        """Return the option at `level`, else the dearest one of at most `rate` bits per weight."""
+        """Return the option at `level`, else the dearest that costs at most `rate` per weight."""
         kept = [n for n, option in enumerate(self.options) if not option.is_drop] or [0]
         for n in kept:
             if self.options[n].level == level:
                 return n
-        fits = [n for n in kept if self.options[n].cost_bits <= rate * self.n_weights]
+        fits = [n for n in kept if self.options[n].cost <= rate * self.n_weights]
         return (fits or kept[:1])[-1]
+
+
+@dataclass(frozen=True)
+class DropCount:
+    """How many of some droppable sub-blocks a plan drops: of `genes`, at_least to at_most."""
+
+    kind: str
+    genes: tuple[int, ...]
+    at_least: int
+    at_most: int
 
 
 def build_genes(
@@ -99,15 +119,15 @@ def _menu(
     options: Menu,
     pins: Mapping[str, str],
     forbid: Mapping[str, str | Sequence[str]],
-) -> dict[str, dict[str, int]]:
-    """Return unit -> level -> cost, after the rules."""
-    menu = {unit: dict(options.get(unit, ())) for unit in units}
+) -> dict[str, dict[str, Option]]:
+    """Return unit -> level -> option, after the rules."""
+    menu = {unit: {o[0]: Option(*o) for o in options.get(unit, ())} for unit in units}
     for pattern, levels in forbid.items():
         bad = [levels] if isinstance(levels, str) else list(levels)
         for unit in _matching(pattern, units, "forbid"):
             menu[unit] = {
-                level: cost
-                for level, cost in menu[unit].items()
+                level: option
+                for level, option in menu[unit].items()
                 if not any(fnmatchcase(level, b) for b in bad)
             }
             if not menu[unit]:
@@ -122,17 +142,23 @@ def _menu(
 
 
 def _shared_options(
-    group: Sequence[str], menu: Mapping[str, Mapping[str, int]]
+    group: Sequence[str], menu: Mapping[str, Mapping[str, Option]]
 ) -> tuple[Option, ...]:
     """Return the options that all units of a tie offer, cheapest first, costs added up."""
     levels = [lv for lv in menu[group[0]] if all(lv in menu[unit] for unit in group)]
     if not levels:
         raise ValueError(f"no level is offered by all of {', '.join(group)}; untie them or add one")
-    made = [Option(level, sum(menu[unit][level] for unit in group)) for level in levels]
-    if any(option.cost_bits < 0 for option in made):
+    made = [_sum(level, [menu[unit][level] for unit in group]) for level in levels]
+    if any(min(option.cost_bits, option.cost) < 0 for option in made):
         raise ValueError(f"{group[0]} has a level of negative cost: {made}")
     # A drop frees what lies inside it, so it is the cheapest even among options of no cost.
-    return tuple(sorted(made, key=lambda o: (o.cost_bits, not o.is_drop, o.level)))
+    return tuple(sorted(made, key=lambda o: (o.cost, not o.is_drop, o.cost_bits, o.level)))
+
+
+def _sum(level: str, options: Sequence[Option]) -> Option:
+    values = [option.values for option in options if option.values is not None]
+    bits = sum(option.cost_bits for option in options)
+    return Option(level, bits, sum(values) if len(values) == len(options) else None)
 
 
 def _groups(units: Iterable[str], ties: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:

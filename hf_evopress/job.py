@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import compose
+from .budget import Budget
 from .calibrate import calibrate, load_stats
 from .data import load_splits
 from .evaluator import Evaluator
@@ -39,7 +40,7 @@ from .resources import atomic_write
 from .search import Search
 from .sensitivity import load_moments, output_moments
 from .size import header_bytes
-from .space import Budget, SearchSpace
+from .space import SearchSpace
 from .store import LevelStore, Progress, Source
 from .units import find_units
 

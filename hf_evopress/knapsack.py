@@ -187,7 +187,7 @@ def _nodes(space: SearchSpace, losses: Table) -> list[Node]:
     def part(i: int, numbers: Sequence[int]) -> Part:
         points: list[tuple[int, float, int]] = []
         for cost, loss, n in sorted(
-            (space.genes[i].options[n].cost_bits, losses[i][n], n) for n in numbers
+            (space.genes[i].options[n].cost, losses[i][n], n) for n in numbers
         ):
             if not points or loss < points[-1][1]:
                 points.append((cost, loss, n))

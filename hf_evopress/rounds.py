@@ -8,8 +8,9 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .budget import Budget
 from .knapsack import check_table
-from .space import Budget, Genome, SearchSpace, Table
+from .space import Genome, SearchSpace, Table
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class Run:
 
     @property
     def limit(self) -> int:
-        return self.budget.limit_bits
+        return self.budget.limit
 
     @property
     def n_held_out(self) -> int:

@@ -19,12 +19,13 @@ from .baselines import (
     knapsack,
     uniform,
 )
+from .budget import Budget
 from .evolve import EvolveSettings, evolve
 from .evopress_search import EvoPressSettings, evopress
 from .pareto import ParetoSettings, pareto
 from .plugins import did_you_mean
 from .rounds import Losses, Round, Run, Strategy
-from .space import Budget, Genome, SearchSpace, Table
+from .space import Genome, SearchSpace, Table
 
 __all__ = ["STRATEGIES", "Losses", "Round", "Search"]
 
@@ -66,9 +67,9 @@ class Search:
         seed: int = 0,
         **settings: Any,
     ) -> None:
-        if budget.limit_bits < space.min_cost:
+        if budget.limit < space.min_cost:
             raise ValueError(
-                f"no plan fits {budget.limit_bits} bits; the smallest has {space.min_cost}"
+                f"no plan fits a limit of {budget.limit}; the smallest has {space.min_cost}"
             )
         self.strategy = strategy
         self.settings = check_settings(strategy, settings)

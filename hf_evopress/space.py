@@ -1,4 +1,4 @@
-"""What may be chosen (SearchSpace) and what it may cost (Budget), in exact stored bits.
+"""What may be chosen, and what it costs: in exact stored bits, or in the values that are kept.
 
 A genome is a tuple of option numbers, one per gene; a gene is the level of one unit, or of
 tied units that share one. Names, levels and integers only: no tensors.
@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
-from math import ceil, floor
+from math import ceil
 from typing import Any
 
-from .genes import Gene, Menu, Option, build_genes
-from .resources import format_size, parse_size
+from .genes import DropCount, Gene, Menu, Option, build_genes
 
-__all__ = ["Budget", "Gene", "Genome", "Option", "SearchSpace", "Table"]
+__all__ = ["DropCount", "Gene", "Genome", "Option", "SearchSpace", "Table"]
 
 Genome = tuple[int, ...]
 Table = Sequence[Sequence[float]]  # a value per gene and option: bits, or a predicted loss
@@ -29,12 +28,14 @@ class SearchSpace:
     """All genes, the bits shipped besides them, and the counts that budgets are relative to.
 
     n_weights: the weights that are compressed; dense_bits: the whole dense checkpoint.
+    counts: how many sub-blocks plans may drop; nothing said: any number.
     """
 
     genes: tuple[Gene, ...]
     fixed_bits: int
     n_weights: int
     dense_bits: int
+    counts: tuple[DropCount, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.genes or self.n_weights <= 0:
@@ -50,6 +51,10 @@ class SearchSpace:
                 )
             if any(option.is_drop and option.cost_bits for option in outer.options):
                 raise ValueError(f"{outer.units[0]} stores bits although it is dropped")
+        if len({option.values is None for gene in self.genes for option in gene.options}) > 1:
+            raise ValueError("a budget counts bits or values; some options do not say their values")
+        for count in self.counts:
+            _check_count(count, self.genes)
 
     @staticmethod
     def build(
@@ -66,7 +71,8 @@ class SearchSpace:
     ) -> SearchSpace:
         """Return the space of `units` (name -> number of weights, in model order).
 
-        options: unit -> (level, cost in bits) pairs. ties: lists of units that share a level,
+        options: unit -> (level, cost in bits) pairs, or with the values kept as a third entry,
+        which the budget then counts instead of bits. ties: lists of units that share a level,
         one that all of them offer. pins: unit pattern -> its only level (a later pattern wins).
         forbid: unit pattern -> patterns of levels it may not take. inside: unit -> the droppable
         sub-block, itself a unit, that contains it. blocks: unit -> decoder block, by default the
@@ -99,10 +105,31 @@ class SearchSpace:
         outer = self.genes[i].inside
         return outer is None or not self.genes[outer].options[genome[outer]].is_drop
 
+    @property
+    def counts_values(self) -> bool:
+        """Whether costs are values kept, not bits."""
+        return self.genes[0].options[0].values is not None
+
     @cached_property
     def costs(self) -> tuple[tuple[int, ...], ...]:
-        """Bits per gene and option."""
+        """What counts against the budget, per gene and option: bits, or values kept."""
+        return tuple(tuple(option.cost for option in gene.options) for gene in self.genes)
+
+    @cached_property
+    def bits(self) -> tuple[tuple[int, ...], ...]:
+        """Stored bits per gene and option."""
         return tuple(tuple(option.cost_bits for option in gene.options) for gene in self.genes)
+
+    def is_dropped(self, genome: Genome, i: int) -> bool:
+        """Return whether gene i, of a sub-block, is at `drop`."""
+        return self.genes[i].options[genome[i]].is_drop
+
+    def keeps_counts(self, genome: Genome) -> bool:
+        """Return whether the genome drops as many sub-blocks as `counts` say."""
+        return all(
+            count.at_least <= sum(self.is_dropped(genome, i) for i in count.genes) <= count.at_most
+            for count in self.counts
+        )
 
     def values(self, table: Table, genome: Genome) -> list[float]:
         """Return the entries of a table (per gene, per option) of all choices that matter."""
@@ -124,16 +151,20 @@ class SearchSpace:
         return difference
 
     def cost(self, genome: Genome) -> int:
-        """Return the bits stored for the units of the space; `fixed_bits` are not among them."""
+        """Return the bits (or the values) kept of the units; `fixed_bits` are not among them."""
         return int(sum(self.values(self.costs, genome)))
+
+    def cost_bits(self, genome: Genome) -> int:
+        """Return the bits stored for the units of the space, whatever the budget counts."""
+        return int(sum(self.values(self.bits, genome)))
 
     def bits_per_weight(self, genome: Genome) -> float:
         """Return the stored bits per compressed weight, scales and zero points counted."""
-        return self.cost(genome) / self.n_weights
+        return self.cost_bits(genome) / self.n_weights
 
     def size_bytes(self, genome: Genome) -> int:
         """Return the bytes of the whole checkpoint."""
-        return ceil((self.fixed_bits + self.cost(genome)) / 8)
+        return ceil((self.fixed_bits + self.cost_bits(genome)) / 8)
 
     def canonical(self, genome: Genome) -> Genome:
         """Return the genome with choices inside dropped sub-blocks, which do nothing, at 0."""
@@ -178,7 +209,7 @@ class SearchSpace:
 
         Common: offered by genes with most of the weights. A gene that lacks the level
         (another group size, a pin) takes its dearest option of no more bits per weight; a
-        droppable sub-block is kept.
+        droppable sub-block is kept. Where sub-blocks must be dropped, no plan is uniform.
         """
         common: dict[str, list[Gene]] = {}
         for gene in self.genes:
@@ -190,8 +221,8 @@ class SearchSpace:
             weights = sum(gene.n_weights for gene in genes)
             if 2 * weights <= self.n_weights:
                 continue
-            bits = sum(gene.options[gene.option(level)].cost_bits for gene in genes)
-            rate = Fraction(bits, weights)
+            cost = sum(gene.options[gene.option(level)].cost for gene in genes)
+            rate = Fraction(cost, weights)
             plans[level] = tuple(gene.nearest(rate, level=level) for gene in self.genes)
         return plans
 
@@ -199,12 +230,23 @@ class SearchSpace:
     def cheapest(self) -> Genome:
         """The genome of the smallest cost."""
         choices = [0] * len(self.genes)  # options are sorted by cost, a drop first
-        for outer, inner in self.inner.items():
-            kept = [n for n, option in enumerate(self.genes[outer].options) if not option.is_drop]
-            bits = sum(self.genes[i].options[0].cost_bits for i in inner)
+        keeping: dict[int, tuple[int, int]] = {}  # gene at drop -> cost of keeping it, that option
+        for outer, gene in enumerate(self.genes):
+            kept = [n for n, option in enumerate(gene.options) if not option.is_drop]
+            if gene.options[0].is_drop and kept:
+                inside = sum(self.genes[i].options[0].cost for i in self.inner.get(outer, ()))
+                keeping[outer] = (gene.options[kept[0]].cost + inside, kept[0])
+        counted = {i for count in self.counts for i in count.genes}
+        for outer, (cost, n) in keeping.items():
             # Keeping a sub-block may cost nothing; then it is kept.
-            if kept and self.genes[outer].options[kept[0]].cost_bits + bits == 0:
-                choices[outer] = kept[0]
+            if cost == 0 and outer not in counted:
+                choices[outer] = n
+        for count in self.counts:
+            dropped = [i for i in count.genes if self.genes[i].options[0].is_drop]
+            most = min(count.at_most, len(dropped))
+            can = sorted((i for i in dropped if i in keeping), key=lambda i: keeping[i])
+            for i in can[: len(dropped) - most]:
+                choices[i] = keeping[i][1]
         return tuple(choices)
 
     @cached_property
@@ -242,87 +284,17 @@ class SearchSpace:
             )
             for gene in data["genes"]
         )
-        return SearchSpace(**{**data, "genes": genes})
+        counts = tuple(
+            DropCount(**{**count, "genes": tuple(count["genes"])}) for count in data["counts"]
+        )
+        return SearchSpace(**{**data, "genes": genes, "counts": counts})
 
 
-@dataclass(frozen=True)
-class Budget:
-    """A limit on `SearchSpace.cost`, in bits, with the words it was given in.
-
-    >>> Budget.parse(space, bits=3.3).text
-    '3.3 bits per weight'
-    """
-
-    limit_bits: int
-    text: str
-    note: str = ""
-
-    @staticmethod
-    def parse(
-        space: SearchSpace,
-        *,
-        bits: float | str | None = None,
-        size: str | int | None = None,
-        ratio: float | str | None = None,
-    ) -> Budget:
-        """Return the budget said in exactly one way.
-
-        bits: stored bits per compressed weight, scales and zero points counted; size: bytes of
-        the whole checkpoint ("90MB"); ratio: of the size of the dense checkpoint. ValueError
-        names the smallest possible budget where none fits; one above the largest plan is cut
-        down to it, as `note` says.
-        """
-        if sum(given is not None for given in (bits, size, ratio)) != 1:
-            raise ValueError(
-                "say the budget in exactly one way: bits=3.3, size='90MB' or ratio=0.25"
-            )
-        if size is not None:
-            limit = 8 * parse_size(size) - space.fixed_bits
-            text = f"{size} bytes" if isinstance(size, int) else str(size)
-        elif bits is not None:
-            limit = floor(_number("bits", bits) * space.n_weights)
-            text = f"{bits} bits per weight"
-        else:
-            limit = floor(_number("ratio", ratio) * space.dense_bits) - space.fixed_bits
-            text = f"ratio {ratio}"
-        if limit < space.min_cost:
-            least = _least(space, "bits" if bits is not None else "size" if size else "ratio")
-            raise ValueError(f"no plan fits a budget of {text}; the smallest possible is {least}")
-        if limit > space.max_cost:
-            note = f"{text} is more than the largest plan needs; its size is the budget"
-            return Budget(space.max_cost, text, note)
-        return Budget(limit, text)
-
-    def allows(self, space: SearchSpace, genome: Genome) -> bool:
-        """Return whether the genome's cost is within the budget."""
-        return space.cost(genome) <= self.limit_bits
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the budget as JSON data."""
-        return asdict(self)
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Budget:
-        """Return the budget that `to_json` wrote."""
-        return Budget(**data)
-
-
-def _number(name: str, value: float | str | None) -> Fraction:
-    # By way of the decimal text: 3.3 means 33/10, not the nearest binary fraction below it.
-    try:
-        number = Fraction(str(value))
-    except ValueError:
-        raise ValueError(f"{name} must be a number, got {name}={value!r}") from None
-    if number <= 0:
-        raise ValueError(f"{name} must be above 0, got {name}={value!r}")
-    return number
-
-
-def _least(space: SearchSpace, unit: str) -> str:
-    """Return the smallest possible budget in the words of `unit`, rounded up so that it works."""
-    whole = space.fixed_bits + space.min_cost
-    if unit == "size":
-        return f"{ceil(whole / 8)}B ({format_size(ceil(whole / 8))})"
-    top, bottom = (space.min_cost, space.n_weights) if unit == "bits" else (whole, space.dense_bits)
-    least = ceil(Fraction(top, bottom) * 10000) / 10000
-    return f"{least:g} bits per weight" if unit == "bits" else f"ratio {least:g}"
+def _check_count(count: DropCount, genes: Sequence[Gene]) -> None:
+    droppable = [any(o.is_drop for o in genes[i].options) for i in count.genes]
+    forced = sum(all(o.is_drop for o in genes[i].options) for i in count.genes)
+    if not (max(forced, count.at_least) <= min(count.at_most, sum(droppable))):
+        raise ValueError(
+            f"{count.at_least} to {count.at_most} {count.kind} sub-blocks are to be dropped; "
+            f"{sum(droppable)} of {len(droppable)} can be and {forced} must be"
+        )

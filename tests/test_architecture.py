@@ -18,7 +18,7 @@ NAME = "hf_evopress"
 # for every module in that folder; the first row knows names, levels and integers, never torch.
 LAYERS = (
     "level plugins resources after_import hub_errors plan_repo card_template plan_push plan genes "
-    "space knapsack pareto paired surrogate rounds evopress_search evolve baselines search recipe "
+    "space budget drop_counts knapsack pareto paired surrogate rounds evopress_search evolve baselines search recipe "
     "recipe_schema",
     "checksums linalg packing grid codes obs sparse methods/ compose menu layers",
     "data units sub_blocks dropped fingerprint stream calibrate sensitivity store stitch "

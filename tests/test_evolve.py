@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from hf_evopress.budget import Budget
 from hf_evopress.knapsack import total_loss
 from hf_evopress.search import Search
-from hf_evopress.space import Budget, Genome, SearchSpace
+from hf_evopress.space import Genome, SearchSpace
 
 from .spaces import all_genomes
 

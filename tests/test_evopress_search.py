@@ -6,9 +6,10 @@ from random import Random
 
 import pytest
 
+from hf_evopress.budget import Budget
 from hf_evopress.evopress_search import n_flips
 from hf_evopress.search import Search
-from hf_evopress.space import Budget, Genome, SearchSpace
+from hf_evopress.space import Genome, SearchSpace
 
 
 def model(blocks: int = 4) -> SearchSpace:

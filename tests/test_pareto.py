@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from hf_evopress.budget import Budget
 from hf_evopress.knapsack import total_loss
 from hf_evopress.search import Search
-from hf_evopress.space import Budget, SearchSpace
+from hf_evopress.space import SearchSpace
 
 
 def linears(n: int) -> SearchSpace:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_evopress.budget import Budget
 from hf_evopress.search import STRATEGIES, Search
-from hf_evopress.space import Budget, Genome, SearchSpace
+from hf_evopress.space import Genome, SearchSpace
 
 from .spaces import random_space, random_table
 

@@ -5,7 +5,8 @@ from random import Random
 
 import pytest
 
-from hf_evopress.space import Budget, SearchSpace
+from hf_evopress.budget import Budget
+from hf_evopress.space import SearchSpace
 
 from .spaces import random_space, random_table
 
@@ -136,16 +137,16 @@ def test_a_unit_without_the_uniform_level_takes_one_of_no_more_bits() -> None:
 def test_a_budget_says_the_same_in_three_ways() -> None:
     space = make()
     bits = Budget.parse(space, bits=3.3)
-    assert bits.limit_bits == 1980
-    assert Budget.parse(space, size=(1980 + 800) // 8).limit_bits == 2780 // 8 * 8 - 800
-    assert Budget.parse(space, ratio=0.25).limit_bits == (800 + 9600) // 4 - 800
+    assert bits.limit == 1980
+    assert Budget.parse(space, size=(1980 + 800) // 8).limit == 2780 // 8 * 8 - 800
+    assert Budget.parse(space, ratio=0.25).limit == (800 + 9600) // 4 - 800
     assert bits.allows(space, (1,) * 6) and not bits.allows(space, (2,) * 6)
 
 
 def test_decimal_budgets_are_exact() -> None:
     units = {"a.0.w": 1000}
     space = SearchSpace.build(units, {"a.0.w": [("x", 2300), ("y", 16000)]})
-    assert Budget.parse(space, bits=2.3).limit_bits == 2300  # 2.3 * 1000 == 2299.99... in floats
+    assert Budget.parse(space, bits=2.3).limit == 2300  # 2.3 * 1000 == 2299.99... in floats
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_an_impossible_budget_names_the_smallest_in_the_same_unit_and_that_one_w
 
 def test_a_budget_above_the_largest_plan_is_cut_with_a_note() -> None:
     budget = Budget.parse(make(), bits=9)
-    assert budget.limit_bits == 2400 and "largest" in budget.note
+    assert budget.limit == 2400 and "largest" in budget.note
 
 
 @pytest.mark.parametrize(
