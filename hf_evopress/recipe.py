@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .plugins import did_you_mean, names
-from .resources import atomic_write, parse_size
+from .resources import atomic_write, bundled, parse_size
 from .search import STRATEGIES, check_settings
 
 DTYPES = ("auto", "bfloat16", "float16")
@@ -118,12 +118,13 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """Return the recipe in a YAML file with `key=value` or `group.key=value` overrides."""
+        """Return the recipe in a YAML file with `key=value` or `group.key=value` overrides.
+
+        A name without an ending, such as smollm2-135m-3.3bit, is a recipe of the package.
+        """
         import yaml
 
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no recipe at {path}")
+        path = _find(path)
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
@@ -153,6 +154,16 @@ class Recipe:
     def save(self, path: str | Path) -> None:
         """Write the recipe to `path`."""
         atomic_write(path, self.to_yaml())
+
+
+def _find(path: str | Path) -> Path:
+    """Return the file `path`, or the bundled recipe of that name."""
+    if Path(path).is_file():
+        return Path(path)
+    known = {file.stem: file for file in sorted(bundled("recipes").glob("*.yaml"))}
+    if str(path) in known:
+        return known[str(path)]
+    raise FileNotFoundError(f"no recipe at {path}{did_you_mean(str(path), list(known))}")
 
 
 def _build(cls: type, data: Mapping[str, Any], where: str) -> Any:
