@@ -42,6 +42,10 @@ def register() -> None:
     import_module(".quantizer", __name__)  # registers when it is first imported
 
 
+def _teach_peft() -> None:
+    import_module(".peft_layers", __name__).register_with_peft()
+
+
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -55,3 +59,4 @@ def __dir__() -> list[str]:
 
 
 after_import("transformers.quantizers.auto", register)
+after_import("peft.tuners.lora.model", _teach_peft)

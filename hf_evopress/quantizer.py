@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,9 +22,17 @@ from .dropped import (
     restore_zero,
     sentinel_keys,
 )
-from .layers import CompressedLinear, compressed_linears, planned_levels, restore_linears
-from .level import Level
+from .layers import (
+    CompressedLinear,
+    compressed_linears,
+    planned_levels,
+    resolve_units,
+    restore_linears,
+)
+from .level import DENSE, Level
 from .plan import Plan
+
+logger = logging.getLogger(__name__)
 
 
 class EvoPressQuantizer(HfQuantizer):
@@ -188,6 +197,7 @@ class EvoPressQuantizer(HfQuantizer):
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is written
+        self.quantization_config.plan = _with_merged(model, _plan_of(self.quantization_config))
         state = model.state_dict()
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         self.quantization_config.checksums = {
@@ -252,6 +262,29 @@ def _plan_of(config: EvoPressConfig) -> Plan:
     if config.plan is None:
         raise ValueError("EvoPressConfig has no plan")
     return config.plan
+
+
+def _with_merged(model: Any, plan: Plan) -> Plan:
+    """Return `plan` with level dense where an adapter was merged: those layers are dense now."""
+    layers = compressed_linears(model)
+    if any(name.endswith(".base_layer") for name in layers):
+        raise ValueError(
+            "the model is wrapped by adapters: save those with PeftModel.save_pretrained, or call "
+            "unload() or merge_and_unload() before saving the model"
+        )
+    paths = resolve_units(model, plan)
+    merged = [
+        unit for unit, path in paths.items() if path not in layers and not plan[unit].is_dense
+    ]
+    if not merged:
+        return plan
+    logger.warning(
+        "%d layers with a merged adapter are saved dense (%s); hf-evopress merge packs them again",
+        len(merged),
+        ", ".join(merged[:4]),
+    )
+    levels = {**plan.levels, **dict.fromkeys(merged, DENSE)}
+    return plan.replace(levels=levels, budget={}, results={})
 
 
 def _calibrated(plan: Plan) -> list[str]:
