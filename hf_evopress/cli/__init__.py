@@ -71,11 +71,14 @@ for module in (compress, inspect, share):
         app.command(name)(command)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C."""
+def main(arguments: list[str] | None = None, *, name: str = "hf-evopress") -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
+
+    name: what the usage lines call it.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        code = app(words, standalone_mode=False)
+        code = app(words, prog_name=name, standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(_stopped())
     except _UsageError as error:
