@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .drop_counts import allocate
 from .evopress_search import random_plan, select_start
-from .knapsack import solve
 from .rounds import Run, Strategy
 
 
@@ -44,7 +44,7 @@ def knapsack(run: Run, settings: KnapsackSettings) -> Strategy:
     """Return the plan of least predicted loss; nothing is evaluated."""
     if run.table is None:
         raise ValueError("strategy knapsack needs predicted losses: compute sensitivities first")
-    solution = solve(run.space, run.table, run.limit)
+    solution = allocate(run.space, run.table, run.limit)
     run.found(solution.genome, None)
     run.report["predicted_loss"] = solution.loss
     run.report["predicted_loss_lower_bound"] = solution.lower_bound

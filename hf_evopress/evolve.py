@@ -14,8 +14,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from .drop_counts import allocate, meet
 from .evopress_search import n_flips
-from .knapsack import fill, solve, total_loss
+from .knapsack import fill, total_loss
 from .paired import Paired, compare
 from .rounds import Losses, Round, Run, Strategy, mean, unique
 from .space import Genome, Table
@@ -57,7 +58,7 @@ class EvolveSettings:
 def evolve(run: Run, settings: EvolveSettings) -> Strategy:
     """Return the search as a generator of rounds."""
     surrogate = Surrogate(run.space, run.table or rate_table(run.space))
-    allocated = solve(run.space, surrogate.prior, run.limit).genome
+    allocated = allocate(run.space, surrogate.prior, run.limit).genome
     uniform, incumbent = yield from _start(run, surrogate, allocated, settings)
     run.record(0)
     tried = {incumbent}
@@ -155,7 +156,7 @@ def _offspring(
         if child is not None and child not in tried:
             drawn[child] = None
     ranked = sorted(drawn, key=lambda plan: total_loss(run.space, table, plan))
-    jump = solve(run.space, table, run.limit).genome
+    jump = allocate(run.space, table, run.limit).genome
     if jump not in tried:
         ranked = unique([jump, *ranked])
     n_explored = min(int(EXPLORED * settings.offspring), len(ranked) - 1)
@@ -167,7 +168,8 @@ def _offspring(
 def mutate(run: Run, table: Table, parent: Genome, flips: int, *, pivot: bool) -> Genome | None:
     """Return the parent after `flips` changed units, paid for by others, the slack used up.
 
-    Any unit may trade with any other; None where the budget cannot be kept.
+    Any unit may trade with any other; where drops are counted, sub-blocks of a kind trade
+    places. None where the budget cannot be kept.
     """
     space, rng = run.space, run.rng
     genes = [
@@ -179,13 +181,13 @@ def mutate(run: Run, table: Table, parent: Genome, flips: int, *, pivot: bool) -
         genes = behind if len(behind) > 1 else genes
     if not genes:
         return None
-    child, slack, changed = parent, run.limit - space.cost(parent), set()
+    child, changed = parent, set()
     for i in rng.sample(genes, min(flips, len(genes))):
         n = rng.choice([n for n in range(len(space.genes[i].options)) if n != child[i]])
-        child = _restored(run, child, i)
-        slack -= int(space.change(space.costs, child, i, n))
-        child = _with(child, i, n)
+        child = _with(_restored(run, child, i), i, n)
         changed.add(i)
+    child = meet(space, table, child, genes={*genes} - changed, rng=rng)
+    slack = run.limit - space.cost(child)
     while slack < 0:
         payers = [i for i in genes if child[i] and i not in changed and space.is_active(child, i)]
         sample = rng.sample(payers, min(SAMPLED, len(payers)))
@@ -200,7 +202,8 @@ def mutate(run: Run, table: Table, parent: Genome, flips: int, *, pivot: bool) -
     # Blocks before the mutated ones stay as they were: evaluations share them.
     start = min(space.genes[i].block for i in genes)
     free = [i for i, g in enumerate(space.genes) if i not in changed and g.block >= start]
-    return space.canonical(fill(space, table, child, run.limit, genes=free))
+    child = space.canonical(fill(space, table, child, run.limit, genes=free))
+    return child if space.keeps_counts(child) else None
 
 
 def _restored(run: Run, genome: Genome, i: int) -> Genome:

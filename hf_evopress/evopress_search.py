@@ -8,7 +8,8 @@ What differs from the published code: a level is an option of a unit's menu with
 (a switch goes to the next cheaper or dearer one) instead of a whole number of bits without
 scales; offspring equal to each other or to the parent are drawn again, a bounded number of
 times; the parent enters the last stage whatever the survivor counts are; and the winner of the
-last selection is what is returned.
+last selection is what is returned. Where drops are counted, attention trades with attention and
+MLP with MLP, as the published depth pruning does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from .drop_counts import random_drops
 from .rounds import Losses, Round, Run, Strategy, mean, unique
 from .space import Genome, SearchSpace
 
@@ -105,13 +107,19 @@ def select_start(
 def random_plan(run: Run) -> Genome:
     """Return the published start for a fractional target: lower random units from above it.
 
-    Above: the cheapest uniform plan over the budget, or the dearest plan there is.
+    Above: the cheapest uniform plan over the budget, or the dearest plan there is. Where drops
+    are counted, as many as needed are drawn first, and no more are added.
     """
     space, rng = run.space, run.rng
     over = [plan for plan in space.uniform().values() if space.cost(plan) > run.limit]
     genome = min(over, key=space.cost) if over else space.dearest
+    genome = random_drops(space, genome, rng)
+    counted = {i for count in space.counts for i in count.genes}
     while space.cost(genome) > run.limit:
-        genome = _switch(genome, rng.choice(_steppable(space, genome, -1)), -1)
+        able = [i for i in _steppable(space, genome, -1) if i not in counted]
+        if not able:
+            raise ValueError(f"no plan drawn at random fits {run.budget.text}; use evolve")
+        genome = _switch(genome, rng.choice(able), -1)
     return space.canonical(genome)
 
 
@@ -128,14 +136,15 @@ def _initial(run: Run, settings: EvoPressSettings) -> Generator[Round, Losses, G
 def _offspring(run: Run, parent: Genome, settings: EvoPressSettings) -> list[Genome]:
     """Return distinct mutants of the parent within the budget."""
     made: dict[Genome, None] = {}
+    group = "name" if run.space.counts else settings.group
     for _ in range(TRIES * settings.offspring):
         if len(made) == settings.offspring:
             break
-        if settings.group == "none":
+        if group == "none":
             child = _mutate_freely(run.space, parent, run.limit, run.rng)
         else:
-            child = _mutate_in_groups(run.space, parent, settings.group, run.rng)
-        if child is None or run.space.cost(child) > run.limit:
+            child = _mutate_in_groups(run.space, parent, group, run.rng)
+        if child is None or not run.budget.allows(run.space, child):
             continue
         child = run.space.canonical(child)
         if child != parent:

@@ -38,6 +38,8 @@ class ParetoSettings:
 def pareto(run: Run, settings: ParetoSettings) -> Strategy:
     """Return the search for a front as a generator of rounds; `report["front"]` holds it."""
     space = run.space
+    if space.counts:
+        raise ValueError("a front has plans of many sizes; it cannot count drops as well")
     low = max(space.min_cost, floor(settings.low * space.n_weights))
     if low > run.limit:
         raise ValueError(f"low={settings.low} bits per weight is above {run.budget.text}")
