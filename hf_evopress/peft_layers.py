@@ -48,6 +48,11 @@ def lora_layer_class() -> type[nn.Module]:
                 return super()._get_base_layer_device_and_dtype(base_layer)
             return next(iter(base_layer.state.values())).device, base_layer.weight_dtype
 
+        def _get_in_out_features(self, module: nn.Module) -> tuple[Any, Any]:
+            if not isinstance(module, CompressedLinear):
+                return super()._get_in_out_features(module)
+            return module.in_features, module.out_features
+
         def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
             _check_start(kwargs["config"].init_lora_weights)
             super().update_layer(adapter_name, *args, **kwargs)

@@ -269,6 +269,7 @@ save_file({str(i): r for i, r in enumerate(results)}, out)
 """
 
 
+@pytest.mark.slow
 def test_adapters_load_in_a_fresh_process_by_every_way(model: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..level import Term, Value
 from ..linalg import Stats
 from ..plugins import did_you_mean
+from ..recompute import forgetful_linear
 
 Shape = tuple[int, int]  # (out_features, in_features)
 State = dict[str, Tensor]  # packed tensors by name, as they are written to a checkpoint
@@ -167,6 +168,17 @@ class Method(ABC):
         """Return x -> x W^T + bias with everything that does not depend on x done once.
 
         The evaluator keeps operators, the loaded layer makes one per call: the same numbers.
+        Where only x or the bias gets a gradient, the graph does not keep W but makes it again.
         """
-        W = self.decompress(state, shape, dtype, **params)
-        return lambda x: F.linear(x, W, bias)
+
+        def weight() -> Tensor:
+            return self.decompress(state, shape, dtype, **params)
+
+        W = weight()
+
+        def run(x: Tensor) -> Tensor:
+            if W.requires_grad or not x.requires_grad or not torch.is_grad_enabled():
+                return F.linear(x, W, bias)
+            return forgetful_linear(x, W, bias, weight)
+
+        return run
