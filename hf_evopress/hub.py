@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .export.base import check_target
-from .hub_errors import clear_errors
+from .hub_errors import clear_errors, patiently
 from .plan import Plan
-from .plan_push import push_plans
+from .plan_push import open_repo, push_plans
 from .plan_repo import FILE_NAME, INDEX_NAME, check_name, is_repo_id, read_index
 from .resources import sha256
 
@@ -65,21 +65,21 @@ def push_folder(
         )
     api = HfApi(token=token)
     with clear_errors(repo_id, revision):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = api.list_repo_files(repo_id, revision=revision)
+        repo_id = open_repo(api, repo_id, private=private, revision=revision)
+        there = patiently(lambda: api.list_repo_files(repo_id, revision=revision))
         new = {f"{prefix}{name}" for name in files}
         stale = [n for n in there if n not in new and _is_shard_of(n, prefix)]
-        return api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationDelete(name) for name in stale),
-                *(CommitOperationAdd(f"{prefix}{n}", str(folder / n)) for n in files),
-            ],
-            commit_message=commit_message or f"Upload {kind} with hf-evopress",
-            revision=revision,
-            create_pr=create_pr,
+        return patiently(
+            lambda: api.create_commit(
+                repo_id,
+                [
+                    *(CommitOperationDelete(name) for name in stale),
+                    *(CommitOperationAdd(f"{prefix}{n}", str(folder / n)) for n in files),
+                ],
+                commit_message=commit_message or f"Upload {kind} with hf-evopress",
+                revision=revision,
+                create_pr=create_pr,
+            )
         )
 
 
@@ -105,8 +105,8 @@ def pull(
     partial = folder.with_name(f"{folder.name}.partial")
     with clear_errors(repo_id, revision):
         api = HfApi(token=token)
-        commit = api.model_info(repo_id, revision=revision).sha
-        tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+        commit = patiently(lambda: api.model_info(repo_id, revision=revision)).sha
+        tree = patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
         files = {f.path: f for f in tree if hasattr(f, "blob_id")}
         check_paths(files)
         _check_space(folder.parent, sum(f.size for f in files.values()))

@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+ATTEMPTS = 5
+LONGEST_WAIT = 60.0  # seconds; a server that asks for more is not waited for
 
 _TOKEN = "log in with `hf auth login` or set HF_TOKEN"
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Return what `call` returns, repeated where the Hub limits the rate of requests (429).
+
+    Waits as long as the answer's Retry-After says, else 1, 2, 4, 8 seconds. The client does this
+    by itself for downloads only.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return call()
+        except HfHubHTTPError as error:
+            response = getattr(error, "response", None)
+            if response is None or response.status_code != 429:
+                raise
+            said = response.headers.get("Retry-After", "")
+            seconds = float(said) if said.isdigit() else 2.0**attempt
+            if seconds > LONGEST_WAIT:
+                raise
+            time.sleep(seconds)
+    return call()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from .card_template import hub_base, level_counts, protocol, render, results_rows
-from .hub_errors import clear_errors
+from .hub_errors import clear_errors, patiently
 from .plan_repo import (
     FILE_NAME,
     INDEX_NAME,
@@ -58,10 +58,8 @@ def push_plans(
         _warn_unpinned(name, plan.to_dict())
     api = HfApi(token=token)
     with clear_errors(repo_id, revision):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        head = api.model_info(repo_id, revision=revision)
+        repo_id = open_repo(api, repo_id, private=private, revision=revision)
+        head = patiently(lambda: api.model_info(repo_id, revision=revision))
         there = {sibling.rfilename for sibling in head.siblings or ()}
         known = list_plans(repo_id, revision=head.sha, token=token) if INDEX_NAME in there else {}
         told = {name: plan.to_dict() for name, plan in plans.items()}
@@ -71,14 +69,24 @@ def push_plans(
         if "config.json" not in there:
             files["README.md"] = plan_card(repo_id, told, index)
         files[INDEX_NAME] = index_text(list(index.values()))
-        return api.create_commit(
-            repo_id,
-            [CommitOperationAdd(name, text.encode()) for name, text in files.items()],
-            commit_message=commit_message or f"Upload {', '.join(sorted(plans))[:60]}",
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=head.sha,  # two who push at once do not lose each other's entries
+        return patiently(
+            lambda: api.create_commit(
+                repo_id,
+                [CommitOperationAdd(name, text.encode()) for name, text in files.items()],
+                commit_message=commit_message or f"Upload {', '.join(sorted(plans))[:60]}",
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=head.sha,  # two who push at once do not lose each other's entries
+            )
         )
+
+
+def open_repo(api: Any, repo_id: str, *, private: bool | None, revision: str | None) -> str:
+    """Return the full name of a repository, made with its branch `revision` if not there."""
+    full: str = patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        patiently(lambda: api.create_branch(full, branch=revision, exist_ok=True))
+    return full
 
 
 def plan_card(repo_id: str, plans: Mapping[str, dict[str, Any]], index: Mapping[str, Entry]) -> str:

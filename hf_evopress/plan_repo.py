@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .hub_errors import clear_errors
+from .hub_errors import clear_errors, patiently
 from .plugins import did_you_mean
 
 FILE_NAME = "evopress_plan.json"
@@ -238,7 +238,8 @@ def _download(
 
     with clear_errors(repo_id, revision):
         try:
-            infos = HfApi(token=token).get_paths_info(repo_id, list(names), revision=revision)
+            api = HfApi(token=token)
+            infos = patiently(lambda: api.get_paths_info(repo_id, list(names), revision=revision))
         except HfHubHTTPError:
             raise
         except (HTTPError, OfflineModeIsEnabled):

@@ -206,6 +206,8 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # head and body in one packet: no waiting for a delayed acknowledgement
+    disable_nagle_algorithm = True
     most_bytes: int | None = None
 
     def log_message(self, *_: Any) -> None:
