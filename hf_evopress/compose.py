@@ -61,6 +61,11 @@ def cost_bits(level: Level, shape: Shape) -> int:
     return sum(part.cost_bits(shape, **params) for part, params, _ in _parts(level))
 
 
+def kept_values(level: Level, shape: Shape) -> int:
+    """Return how many weights, or entries of factors, a weight of `shape` keeps at `level`."""
+    return sum(part.kept_values(shape, **params) for part, params, _ in _parts(level))
+
+
 def compress(level: Level, W: Tensor, stats: Stats | None) -> State:
     """Return the packed tensors of W (out, in) float32 at `level`."""
     return compress_stacked(level, [W], stats)[0]
@@ -153,6 +158,12 @@ def operator(
         for part, params, suffix in _parts(level)
     ]
     return made[0] if len(made) == 1 else _sum(made)
+
+
+def terms(level: Level, state: State) -> Iterator[tuple[Method, dict[str, Any], State, str]]:
+    """Yield for each term of `level` its method, all parameters, tensors, and their suffix."""
+    for part, params, suffix in _parts(level):
+        yield part, params, _pick(state, suffix), suffix
 
 
 def _sum(operators: Sequence[Operator]) -> Callable[[Tensor], Tensor]:

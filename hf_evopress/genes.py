@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from fractions import Fraction
 
+from .patterns import matches
 from .plugins import did_you_mean
 
 # unit -> (level, cost in bits), or (level, cost in bits, values kept) where values are budgeted
@@ -128,7 +128,7 @@ def _menu(
             menu[unit] = {
                 level: option
                 for level, option in menu[unit].items()
-                if not any(fnmatchcase(level, b) for b in bad)
+                if not any(matches(level, b) for b in bad)
             }
             if not menu[unit]:
                 raise ValueError(f"{unit} has no level left: {bad} of {pattern!r} forbids them all")
@@ -177,7 +177,7 @@ def _groups(units: Iterable[str], ties: Sequence[Sequence[str]]) -> list[tuple[s
 
 
 def _matching(pattern: str, units: Iterable[str], rule: str) -> list[str]:
-    found = [unit for unit in units if fnmatchcase(unit, pattern)]
+    found = [unit for unit in units if matches(unit, pattern)]
     if not found:
         raise ValueError(f"{rule}: {pattern!r} matches no unit{did_you_mean(pattern, list(units))}")
     return found

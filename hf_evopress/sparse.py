@@ -105,6 +105,9 @@ class SparseMethod(Method):
                 f"take a multiple of {_nm(pattern)[1]}"
             )
 
+    def kept_values(self, shape: Shape, **params: Any) -> int:
+        return n_kept(shape, params)
+
     def check_shape(self, shape: Shape, **params: Any) -> None:
         if params["pattern"] != ANY and shape[1] % _nm(params["pattern"])[1]:
             raise ValueError(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from .patterns import matches
 
 SUPPORTED = (
     "decoder-only transformers models whose blocks hold nn.Linear layers, such as Llama, "
@@ -63,7 +64,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def find_units(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
     """Return the linear weights inside the decoder blocks, in module order.
 
-    `skip` are glob patterns on module paths ("*.v_proj", "model.layers.0.*"). Embeddings, the
+    `skip` are globs ("*.v_proj", "model.layers.0.*") or regular expressions ("re:...") on
+    module paths. Embeddings, the
     output head, routers, tied weights and the insides of nn.MultiheadAttention are never units.
     """
     path, blocks = find_blocks(model)
@@ -80,7 +82,7 @@ def find_units(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
             f"{type(model).__name__} has no nn.Linear inside its decoder blocks; "
             f"supported: {SUPPORTED}"
         )
-    kept = [u for u in units if not any(fnmatchcase(u.name, pattern) for pattern in skip)]
+    kept = [u for u in units if not any(matches(u.name, pattern) for pattern in skip)]
     if not kept:
         raise ValueError(f"skip={list(skip)} leaves none of the {len(units)} units to compress")
     return kept

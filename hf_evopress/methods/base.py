@@ -128,6 +128,11 @@ class Method(ABC):
     def cost_bits(self, shape: Shape, **params: Any) -> int:
         """Return the exact number of bits that compress() stores for a weight of `shape`."""
 
+    def kept_values(self, shape: Shape, **params: Any) -> int:
+        """Return how many values are kept: weights that may be other than zero, or entries of
+        factors. What a sparsity budget counts, whatever bits they take."""
+        return shape[0] * shape[1]
+
     @abstractmethod
     def compress(self, W: Tensor, stats: Stats | None, **params: Any) -> State:
         """Return the packed tensors of W (out, in) float32."""

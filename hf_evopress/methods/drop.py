@@ -34,6 +34,9 @@ class Drop(Method):
     def cost_bits(self, shape: Shape, **params: Any) -> int:
         return 0
 
+    def kept_values(self, shape: Shape, **params: Any) -> int:
+        return 0
+
     def compress(self, W: Tensor, stats: Stats | None, **params: Any) -> State:
         raise ValueError(_NOT_A_SUB_BLOCK)
 

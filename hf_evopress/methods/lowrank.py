@@ -84,6 +84,9 @@ class LowRank(Method):
         codes = rank * packed_bytes(shape[1], bits) + shape[0] * packed_bytes(rank, bits)
         return 8 * codes + 16 * (rank + shape[0]) + fix
 
+    def kept_values(self, shape: Shape, **params: Any) -> int:
+        return params["rank"] * sum(shape)
+
     def compress(self, W: Tensor, stats: Stats | None, **params: Any) -> State:
         return self.compress_many([W], stats, [params])[0][0]
 

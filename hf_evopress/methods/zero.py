@@ -26,6 +26,9 @@ class Zero(Method):
     def cost_bits(self, shape: Shape, **params: Any) -> int:
         return 0
 
+    def kept_values(self, shape: Shape, **params: Any) -> int:
+        return 0
+
     def compress(self, W: Tensor, stats: Stats | None, **params: Any) -> State:
         # no elements, no bytes; it says which device the layer is on
         return {"nothing": torch.empty(0, dtype=torch.uint8, device=W.device)}
