@@ -18,7 +18,8 @@ QUANT_METHOD = "evopress"
 FORMAT_VERSION = 1  # of the checkpoint: what config.json and the safetensors files hold
 
 _STORED = ("plan", "checksums", "format_version", "written_by", "quant_method")
-_LOADING = ("data", "n_sequences", "seq_len", "seed", "dequantize", "verify")
+_LOADING = ("data", "n_sequences", "seq_len", "seed", "dequantize", "verify", "runtime")
+RUNTIMES = ("packed", "expanded")
 
 
 class EvoPressConfig(QuantizationConfigMixin):
@@ -33,6 +34,10 @@ class EvoPressConfig(QuantizationConfigMixin):
         n_sequences, seq_len and seed say how much is read.
     dequantize: return the stock dense model with the compressed model's weights.
     verify: compare the files with their checksums (about 2 GB/s).
+    runtime: "packed" holds the packed tensors only and computes a weight whenever its layer is
+        called: memory of the checkpoint, a slower call. "expanded" also holds every weight in
+        the dtype of the model, computed once: memory of the dense model and the checkpoint,
+        speed of the dense model. What save_pretrained writes is the same.
 
     It is not frozen, because transformers sets loading attributes on it.
 
@@ -50,6 +55,7 @@ class EvoPressConfig(QuantizationConfigMixin):
         seed: int = 0,
         dequantize: bool = False,
         verify: bool = True,
+        runtime: str = "packed",
         checksums: Mapping[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         written_by: str | None = None,
@@ -66,7 +72,7 @@ class EvoPressConfig(QuantizationConfigMixin):
         self.plan = None if plan is None else _read_plan(plan)
         self.data = data
         self.n_sequences, self.seq_len, self.seed = n_sequences, seq_len, seed
-        self.dequantize, self.verify = dequantize, verify
+        self.dequantize, self.verify, self.runtime = dequantize, verify, runtime
         self.checksums = dict(checksums or {})
         self.requested_plan: Plan | None = None
         self._check_values()
@@ -79,6 +85,8 @@ class EvoPressConfig(QuantizationConfigMixin):
         for key in ("dequantize", "verify"):
             if type(getattr(self, key)) is not bool:
                 raise TypeError(f"{key} must be true or false, got {getattr(self, key)!r}")
+        if self.runtime not in RUNTIMES:
+            raise ValueError(f"runtime is 'packed' or 'expanded', got {self.runtime!r}")
         for name, checksum in self.checksums.items():
             if not isinstance(checksum, str) or len(checksum) != 8:
                 raise ValueError(f"checksum of {name} must be 8 hex digits, got {checksum!r}")

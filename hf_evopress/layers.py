@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import compose
@@ -66,7 +67,12 @@ class CompressedLinear(nn.Linear):
     A cast of the model (`.to(torch.bfloat16)`) changes `weight_dtype`, the bias and tensors
     that are stored in the dtype of the model (low-rank factors). Tensors whose dtype is part
     of the level, such as scales, keep it: a cast scale would be another weight.
+
+    After `expand()` there is a dense copy of the weight as well, and calls take the time of a
+    dense layer.
     """
+
+    expanded_weight: Tensor | None
 
     def __init__(
         self,
@@ -83,6 +89,7 @@ class CompressedLinear(nn.Linear):
         self.weight_dtype = dtype or (torch.get_default_dtype() if bias is None else bias.dtype)
         self._is_hf_initialized = True  # transformers must not draw a new random weight
         self._state_names = tuple(sorted(state))
+        self._expanded_from: list[tuple[int, int]] = []
         for name in self._state_names:
             self.register_parameter(name, nn.Parameter(state[name], requires_grad=False))
         self.register_parameter("bias", bias)
@@ -166,17 +173,56 @@ class CompressedLinear(nn.Linear):
         super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
+        W = self._expanded() if "expanded_weight" in self._buffers else None
+        if W is not None and W.dtype == input.dtype:
+            return F.linear(input, W, self._fixed_bias())
         run = compose.operator(self.level, self.state, self.bias, self.shape, input.dtype)
         return run(input)
+
+    def expand(self) -> None:
+        """Compute the dense weight and keep it beside the packed tensors, which alone are saved.
+
+        Takes out * in numbers of `weight_dtype` more memory. It is computed again after a change
+        of the packed tensors; while those have a gradient, and for inputs of another dtype, the
+        weight is computed at each call as before.
+        """
+        self._check_loaded("expand")
+        self.register_buffer("expanded_weight", None, persistent=False)
+        self._expanded()
+
+    def _expanded(self) -> Tensor | None:
+        tensors = list(self.state.values())
+        if any(tensor.requires_grad or tensor.is_meta for tensor in tensors):
+            return None
+        # a change in place, such as load_state_dict, counts a version up
+        made_of = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        if self.expanded_weight is None or made_of != self._expanded_from:
+            with torch.no_grad():
+                self.expanded_weight = compose.decompress(
+                    self.level, self.state, self.shape, self.weight_dtype
+                )
+            self._expanded_from = made_of
+        return self.expanded_weight
+
+    def _fixed_bias(self) -> Tensor | None:
+        """Return the bias that goes with the dense weight."""
+        fix = compose.bias_fix(self.level, self.state)
+        if fix is None:
+            return self.bias
+        fix = fix.to(self.weight_dtype)
+        return fix if self.bias is None else self.bias + fix
+
+    def _check_loaded(self, action: str) -> None:
+        if any(tensor.is_meta for tensor in self.state.values()):
+            raise ValueError(
+                f"the packed tensors of {self} are offloaded or not loaded; load the model "
+                f"with device_map=None or 'cpu' to {action} it"
+            )
 
     def dequantize(self, *, dtype: torch.dtype | None = None) -> nn.Linear:
         """Return a stock nn.Linear with this weight and bias, in `dtype` or `weight_dtype`."""
         dtype = dtype or self.weight_dtype
-        if any(tensor.is_meta for tensor in self.state.values()):
-            raise ValueError(
-                f"the packed tensors of {self} are offloaded or not loaded; load the model "
-                "with device_map=None or 'cpu' to dequantize it"
-            )
+        self._check_loaded("dequantize")
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         with torch.no_grad():
             W = compose.decompress(self.level, self.state, self.shape, dtype)
@@ -204,6 +250,7 @@ class CompressedLinear(nn.Linear):
 
         super()._apply(move, recurse)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        self._expanded_from = []  # a cast copy is not the packed weight in the new dtype
         return self
 
     def extra_repr(self) -> str:
@@ -319,6 +366,12 @@ def _dtype(linear: nn.Linear) -> torch.dtype:
 def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
     """Return module path -> compressed layer, in module order."""
     return {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
+
+
+def expand_linears(model: nn.Module) -> None:
+    """Give every CompressedLinear of `model` a dense copy of its weight, for dense speed."""
+    for layer in compressed_linears(model).values():
+        layer.expand()
 
 
 def restore_linears(model: nn.Module, *, dtype: torch.dtype | None = None) -> None:

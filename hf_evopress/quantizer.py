@@ -25,6 +25,7 @@ from .dropped import (
 from .layers import (
     CompressedLinear,
     compressed_linears,
+    expand_linears,
     planned_levels,
     resolve_units,
     restore_linears,
@@ -170,6 +171,8 @@ class EvoPressQuantizer(HfQuantizer):
             restore_linears(model)
             restore_zero(model)
             self.remove_quantization_config(model)
+        elif config.runtime == "expanded":
+            expand_linears(model)
         return model
 
     def remove_quantization_config(self, model: Any) -> None:
