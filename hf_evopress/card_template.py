@@ -100,6 +100,12 @@ def protocol(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
     return f"{int(n_tokens):,} tokens in non-overlapping windows of {int(window):,}"
 
 
+def measured_on(plan: Mapping[str, Any]) -> str | None:
+    """Return the name of the text that a plan (`Plan.to_dict()`) was measured on, if it says so."""
+    text = (plan.get("results") or {}).get("text")
+    return text if isinstance(text, str) else None
+
+
 def level_counts(levels: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> list[Any]:
     """Return (level, number of units, share of the weights or None), the largest share first."""
     weights = {unit: shape[0] * shape[1] for unit, shape in shapes.items()}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import compose
-from .card_template import hub_base, level_counts, protocol, render, results_rows
+from .card_template import hub_base, level_counts, measured_on, protocol, render, results_rows
 from .plan import Plan
 from .plan_repo import INDEX_NAME, TAG, plan_rows, read_index
 from .recipe import Recipe
@@ -96,6 +96,7 @@ def model_card(folder: Path, plan: Plan, recipe: Recipe | None, *, name: str) ->
         headers=headers,
         rows=cells,
         protocol=protocol(rows),
+        text=measured_on(plan.to_dict()),
         against=against(plan.search),
         counts=level_counts({u: str(v) for u, v in plan.items()}, plan.shapes),
         needs_data=any(compose.needs_stats(compose.normalize(v)) for v in plan.values()),
@@ -138,6 +139,7 @@ def adapter_card(folder: Path, name: str) -> str:
         headers=[],
         rows=[],
         protocol=None,
+        text=None,
         against=[],
     )
 

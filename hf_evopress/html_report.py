@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .card_template import level_counts, protocol
+from .card_template import level_counts, measured_on, protocol
 from .cards import RECIPE, against, exact_bits, mean_bits, portable
 from .plan import Plan
 from .plan_repo import plan_rows
@@ -58,6 +58,7 @@ def report_html(plan: Plan, recipe: Recipe | None = None, *, name: str) -> str:
         is_exact=bits is not None,
         table=_table(rows),
         protocol=protocol(rows),
+        text=measured_on(plan.to_dict()),
         against=against(plan.search),
         heat=_heat(shown) if shown else None,
         counts=level_counts({u: str(v) for u, v in plan.items()}, plan.shapes),

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from .card_template import hub_base, level_counts, protocol, render, results_rows
+from .card_template import hub_base, level_counts, measured_on, protocol, render, results_rows
 from .hub_errors import clear_errors, patiently
 from .plan_repo import (
     FILE_NAME,
@@ -119,6 +119,7 @@ def plan_card(repo_id: str, plans: Mapping[str, dict[str, Any]], index: Mapping[
         headers=headers,
         rows=cells,
         protocol=protocol(rows),
+        text=measured_on(main),
         against=[],
         search={k: v for k, v in (main.get("search") or {}).items() if _is_plain(v)},
     )

@@ -132,6 +132,7 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.uploads: dict[str, bytes] = {}  # LFS objects that no commit names yet
         self.requests: list[str] = []
+        self.corrupted: str | None = None
         self.faults: list[tuple[re.Pattern[str], Callable[[Any], bool], list[int]]] = []
         self.lock = threading.RLock()
         handler = type("Bound", (_Handler,), {"hub": self})
@@ -188,6 +189,10 @@ class Hub:
             return True
 
         self._fault(pattern, fault, times)
+
+    def corrupt(self, name: str | None) -> None:
+        """Flip a bit in what is downloaded of files whose path contains `name`."""
+        self.corrupted = name
 
     def _fault(self, pattern: str, fault: Callable[[Any], bool], times: int) -> None:
         self.faults.append((re.compile(pattern), fault, [times]))
@@ -437,6 +442,8 @@ class _Handler(BaseHTTPRequestHandler):
         if blob.is_lfs:
             headers |= {"X-Linked-ETag": f'"{blob.etag}"', "X-Linked-Size": str(len(blob.content))}
         content, status = blob.content, 200
+        if self.hub.corrupted and self.hub.corrupted in path:
+            content = content[:-1] + bytes([content[-1] ^ 1])
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
             start, end = int(match[1]), int(match[2] or len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
