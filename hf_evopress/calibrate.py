@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .fingerprint import claim, model_fingerprint, tensor_fingerprint, text_fingerprint
 from .linalg import Stats
+from .ranks import ALONE, Ranks
 from .resources import atomic_path
 from .stream import BlockStream
 from .units import Unit, find_units
@@ -46,6 +47,7 @@ def calibrate(
     n_sink: int = 64,
     accumulate: torch.dtype = torch.float32,
     batch_tokens: int = _BATCH_TOKENS,
+    ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> Path:
     """Return `folder`/stats after writing the moments of every block that is not there yet.
@@ -53,18 +55,22 @@ def calibrate(
     tokens, heldout_tokens (n_sequences, seq_len) int64; the latter give a second Gram, to score
     levels on text that did not make them. prefix: token ids with which every use of the model
     starts (a chat template): the sink moment is then taken over all its positions, otherwise
-    over position 0 of `n_sink` likely first tokens. accumulate: dtype of the sums.
+    over position 0 of `n_sink` likely first tokens. accumulate: dtype of the sums. ranks:
+    processes that share the folder; each takes the moments of its blocks.
     Raises ValueError where the folder holds moments made from something else.
     """
     units = list(units) if units is not None else find_units(model)
     sets = _token_sets(model, tokens, heldout_tokens, prefix, n_sink)
     root = Path(folder) / FOLDER
-    claim(root, _made_from(model, units, sets, accumulate), what="calibration statistics")
+    with ranks.first_alone():
+        claim(root, _made_from(model, units, sets, accumulate), what="calibration statistics")
     by_block: dict[int, list[str]] = {}
     for unit in units:
         by_block.setdefault(unit.block, []).append(unit.name)
-    missing = [i for i in sorted(by_block) if not _file(root, i).is_file()]
+    mine = [i for n, i in enumerate(sorted(by_block)) if ranks.owns(n)]
+    missing = [i for i in mine if not _file(root, i).is_file()]
     if not missing:
+        ranks.wait()
         return root
     stream = BlockStream(model)
     stream.check(tokens[:1, :8])
@@ -82,6 +88,7 @@ def calibrate(
                     run.advance(i)
             if progress:
                 progress("calibration", i + 1, missing[-1] + 1)
+    ranks.wait()
     return root
 
 
@@ -155,11 +162,11 @@ class _Run:
     def moments(self, block: int, names: Sequence[str], dtype: torch.dtype) -> dict[Group, Moment]:
         """Run one block over all sequences and return the moments of its distinct inputs."""
         made: dict[Group, Moment] = {}
-        with _inputs(self.stream.model, names) as seen:
+        with unit_inputs(self.stream.model, names) as seen:
             for b, hidden in enumerate(self.hidden):
                 seen.clear()
                 self.hidden[b] = self.stream.run_block(block, hidden)
-                for group, x in _distinct(seen):
+                for group, x in distinct_inputs(seen):
                     if group not in made:
                         made[group] = Moment(x, dtype)
                     made[group].add(x)
@@ -167,7 +174,7 @@ class _Run:
 
 
 @contextmanager
-def _inputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def unit_inputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Yield a dict that every forward fills with the inputs of the linears called `names`."""
     seen: dict[str, Tensor] = {}
 
@@ -188,7 +195,7 @@ def _inputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor
             hook.remove()
 
 
-def _distinct(seen: dict[str, Tensor]) -> Iterator[tuple[Group, Tensor]]:
+def distinct_inputs(seen: dict[str, Tensor]) -> Iterator[tuple[Group, Tensor]]:
     """Yield each distinct input once with the names of the units that read it.
 
     Two live tensors with the same storage address, shape and strides are the same numbers.

@@ -4,6 +4,9 @@ Candidates are run block by block: those that agree on every block so far share 
 so a mutation costs only the blocks from the first one it changes, and each block's levels are
 decompressed once per round. What is scored is what ships: the operators are those of the packed
 tensors in the store.
+
+A loss does not depend on a plan's companions, on memory limits or on the number of processes,
+to the last bit: sequences go through the model in batches that only their order decides.
 """
 
 from __future__ import annotations
@@ -21,20 +24,26 @@ from .dropped import dropped_forward
 from .fitness.base import Fitness, Targets
 from .level import Level
 from .methods.base import Operator
+from .ranks import ALONE, Ranks
 from .store import LevelStore, Progress
 from .stream import BlockStream
 from .sub_blocks import find_sub_blocks
 
 HIDDEN_BYTES = 1 << 30  # of hidden states of all candidates at once
 CACHE_BYTES = 4 << 30  # of decompressed weights
-_ROOM = 3  # a block holds about this many activations as large as its input, per candidate
+BATCH_TOKENS = 4096  # through a block at once; a change changes losses in their last bits
+_ROOM = 3  # a block holds about this many activations as large as its input
+
+Plans = Sequence[Mapping[str, Level]]
+Group = tuple[list[Tensor], list[int]]  # hidden states by batch, the plans that have them
 
 
 class Evaluator:
     """Losses of plans on a pool of token sequences (n_sequences, seq_len).
 
     model: the dense model, in the dtype to compute in; it is patched while a call runs and is
-    whole again after. Levels are mappings unit -> Level as `Plan.levels`.
+    whole again after. Levels are mappings unit -> Level as `Plan.levels`. ranks: processes that
+    call with the same plans, divide them, and all get all losses.
     """
 
     def __init__(
@@ -46,12 +55,14 @@ class Evaluator:
         *,
         cache_bytes: int = CACHE_BYTES,
         hidden_bytes: int = HIDDEN_BYTES,
+        ranks: Ranks = ALONE,
         progress: Progress | None = None,
     ) -> None:
         self.model, self.store, self.tokens, self.fitness = model, store, tokens, fitness
         self.stream = BlockStream(model)
         self.device = model.get_input_embeddings().weight.device
         self.hidden_bytes = hidden_bytes
+        self.ranks = ranks
         self.progress = progress
         self.evaluated_tokens = 0
         self._targets: dict[int, Targets] = {}
@@ -64,9 +75,8 @@ class Evaluator:
             self._units[sub.block].append(sub.name)
             self._dropped[sub.name] = dropped_forward(model, sub)
 
-    def losses(
-        self, plans: Sequence[Mapping[str, Level]], sequences: Sequence[int]
-    ) -> list[list[float]]:
+    @torch.no_grad()
+    def losses(self, plans: Plans, sequences: Sequence[int]) -> list[list[float]]:
         """Return for each plan its loss on each of the pool's `sequences`, given by number.
 
         All plans see the same sequences, so differences between them are paired. ValueError
@@ -77,14 +87,31 @@ class Evaluator:
                 raise ValueError(
                     f"the pool has sequences 0 to {len(self.tokens) - 1}, not {number}"
                 )
-        losses: list[list[float]] = [[] for _ in plans]
         self.evaluated_tokens += len(plans) * len(sequences) * self.tokens.shape[1]
-        with torch.no_grad():
-            for part in _chunks(sequences, self._sequences_at_once(len(plans))):
-                self._make_targets(part)
-                for i, values in self._score(plans, part):
-                    losses[i].extend(values)
-        return losses
+        self.ranks.check_same("what to evaluate", ([sorted(p.items()) for p in plans], sequences))
+        distinct = self._by_prefix(plans)
+        size = self._batch_size
+        batches = [range(i, min(i + size, len(sequences))) for i in range(0, len(sequences), size)]
+        my_plans, my_batches = self.ranks.shares(len(distinct), len(batches))
+        table = torch.zeros(len(plans), len(sequences), dtype=torch.float64)
+        mine = [members for i, members in enumerate(distinct) if i in my_plans]
+        # as many batches at once as memory allows, else as many plans: each is decompressed less
+        room = max(1, self.hidden_bytes // self._batch_bytes)
+        for together in _chunks(mine, max(1, room - _ROOM)):
+            at_once = max(1, room // (len(together) + _ROOM))
+            for part in _chunks([batches[i] for i in my_batches], at_once):
+                chosen = [plans[members[0]] for members in together]
+                ids = [self.tokens[[sequences[i] for i in batch]] for batch in part]
+                numbers = [[sequences[i] for i in batch] for batch in part]
+                self._make_targets([n for batch in numbers for n in batch])
+                for j, values in self._score(chosen, ids, numbers):
+                    columns = [i for batch in part for i in batch]
+                    for member in together[j]:
+                        table[member, columns] = torch.tensor(values, dtype=torch.float64)
+                if not self.fitness.keeps_targets:
+                    self._targets.clear()
+        self.ranks.add_up(table)
+        return table.tolist()
 
     @torch.no_grad()
     def logits(self, plan: Mapping[str, Level], input_ids: Tensor) -> Tensor:
@@ -94,30 +121,39 @@ class Evaluator:
 
     # -- one round -----------------------------------------------------------------------------
 
+    def _by_prefix(self, plans: Plans) -> list[list[int]]:
+        """Return the numbers of equal plans together, plans that agree on first blocks near."""
+        order = [unit for block in sorted(self._units) for unit in self._units[block]]
+        equal: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        for i, plan in enumerate(plans):
+            equal[tuple(str(plan.get(unit)) for unit in order)].append(i)
+        return [equal[key] for key in sorted(equal)]
+
     def _score(
-        self, plans: Sequence[Mapping[str, Level]], part: Sequence[int]
+        self, plans: Plans, ids: list[Tensor], numbers: list[list[int]]
     ) -> Iterator[tuple[int, list[float]]]:
-        ids = self.tokens[list(part)].to(self.device)
-        groups = [(self.stream.embed(ids), list(range(len(plans))))]
+        """Yield each plan's number and its losses, batch after batch."""
+        ids = [batch.to(self.device) for batch in ids]
+        groups = [([self.stream.embed(batch) for batch in ids], list(range(len(plans))))]
         for block in range(self.stream.n_blocks):
-            groups = [
-                (out, members)
-                for hidden, together in groups
-                for out, members in self._split(block, hidden, together, plans)
-            ]
+            made: list[Group] = []
+            while groups:  # hidden states are let go as soon as a block has used them
+                made += self._split(block, *groups.pop(), plans)
+            groups = made[::-1]
             if self.progress:
                 self.progress("evaluate", block + 1, self.stream.n_blocks)
         for hidden, members in groups:
             values = [
-                self._loss(number, ids[j : j + 1], hidden[j : j + 1])
-                for j, number in enumerate(part)
+                self._loss(number, batch[j : j + 1], states[j : j + 1])
+                for batch, states, named in zip(ids, hidden, numbers, strict=True)
+                for j, number in enumerate(named)
             ]
             for member in members:
                 yield member, values
 
     def _split(
-        self, block: int, hidden: Tensor, together: list[int], plans: Sequence[Mapping[str, Level]]
-    ) -> Iterator[tuple[Tensor, list[int]]]:
+        self, block: int, hidden: list[Tensor], together: list[int], plans: Plans
+    ) -> Iterator[Group]:
         """Yield the block's output for each distinct choice of levels among plans so far equal."""
         units = self._units[block]
         choices: dict[tuple[Level | None, ...], list[int]] = defaultdict(list)
@@ -125,23 +161,44 @@ class Evaluator:
             choices[tuple(plans[i].get(unit) for unit in units)].append(i)
         for members in choices.values():
             with self._installed(plans[members[0]], units):
-                yield self.stream.run_block(block, hidden), members
+                yield [self.stream.run_block(block, states) for states in hidden], members
 
     def _loss(self, number: int, ids: Tensor, hidden: Tensor) -> float:
-        logits = self.stream.head(ids, hidden)[0]
-        return self.fitness.loss(logits, ids[0], self._targets[number])
+        targets = self._targets[number]
+        return sum(
+            self.fitness.share(self._head(ids, hidden, part), ids[0], targets, part)
+            for part in self.fitness.parts(ids.shape[1])
+        )
 
-    def _make_targets(self, part: Sequence[int]) -> None:
-        for number in part:
-            if number not in self._targets:
-                ids = self.tokens[number : number + 1].to(self.device)
-                logits = self.model(input_ids=ids, use_cache=False).logits[0]
-                self._targets[number] = self.fitness.targets(logits, ids[0])
+    def _head(self, ids: Tensor, hidden: Tensor, part: slice) -> Tensor:
+        """Return the logits (n, vocabulary) at the positions `part` of one sequence."""
+        return self.stream.head(ids[:, part], hidden[:, part])[0]
 
-    def _sequences_at_once(self, n_plans: int) -> int:
+    def _make_targets(self, numbers: Sequence[int]) -> None:
+        """Run the dense model on the sequences that have no targets yet."""
+        for number in numbers:
+            if number in self._targets:
+                continue
+            ids = self.tokens[number : number + 1].to(self.device)
+            hidden = self.stream.embed(ids)
+            for block in range(self.stream.n_blocks):
+                hidden = self.stream.run_block(block, hidden)
+            made = [
+                self.fitness.targets(self._head(ids, hidden, part), ids[0, part])
+                for part in self.fitness.parts(ids.shape[1])
+            ]
+            self._targets[number] = {key: torch.cat([t[key] for t in made]) for key in made[0]}
+
+    @property
+    def _batch_size(self) -> int:
+        """Sequences through a block at once."""
+        return max(1, BATCH_TOKENS // self.tokens.shape[1])
+
+    @property
+    def _batch_bytes(self) -> int:
+        """Bytes of the hidden states of one batch and plan."""
         width = self.model.get_input_embeddings().weight.shape[1]
-        each = self.tokens.shape[1] * width * 4 * (n_plans + _ROOM)
-        return max(1, self.hidden_bytes // each)
+        return self._batch_size * self.tokens.shape[1] * width * 4
 
     @contextmanager
     def _installed(self, plan: Mapping[str, Level], units: Sequence[str]) -> Iterator[None]:
@@ -187,6 +244,6 @@ class _OperatorCache:
         return operator
 
 
-def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .calibrate import Moment, Progress, check_tokens
 from .fingerprint import claim, model_fingerprint, tensor_fingerprint, text_fingerprint
+from .ranks import ALONE, Ranks
 from .resources import atomic_path
 from .stream import BlockStream
 from .units import Unit, find_units
@@ -53,6 +54,7 @@ def output_moments(
     units: Sequence[Unit] | None = None,
     seed: int = 0,
     batch_tokens: int = _BATCH_TOKENS,
+    ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> Path:
     """Return `folder`/moments after writing G of every unit that is not there yet.
@@ -70,10 +72,13 @@ def output_moments(
         "tokens": tensor_fingerprint(tokens),
         "seed": seed,
     }
-    claim(root, made_from, what="output moments")
+    with ranks.first_alone():
+        claim(root, made_from, what="output moments")
     by_block = _by_block(units)
-    missing = [i for i in by_block if not _file(root, i).is_file()]
+    mine = [i for n, i in enumerate(sorted(by_block)) if ranks.owns(n)]
+    missing = [i for i in mine if not _file(root, i).is_file()]
     if not missing:
+        ranks.wait()
         return root
     with _Backward(model, tokens, root, seed=seed, batch_tokens=batch_tokens) as backward:
         for block in reversed(range(min(missing), backward.stream.n_blocks)):
@@ -89,6 +94,7 @@ def output_moments(
             if progress:
                 total = backward.stream.n_blocks - min(missing)
                 progress("sensitivity", backward.stream.n_blocks - block, total)
+    ranks.wait()
     return root
 
 

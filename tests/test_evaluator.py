@@ -15,7 +15,9 @@ from hf_evopress.evaluator import Evaluator
 from hf_evopress.fitness.kl import KL
 from hf_evopress.level import Level
 from hf_evopress.menu import menus
+from hf_evopress.ranks import Ranks
 from hf_evopress.store import LevelStore, Source
+from hf_evopress.stream import BlockStream
 from hf_evopress.units import find_units
 
 LEVELS = [f"rtn:bits={b},group_size=32" for b in (2, 3, 4)]
@@ -73,14 +75,54 @@ def test_logits_equal_bit_for_bit_those_of_the_replaced_weights(made: Made) -> N
     assert torch.equal(Evaluator(model, store, tokens, KL()).logits(plan, tokens), expected)
 
 
-def test_batches_and_companions_do_not_change_a_loss(made: Made) -> None:
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text", "gpt_neox", "opt", "phi3"])
+def test_the_head_in_slices_of_positions_gives_the_same_logits(
+    tiny_model: Callable[..., nn.Module], text_tokens: Callable[..., Tensor], arch: str
+) -> None:
+    stream, ids = BlockStream(tiny_model(arch)), text_tokens(1, 40)
+    with torch.no_grad():
+        hidden = stream.embed(ids)
+        for block in range(stream.n_blocks):
+            hidden = stream.run_block(block, hidden)
+        parts = [stream.head(ids[:, p], hidden[:, p]) for p in (slice(0, 16), slice(16, 40))]
+        torch.testing.assert_close(torch.cat(parts, 1), stream.head(ids, hidden))
+
+
+@pytest.mark.parametrize("hidden_bytes", [1, 100_000, 1 << 30])
+def test_companions_and_memory_do_not_change_a_bit_of_a_loss(
+    made: Made, monkeypatch: pytest.MonkeyPatch, hidden_bytes: int
+) -> None:
+    monkeypatch.setattr("hf_evopress.evaluator.BATCH_TOKENS", 100)
+    model, store, tokens = made
+    plans = [_plan(store, s) for s in (0, 1, 2, 1, 3)]
+    small = Evaluator(model, store, tokens, KL(), hidden_bytes=hidden_bytes, cache_bytes=1)
+    together = small.losses(plans, range(6))
+    alone = [Evaluator(model, store, tokens, KL()).losses([plan], range(6))[0] for plan in plans]
+    assert together == alone and together[1] == together[3] != together[0]
+
+
+def test_several_processes_divide_the_work_and_add_up_to_the_same_bits(made: Made) -> None:
     model, store, tokens = made
     plans = [_plan(store, s) for s in range(5)]
-    together = Evaluator(model, store, tokens, KL()).losses(plans, range(6))
-    one_by_one = Evaluator(model, store, tokens, KL(), hidden_bytes=1, cache_bytes=1)
-    alone = [one_by_one.losses([plan], range(6))[0] for plan in plans]
-    for a, b in zip(together, alone, strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-7)
+    whole = Evaluator(model, store, tokens, KL()).losses(plans, range(6))
+    for n_plans, world in ((5, 2), (5, 3), (2, 3), (1, 4)):
+        parts = [
+            Evaluator(model, store, tokens, KL(), ranks=_Part(rank, world)).losses(
+                plans[:n_plans], range(6)
+            )
+            for rank in range(world)
+        ]
+        assert torch.tensor(parts, dtype=torch.float64).sum(0).tolist() == whole[:n_plans]
+
+
+class _Part(Ranks):
+    """A process that does its share and is told nothing of the others'."""
+
+    def add_up(self, table: Tensor) -> None:
+        pass
+
+    def check_same(self, what: str, value: object) -> None:
+        pass
 
 
 def test_plans_that_agree_on_a_prefix_run_it_once(
@@ -91,6 +133,7 @@ def test_plans_that_agree_on_a_prefix_run_it_once(
     last = [u.name for u in store.units.values() if u.block == 2]
     plans = [{**base, last[i]: level} for i in range(3) for level in store.levels(last[i])]
     evaluator = Evaluator(model, store, tokens, KL())
+    evaluator.losses(plans[:1], [0, 1])  # the dense model has run
     runs: list[int] = []
     run_block = evaluator.stream.run_block
     monkeypatch.setattr(

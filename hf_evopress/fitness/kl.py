@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import SLICE, Fitness, Targets
+from .base import Fitness, Targets, log_sum_exp
 
 _TINY = 1e-12
 
@@ -29,28 +29,15 @@ class KL(Fitness):
         self.top_k = top_k
 
     def targets(self, logits: Tensor, tokens: Tensor) -> Targets:
-        """Return {ids (T, k) int32, log_p (T, k) float32} of the dense model."""
+        """Return {ids (n, k) int32, log_p (n, k) float32} of the dense model."""
         k = min(self.top_k or logits.shape[-1], logits.shape[-1])
-        ids, log_p = [], []
-        for part in logits.split(SLICE):
-            part = part.float()
-            values, index = part.topk(k)
-            log_p.append(values - part.logsumexp(-1, keepdim=True))
-            ids.append(index.int())
-        return {"ids": torch.cat(ids), "log_p": torch.cat(log_p)}
+        values, index = logits.float().topk(k)
+        return {"ids": index.int(), "log_p": values - log_sum_exp(logits)}
 
-    def loss(self, logits: Tensor, tokens: Tensor, targets: Targets) -> float:
-        total = 0.0
-        for part, ids, log_p in zip(
-            logits.split(SLICE),
-            targets["ids"].split(SLICE),
-            targets["log_p"].split(SLICE),
-            strict=True,
-        ):
-            part = part.float()
-            log_q = part.gather(-1, ids.long()) - part.logsumexp(-1, keepdim=True)
-            total += float(_bucketed(log_p, log_q).sum(dtype=torch.float64))
-        return total / logits.shape[0]
+    def share(self, logits: Tensor, tokens: Tensor, targets: Targets, part: slice) -> float:
+        ids, log_p = targets["ids"][part].long(), targets["log_p"][part]
+        log_q = logits.gather(-1, ids).float() - log_sum_exp(logits)
+        return float(_bucketed(log_p, log_q).sum(dtype=torch.float64)) / len(tokens)
 
 
 def _bucketed(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ behaviour; the EvoPress paper finds KL better or equal throughout.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .base import SLICE, Fitness, Targets
+from .base import Fitness, Targets, log_sum_exp
 
 
 class Perplexity(Fitness):
@@ -21,8 +21,10 @@ class Perplexity(Fitness):
         """Return nothing: the text is the target."""
         return {}
 
-    def loss(self, logits: Tensor, tokens: Tensor, targets: Targets) -> float:
-        total = 0.0
-        for part, nexts in zip(logits[:-1].split(SLICE), tokens[1:].split(SLICE), strict=True):
-            total += float(F.cross_entropy(part.float(), nexts, reduction="sum"))
-        return total / (tokens.shape[0] - 1)
+    def share(self, logits: Tensor, tokens: Tensor, targets: Targets, part: slice) -> float:
+        nexts = tokens[part.start + 1 : part.stop + 1].to(logits.device)  # the last has none
+        logits = logits[: len(nexts)]
+        if not len(nexts):
+            return 0.0
+        log_q = logits.gather(-1, nexts[:, None]).float() - log_sum_exp(logits)
+        return -float(log_q.sum(dtype=torch.float64)) / (len(tokens) - 1)
