@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import __version__
-from .plan import FILE_NAME, Plan
+from .plan import Plan
 from .plugins import did_you_mean
 
 QUANT_METHOD = "evopress"
@@ -141,23 +140,4 @@ def _read_plan(source: Plan | Mapping[str, Any] | str | Path) -> Plan:
         raise TypeError(
             f"plan is a Plan, a dict, a path or a Hub repository, got {type(source).__name__}"
         )
-    if Path(source).is_file():
-        return Plan.load(source)
-    folder, _, revision = str(source).partition("@")
-    options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
-    if not Path(source).is_dir():
-        options["revision"] = revision or None
-    else:
-        folder = str(source)
-    if path := cached_file(folder, FILE_NAME, **options):
-        return Plan.load(path)
-    # a folder written by save_pretrained alone holds the plan inside config.json
-    if path := cached_file(folder, "config.json", **options):
-        settings = json.loads(Path(path).read_text(encoding="utf-8")).get("quantization_config")
-        if isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD:
-            return EvoPressConfig(**settings).plan or _no_plan(source)
-    return _no_plan(source)
-
-
-def _no_plan(source: object) -> Plan:
-    raise FileNotFoundError(f"no plan at {source}: neither {FILE_NAME} nor one in config.json")
+    return Plan.from_pretrained(source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -235,6 +235,24 @@ class Plan(Mapping[str, Level]):
                 + _some(wrong, sep="\n  ")
             )
 
+    def check_depth(self, units: Iterable[str]) -> None:
+        """Raise ValueError where a model's `units` go on after the plan's last block.
+
+        A plan for fewer blocks would leave the others dense without a word. Kinds of units that
+        the plan never names are left out: it may have skipped them on purpose.
+        """
+        places = [place for unit in self if (place := _place(unit))]
+        last = max((block for block, _ in places), default=None)
+        kinds = {kind for _, kind in places}
+        found = {p[0] for unit in units if (p := _place(unit)) and p[1] in kinds}
+        if last is not None and (more := sorted(block for block in found if block > last)):
+            raise ValueError(
+                f"the plan (made for {self.base_model or 'an unnamed model'}) does not fit this "
+                f"model: it ends with block {last}, the model also has {_some([*map(str, more)])}"
+                "; to leave those dense, give their units the level dense with plan.replace(levels="
+                "{**plan.to_dict()['levels'], ...})"
+            )
+
     def diff(self, other: Plan) -> dict[str, tuple[Level | None, Level | None]]:
         """Return unit -> (level here, level in `other`) where the two differ; None is absent."""
         units = sorted({*self, *other})
@@ -305,6 +323,15 @@ def _shape(unit: str, value: Any) -> Shape:
     if rows <= 0 or columns <= 0 or rows * columns > 2**40:
         raise ValueError(f"shape of {unit} is not a weight's: {value!r}")
     return rows, columns
+
+
+def _place(unit: str) -> tuple[int, str] | None:
+    """Return block and kind: (3, "layers.*.mlp.up_proj") for "model.layers.3.mlp.up_proj"."""
+    match = re.search(r"(?:^|\.)(\d+)\.", unit)
+    if match is None:
+        return None
+    start = unit[: match.start(1)].removeprefix("model.")  # a base model has no such prefix
+    return int(match[1]), f"{start}*.{unit[match.end() :]}"
 
 
 def _some(items: list[str], sep: str = ", ", most: int = 8) -> str:

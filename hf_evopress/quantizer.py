@@ -99,6 +99,8 @@ class EvoPressQuantizer(HfQuantizer):
         plan = _plan_of(config)
         levels = planned_levels(model, plan)
         if not self.pre_quantized:
+            if plan.base_model != model.config.name_or_path:
+                plan.check_depth(n for n, m in model.named_modules() if isinstance(m, nn.Linear))
             self._prepare_compression(model, plan, levels)
             return
         _ignore_keys(model, [f"{path}." for path in replace_dropped(model, plan)])

@@ -118,7 +118,7 @@ def test_a_shared_plan_compresses_a_relative(
     assert relative.config.quantization_config.plan == Plan.load(folder)
 
 
-def test_a_plan_for_other_widths_or_fewer_blocks_is_refused(
+def test_a_plan_for_other_widths_or_another_depth_is_refused(
     hub: Hub, folder: Path, tiny_model: Callable[..., nn.Module], tmp_path: Path
 ) -> None:
     push_folder(folder, "me/small")
@@ -132,6 +132,11 @@ def test_a_plan_for_other_widths_or_fewer_blocks_is_refused(
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.down_proj: not in the model"):
         AutoModelForCausalLM.from_pretrained(
             tmp_path / "short", quantization_config=EvoPressConfig(plan="me/small")
+        )
+    tiny_model(num_hidden_layers=4).save_pretrained(tmp_path / "deep")
+    with pytest.raises(ValueError, match="it ends with block 1, the model also has 2, 3"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "deep", quantization_config=EvoPressConfig(plan="me/small")
         )
 
 

@@ -215,3 +215,17 @@ def test_without_a_connection_the_cache_serves(hub: Hub, monkeypatch: pytest.Mon
 def test_a_bad_index_is_refused(text: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         read_index(text)
+
+
+def test_a_plan_is_renamed_for_another_module_tree() -> None:
+    renamed = plan().rename({r"^model\.": "model.language_model.", "up_proj": "fc1"})
+    assert list(renamed) == ["model.language_model.layers.0.mlp.fc1"]
+    assert list(renamed.shapes) == list(renamed)
+    with pytest.raises(ValueError, match="matches none of the 1 units"):
+        plan().rename({"decoder": "x"})
+
+
+def test_a_renaming_that_merges_units_is_refused() -> None:
+    two = Plan({"layers.0.a": "rtn:bits=4,group_size=32", "layers.0.b": "dense"})
+    with pytest.raises(ValueError, match="several units one name: layers.0.c"):
+        two.rename({"[ab]$": "c"})
