@@ -1,0 +1,169 @@
+"""Tune the levels of one decoder block until its output is close to the dense block's.
+
+The loss is the squared difference of the block's outputs in the metric of the output-gradient
+moment G (what the final loss makes of a change there; identity where it is not known), relative
+to the output's own size, with position 0 a term of its own: attention sinks live there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import compose
+from .methods.base import State
+from .patching import patched
+from .rounding import TunedLevel
+from .two_streams import TwoStreams
+
+SINK = 0.05  # weight of position 0 beside the mean of all others
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[[Tensor], Tensor]  # hidden (batch, seq, dim) -> the block's output
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How long and how fast. A latent travels at most steps * code_rate / 2 codes."""
+
+    steps: int = 100
+    batch: int = 2  # sequences per step
+    code_rate: float = 0.01  # of one code, falling linearly to 0
+    float_rate: float = 1e-3
+    looks: int = 4  # how often the held-out loss is measured
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "looks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class BlockLoss:
+    """Squared error of a block's outputs (batch, seq, dim) relative to the size of each position.
+
+    Relative, because the norm that reads the residual stream divides by that size; a few
+    positions with massive activations would otherwise be all that counts.
+    """
+
+    def __init__(self, G: Tensor | None = None, *, sink: float = SINK) -> None:
+        self.root = None if G is None else _root(G)
+        self.sink = sink
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        error = (output - target).float()
+        if self.root is not None:
+            error = error @ self.root.T
+        size = target.float().square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        share = error.square().sum(-1) / size  # (batch, seq)
+        first = self.sink * share[:, 0].mean()
+        return first + share[:, 1:].mean() if share.shape[1] > 1 else first
+
+
+def _root(G: Tensor, *, shrink: float = 0.1) -> Tensor:
+    """Return R with R^T R = (1 - shrink) G + shrink mean(diag G) I: few tokens went into G."""
+    G = G.double()
+    mean = G.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    I = torch.eye(len(G), dtype=G.dtype, device=G.device)  # noqa: E741
+    L, _ = torch.linalg.cholesky_ex(((1 - shrink) * G + shrink * mean * I) / mean)
+    return L.T.float().contiguous()
+
+
+def block_loss(
+    run: Run, loss: BlockLoss, inputs: Sequence[Tensor], targets: Sequence[Tensor]
+) -> float:
+    """Return the mean loss of a block over batches of inputs and the dense block's outputs."""
+    with torch.no_grad():
+        values = [float(loss(run(x), y)) for x, y in zip(inputs, targets, strict=True)]
+    return sum(values) / len(values)
+
+
+def tune_block(
+    model: nn.Module,
+    run: Run,
+    tuned: Mapping[str, TunedLevel],
+    loss: BlockLoss,
+    train: TwoStreams,
+    heldout: TwoStreams,
+    settings: Tuning,
+) -> tuple[dict[str, State], float, float]:
+    """Return the states of the best step on held-out tokens, and the loss before and after.
+
+    Deterministic by the settings' seed.
+    """
+    before = best = _heldout(model, run, tuned, loss, heldout)
+    states = {unit: level.state() for unit, level in tuned.items()}
+    latents = [x for level in tuned.values() for x in level.latents()]
+    floats = [x for level in tuned.values() for x in level.floats()]
+    optimizer = torch.optim.Adam(floats, lr=settings.float_rate, betas=(0.9, 0.95))
+    looks = {round(settings.steps * (k + 1) / settings.looks) for k in range(settings.looks)}
+    inputs, targets = (_sequences(x) for x in (train.compressed, train.targets))
+    for step, picked in enumerate(_batches(len(inputs), settings)):
+        rate = 1.0 - step / settings.steps
+        with patched(model, _forwards(model, tuned)), torch.enable_grad():
+            x, y = (torch.cat([all_of[i] for i in picked]) for all_of in (inputs, targets))
+            value = loss(run(x), y)
+        value.backward()
+        with torch.no_grad():
+            for latent in latents:
+                if latent.grad is not None:
+                    latent.add_(latent.grad.sign_(), alpha=-rate * settings.code_rate)
+                    latent.grad = None
+        for level in tuned.values():
+            level.bound()
+        for group in optimizer.param_groups:
+            group["lr"] = rate * settings.float_rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step + 1 in looks:
+            now = _heldout(model, run, tuned, loss, heldout)
+            logger.debug("step %d: train %.6f, held-out %.6f", step + 1, value.item(), now)
+            if now < best:
+                best = now
+                states = {unit: level.state() for unit, level in tuned.items()}
+    return states, before, best
+
+
+def _heldout(
+    model: nn.Module,
+    run: Run,
+    tuned: Mapping[str, TunedLevel],
+    loss: BlockLoss,
+    heldout: TwoStreams,
+) -> float:
+    with torch.no_grad(), patched(model, _forwards(model, tuned)):
+        return block_loss(run, loss, heldout.compressed, heldout.targets)
+
+
+def _sequences(batches: Sequence[Tensor]) -> list[Tensor]:
+    return [sequence for batch in batches for sequence in batch.split(1)]
+
+
+def _forwards(model: nn.Module, tuned: Mapping[str, TunedLevel]) -> dict[str, Any]:
+    return {unit: _forward(model.get_submodule(unit), level) for unit, level in tuned.items()}
+
+
+def _forward(module: nn.Module, level: TunedLevel) -> Callable[[Tensor], Tensor]:
+    fix = compose.bias_fix(level.level, level.start)
+    bias = module.bias if fix is None else fix if module.bias is None else module.bias + fix
+    weight = level.weight()
+    return lambda x: F.linear(x, weight.to(x.dtype), bias)
+
+
+def _batches(n: int, settings: Tuning) -> Iterator[list[int]]:
+    """Yield the numbers of each step's sequences: a new random order each time all were seen."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    size = min(settings.batch, n)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(settings.steps):
+        if len(order) < size:
+            order = torch.randperm(n, generator=generator)
+        yield order[:size].tolist()
+        order = order[size:]
