@@ -38,6 +38,9 @@ def lora_layer_class() -> type[nn.Module]:
     class CompressedLora(Linear):
         """`base_layer` is the packed layer, or a dense one while adapters are merged."""
 
+        base_layer: Any
+        packed: CompressedLinear | None
+
         def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
             self.__dict__["packed"] = None  # not a submodule: checkpoints hold one base layer
             super().__init__(base_layer, adapter_name, **kwargs)
