@@ -3,6 +3,7 @@
     work/stats/        second moments of every block's inputs      (calibrate)
     work/moments/      second moments of the output gradients      (sensitivity)
     work/store/        every level of every unit, packed           (store)
+    work/scores/       what dropping each sub-block costs, ...      (tables)
     work/search/       the state of each search after each round   (search)
 
 A step whose files are there is not done again, so a job that was stopped goes on, and another
@@ -13,36 +14,32 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from fnmatch import fnmatchcase
-from functools import cached_property, lru_cache
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from . import compose
-from .budget import Budget
 from .calibrate import calibrate, load_stats
 from .data import load_splits
 from .evaluator import Evaluator
 from .export.base import check_target
 from .fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
 from .level import Level
-from .menu import menus
 from .plan import Plan
 from .plugins import load
+from .problem import pose
 from .recipe import Recipe
 from .resources import atomic_write
 from .search import Search
 from .sensitivity import load_moments, output_moments
-from .size import header_bytes
-from .space import SearchSpace
+from .space import Genome
 from .store import LevelStore, Progress, Source
-from .units import find_units
+from .tables import Tables
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +60,16 @@ class Job:
         self.config = _dense_config(recipe)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
-        self.units = find_units(skeleton, skip=recipe.skip)
-        shapes = {unit.name: unit.shape for unit in self.units}
-        self.menus = _pinned(menus(shapes, recipe.levels), recipe.pin)
-        self.space = _space(skeleton, self.units, self.menus, recipe)
-        said = recipe.budget
-        self.budget = Budget.parse(self.space, bits=said.bits, size=said.size, ratio=said.ratio)
+        self.problem = pose(skeleton, recipe)
+        self.units, self.menus = self.problem.units, self.problem.menus
+        self.space, self.budget = self.problem.space, self.problem.budget
+        self.tables = Tables(
+            self.problem,
+            recipe,
+            self.work,
+            model=lambda: self.model,
+            tokens=lambda: self.tokens["search"],
+        )
         if self.budget.note:
             logger.warning(self.budget.note)
 
@@ -150,33 +151,47 @@ class Job:
 
     def build(self) -> LevelStore:
         """Return the level store of the recipe's menu."""
+        if not self.units:  # a budget of drops: what is kept stays dense
+            source = Source({"model": model_fingerprint(self.model)}, lambda block: {})
+        else:
+            source = self.calibrate()
+        folder = self._store_folder(source)
         return LevelStore.build(
-            self.work / "store",
-            self.model,
-            self.units,
-            self.menus,
-            self.calibrate(),
-            progress=self.progress,
+            folder, self.model, self.units, self.menus, source, progress=self.progress
         )
+
+    def _store_folder(self, source: Source) -> Path:
+        """Return the folder of a store that has this menu, or of a new one for it."""
+        first = self.work / "store"
+        if not LevelStore.lacks_levels(first, self.units, self.menus, source):
+            return first
+        menu = json.dumps({unit: list(map(str, levels)) for unit, levels in self.menus.items()})
+        return self.work / f"store-{text_fingerprint(menu)}"
 
     def evaluator(self, store: LevelStore) -> Evaluator:
         """Return what scores plans on the search tokens."""
         fitness = load("fitness", self.recipe.search.fitness)()
         return Evaluator(self.model, store, self.tokens["search"], fitness)
 
-    def search(self, store: LevelStore) -> Search:
-        """Return the recipe's search, at the point where an earlier run of it was stopped."""
+    def search(
+        self, store: LevelStore, strategy: str | None = None, *, starts: Sequence[Genome] = ()
+    ) -> Search:
+        """Return the recipe's search, at the point where an earlier run of it was stopped.
+
+        strategy: another than the recipe's, at its default settings. starts: plans to begin with.
+        """
         settings = self.recipe.search
         pool = self.tokens["search"]
         search = Search(
             self.space,
             self.budget,
-            strategy=settings.strategy,
-            table=self.table(store),
+            strategy=strategy or settings.strategy,
+            table=self.tables.of(strategy or settings.strategy, store),
+            starts=starts,
             n_sequences=len(pool),
             seq_len=pool.shape[1],
             seed=settings.seed,
-            **settings.settings,
+            **({} if strategy else settings.settings),
         )
         kept = _read_json(self._search_file(search))
         return search.restore(kept) if kept is not None else search
@@ -190,22 +205,18 @@ class Job:
         problem = {**search.state()["problem"], "fitness": self.recipe.search.fitness}
         return self.work / "search" / f"{text_fingerprint(json.dumps(problem))}.json"
 
-    def table(self, store: LevelStore) -> list[list[float]] | None:
-        """Return the predicted loss of each option of each gene, None without sensitivities."""
-        if not self.recipe.search.sensitivity_tokens:
-            return None
-        return [
-            [
-                sum(store.scores(unit, option.level)["sensitivity_nats"] for unit in gene.units)
-                for option in gene.options
-            ]
-            for gene in self.space.genes
-        ]
+    def levels(self, genome: Genome) -> dict[str, Level]:
+        """Return the levels of a plan."""
+        return self.problem.levels(genome)
+
+    def genome(self, levels: Mapping[str, Any]) -> Genome:
+        """Return the genome of a plan's levels."""
+        return self.problem.genome(levels)
 
     def plan(self, levels: Mapping[str, Any], **about: Any) -> Plan:
         """Return the plan of `levels` (unit -> level) with where it came from."""
         shapes = {unit.name: unit.shape for unit in self.units if unit.name in levels}
-        genome = self.space.genome({unit: str(level) for unit, level in levels.items()})
+        genome = self.genome(levels)
         budget = {
             "asked": self.budget.text,
             "bits_per_weight": round(self.space.bits_per_weight(genome), 6),
@@ -252,70 +263,6 @@ def _dense_config(recipe: Recipe) -> Any:
             "or dequantize() it and save that first"
         )
     return config
-
-
-def _space(
-    skeleton: nn.Module, units: list[Any], offered: Mapping[str, list[Level]], recipe: Recipe
-) -> SearchSpace:
-    options = {
-        unit.name: [(str(x), compose.cost_bits(x, unit.shape)) for x in offered[unit.name]]
-        for unit in units
-    }
-    unit_keys = {f"{unit.name}.weight" for unit in units}
-    tied = set(getattr(skeleton, "all_tied_weights_keys", ()))
-    others = {
-        key: tensor
-        for key, tensor in skeleton.state_dict().items()
-        if key not in unit_keys and key not in tied
-    }
-    rest = sum(16 * tensor.numel() for tensor in others.values())
-    # every packed tensor of a unit, and the empty `weight` that makes loading without us fail
-    packed = [
-        f"{unit.name}.{key}"
-        for unit in units
-        for key in {"weight", *(k for x in offered[unit.name] for k in _keys(x, unit.shape))}
-    ]
-    n_weights = sum(unit.n_weights for unit in units)
-    return SearchSpace.build(
-        {unit.name: unit.n_weights for unit in units},
-        options,
-        fixed_bits=rest + 8 * header_bytes([*others, *packed]),
-        dense_bits=rest + 16 * n_weights,
-        ties=_ties(units, recipe.tie),
-        pins={glob: str(compose.normalize(level)) for glob, level in recipe.pin.items()},
-        forbid=dict(recipe.forbid),
-        blocks={unit.name: unit.block for unit in units},
-    )
-
-
-def _pinned(offered: dict[str, list[Level]], pins: Mapping[str, str]) -> dict[str, list[Level]]:
-    """Return the menus with one level only for units that a pattern pins; the last one wins."""
-    made = dict(offered)
-    for pattern, level in pins.items():
-        names = [unit for unit in offered if fnmatchcase(unit, pattern)]
-        if not names:
-            raise ValueError(f"pin {pattern!r} matches none of the {len(offered)} units")
-        made.update({unit: [compose.normalize(level)] for unit in names})
-    return made
-
-
-@lru_cache(maxsize=None)
-def _keys(level: Level, shape: tuple[int, int]) -> tuple[str, ...]:
-    return tuple(compose.empty(level, shape, torch.bfloat16))
-
-
-def _ties(units: list[Any], tie: tuple[tuple[str, ...], ...]) -> list[list[str]]:
-    """Return the units to tie: those of one block whose last name part is in one tuple of `tie`."""
-    known = {unit.name.rpartition(".")[2] for unit in units}
-    for part in (p for parts in tie for p in parts):
-        if part not in known:
-            raise ValueError(f"tie names {part!r}; units of this model are {sorted(known)}")
-    groups: dict[tuple[int, int], list[str]] = {}
-    for unit in units:
-        for number, parts in enumerate(tie):
-            if unit.name.rpartition(".")[2] in parts:
-                groups.setdefault((unit.block, number), []).append(unit.name)
-    return [names for names in groups.values() if len(names) > 1]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .cards import write_card
-from .compose import normalize
 from .config import EvoPressConfig
 from .data import tokenize_file
 from .evaluate import Report, compare, compare_many
@@ -29,6 +29,7 @@ from .quantizer import register_with_transformers
 from .recipe import Recipe
 from .search import Search
 from .size import model_size, stored_bytes
+from .space import Genome
 from .store import LevelStore, Progress
 
 logger = logging.getLogger(__name__)
@@ -93,17 +94,32 @@ def find_plan(job: Job, store: LevelStore) -> Plan:
 
     The search's state is kept after each round: a run that was stopped gives the same plan.
     """
-    search = job.search(store)
+    search = run_search(job, store, starts=[*rivals(job, store).values()])
+    return job.plan(
+        job.levels(search.best),
+        search={**search.report, "fitness": job.recipe.search.fitness, "versions": versions()},
+    )
+
+
+def run_search(
+    job: Job, store: LevelStore, strategy: str | None = None, *, starts: Sequence[Genome] = ()
+) -> Search:
+    """Return the finished search of the recipe, or that of another strategy."""
+    search = job.search(store, strategy, starts=starts)
     evaluator = job.evaluator(store)
     while (asked := search.ask()) is not None:
-        plans = [_levels(job, genome) for genome in asked.genomes]
+        plans = [job.levels(genome) for genome in asked.genomes]
         _tell(job, search, asked.stage)
         search.tell(evaluator.losses(plans, asked.sequences))
         job.keep(search)
-    return job.plan(
-        job.space.levels(search.best),
-        search={**search.report, "fitness": job.recipe.search.fitness, "versions": versions()},
-    )
+    return search
+
+
+def rivals(job: Job, store: LevelStore) -> dict[str, Genome]:
+    """Return the plans of the strategies that the recipe compares with, which the search's own
+    starts from: strategy -> genome. A finished search is not run again."""
+    others = dict.fromkeys(job.recipe.search.compare)
+    return {name: run_search(job, store, name).best for name in others}
 
 
 def _tell(job: Job, search: Search, stage: str) -> None:
@@ -130,7 +146,7 @@ def measure(
     window: int,
     max_windows: int | None,
 ) -> tuple[tuple[Row, ...], str]:
-    """Return the rows dense / uniform / searched on `tokens` (n,), and a generated sentence.
+    """Return the rows dense, uniform, compared, searched on `tokens` (n,), and a sentence.
 
     The searched row is the reloaded checkpoint. Raises RuntimeError if its logits are not, bit
     for bit, those that the search scored.
@@ -142,13 +158,12 @@ def measure(
     check_reloaded(evaluator, plan, reloaded)
     models: dict[str, Any] = {"dense": job.model}
     sizes = {"dense": (16.0, job.space.dense_bits // 8)}
-    if (uniform := best_uniform(job)) is not None:
-        name, genome = uniform
-        levels = _levels(job, genome)
-        models[name] = lambda ids: evaluator.logits(levels, ids.to(evaluator.device))
+    uniform = best_uniform(job)
+    for name, genome in [*([uniform] if uniform else []), *rivals(job, store).items()]:
+        models[name] = partial(_logits, evaluator, job.levels(genome))
         sizes[name] = (job.space.bits_per_weight(genome), job.space.size_bytes(genome))
     models["searched"] = reloaded
-    genome = job.space.genome({unit: str(level) for unit, level in plan.items()})
+    genome = job.genome(plan)
     sizes["searched"] = (job.space.bits_per_weight(genome), stored_bytes(folder))
     reports = compare_many(
         models, job.model, tokens, window=window, max_windows=max_windows, progress=job.progress
@@ -192,8 +207,8 @@ def generate(tokenizer: Any, model: Any, prompt: str = PROMPT, *, n_tokens: int 
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
 
-def _levels(job: Job, genome: tuple[int, ...]) -> dict[str, Level]:
-    return {unit: normalize(level) for unit, level in job.space.levels(genome).items()}
+def _logits(evaluator: Evaluator, levels: Mapping[str, Level], ids: Tensor) -> Tensor:
+    return evaluator.logits(levels, ids.to(evaluator.device))
 
 
 def _test_tokens(job: Job, test: str | None, window: int) -> tuple[Tensor, int]:

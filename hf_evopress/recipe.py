@@ -22,16 +22,19 @@ from .plugins import did_you_mean, names
 from .resources import atomic_write, bundled, parse_size
 from .search import STRATEGIES, check_settings
 
+KINDS = ("attention", "mlp")
 DTYPES = ("auto", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The size limit, said in one of three ways."""
+    """The limit, said in one way."""
 
     bits: float | None = None  # stored bits per compressed weight, scales and zero points included
     size: str | None = None  # of the whole checkpoint: 90MB, 1.5GiB
     ratio: float | None = None  # of the dense checkpoint's size
+    sparsity: float | None = None  # share of the compressed weights that is removed
+    drop: float | None = None  # share of the attention and of the MLP sub-blocks, each dropped
 
     def __post_init__(self) -> None:
         said = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
@@ -43,6 +46,9 @@ class Limit:
             raise ValueError(f"bits is per compressed weight, in (0, 32]; got {self.bits}")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"ratio is of the dense size, in (0, 1]; got {self.ratio}")
+        for name in ("sparsity", "drop"):
+            if (share := getattr(self, name)) is not None and not 0 < share < 1:
+                raise ValueError(f"{name} is a share, in (0, 1); got {share}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,25 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Drop:
+    """Which sub-blocks may be dropped."""
+
+    kinds: tuple[str, ...] = ()  # attention, mlp; none: nothing is dropped
+    keep_first: int = 0  # blocks that stay whole
+    keep_last: int = 0
+    max: float | None = None  # at most this share of each kind
+    tokens: int = 2048  # to measure what each drop alone costs
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            _one_of("kind of sub-block", kind, KINDS)
+        _at_least(self, 0, "keep_first", "keep_last")
+        _at_least(self, 1, "tokens")
+        if self.max is not None and not 0 < self.max <= 1:
+            raise ValueError(f"drop.max is a share of each kind, in (0, 1]; got {self.max}")
+
+
+@dataclass(frozen=True)
 class Search:
     """How levels are chosen. settings are the strategy's own, such as {generations: 20}."""
 
@@ -74,9 +99,12 @@ class Search:
     seed: int = 0
     sensitivity_tokens: int = 6144  # 0: none, then evolve guesses from bits alone
     settings: Mapping[str, Any] = field(default_factory=dict)
+    compare: tuple[str, ...] = ()  # strategies measured beside it, and where it starts from
 
     def __post_init__(self) -> None:
         _one_of("search strategy", self.strategy, list(STRATEGIES))
+        for name in self.compare:
+            _one_of("search strategy", name, list(STRATEGIES))
         _one_of("fitness", self.fitness, names("fitness"))
         _at_least(self, 0, "sensitivity_tokens")
         check_settings(self.strategy, self.settings)
@@ -99,7 +127,9 @@ class Recipe:
     revision: str | None = None
     dtype: str = "auto"  # of what is shipped uncompressed; auto: the model's own, 16 bit
     data: Data = field(default_factory=Data)
-    levels: tuple[str, ...] | None = None  # none: the default menu
+    levels: tuple[str, ...] | None = None  # none: the menu of `families`
+    families: tuple[str, ...] = ()  # quant, sparse, lowrank, residual, all; none: what fits
+    drop: Drop = field(default_factory=Drop)
     skip: tuple[str, ...] = ()  # glob patterns of units that stay dense
     tie: tuple[tuple[str, ...], ...] = ()  # last name parts that share a level in each block
     pin: Mapping[str, str] = field(default_factory=dict)  # glob -> level
@@ -110,6 +140,14 @@ class Recipe:
         _one_of("dtype", self.dtype, DTYPES)
         if not any(v is not None for v in dataclasses.asdict(self.budget).values()):
             raise ValueError("a recipe needs a budget: bits, size or ratio (for example bits: 3.3)")
+        if self.budget.drop is not None:
+            if self.levels or self.families:
+                raise ValueError(
+                    "a budget of drops keeps all that is not dropped dense; to choose levels as "
+                    "well, give a budget of bits and say drop.kinds"
+                )
+            if self.drop.max is not None:
+                raise ValueError("a budget of drops says how many go; leave out drop.max")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:

@@ -12,10 +12,12 @@ from math import isfinite
 from typing import Any
 
 from .baselines import (
+    BruteForceSettings,
     KnapsackSettings,
     RandomSettings,
     UniformSettings,
     best_of_random,
+    brute_force,
     knapsack,
     uniform,
 )
@@ -36,6 +38,21 @@ STRATEGIES: dict[str, tuple[Callable[[Run, Any], Strategy], type]] = {
     "uniform": (uniform, UniformSettings),
     "random": (best_of_random, RandomSettings),
     "pareto": (pareto, ParetoSettings),
+    "brute_force": (brute_force, BruteForceSettings),
+    # Published baselines: the knapsack, over the losses that TABLES names.
+    "layer_error": (knapsack, KnapsackSettings),
+    "owl": (knapsack, KnapsackSettings),
+    "block_influence": (knapsack, KnapsackSettings),
+    "window": (knapsack, KnapsackSettings),
+    "drop_perplexity": (knapsack, KnapsackSettings),
+}
+# Strategies that choose by losses other than the predicted KL; see `hf_evopress.tables`.
+TABLES = {
+    "layer_error": "error",
+    "owl": "owl",
+    "block_influence": "influence",
+    "window": "window",
+    "drop_perplexity": "perplexity",
 }
 WORST_LOSS = 1e6  # nats; stands for inf and nan, which a collapsed model gives
 STATE_VERSION = 1

@@ -3,6 +3,10 @@
 A folder with `index.json` (what the store is made from and what it will hold) and one safetensors
 file per unit, whole or absent, so that a killed build resumes at the next unit. Files are
 numbered; unit names never become paths.
+
+Tensors are called <level number>/<name>. One that is the leading part of another of the same name
+is stored once: nested ranks, and the codes that levels with the same first term have in common.
+The file's metadata say under `shared` of which tensor it is what leading shape.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from .checksums import checksum
 from .level import Level
 from .linalg import Stats
 from .methods.base import State
+from .ranks import ALONE, Ranks
 from .resources import atomic_path, atomic_write
 from .units import Unit
 
@@ -81,20 +86,26 @@ class LevelStore:
         menus: Mapping[str, Sequence[Level]],
         source: Source,
         *,
+        ranks: Ranks = ALONE,
         progress: Progress | None = None,
     ) -> LevelStore:
         """Return the store in `folder`, after building what is not there yet.
 
+        A store of the same make that has these levels and more serves as it is.
+
         One block at a time: its statistics are read, each distinct input's Hessian is factorised
-        once, and all levels of the units behind it are made in one pass. Raises ValueError where
-        the folder holds a store made from something else.
+        once, and all levels of the units behind it are made in one pass. ranks: processes that
+        share the folder; each takes some blocks. Raises ValueError where the folder holds a
+        store made from something else.
         """
         folder = Path(folder)
-        index = _new_index(units, menus, source.fingerprint)
-        _start(folder, index)
+        with ranks.first_alone():
+            index = _start(folder, _new_index(units, menus, source.fingerprint))
+        menus = {u["name"]: [compose.normalize(x) for x in u["levels"]] for u in index["units"]}
         numbers = {unit.name: i for i, unit in enumerate(units)}
         done = sum(_unit_file(folder, i).is_file() for i in numbers.values())
-        for block in sorted({unit.block for unit in units}):
+        blocks = sorted({unit.block for unit in units})
+        for block in (b for n, b in enumerate(blocks) if ranks.owns(n)):
             todo = [u for u in units if u.block == block]
             todo = [u for u in todo if not _unit_file(folder, numbers[u.name]).is_file()]
             if not todo:
@@ -116,7 +127,23 @@ class LevelStore:
                     done += 1
                     if progress:
                         progress("levels", done, len(units))
+        ranks.wait()
         return cls(folder)
+
+    @classmethod
+    def lacks_levels(
+        cls,
+        folder: str | Path,
+        units: Sequence[Unit],
+        menus: Mapping[str, Sequence[Level]],
+        source: Source,
+    ) -> bool:
+        """Return whether `folder` holds a store of the same make without some of these levels."""
+        if not (Path(folder) / INDEX).is_file():
+            return False
+        found, wanted = _read_index(Path(folder)), _new_index(units, menus, source.fingerprint)
+        wanted = json.loads(json.dumps(wanted))
+        return found["fingerprint"] == wanted["fingerprint"] and not _covers(found, wanted)
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -131,9 +158,10 @@ class LevelStore:
         prefix = f"{number}/"
         try:
             with safe_open(path, framework="pt") as file:
+                shared = json.loads(file.metadata().get("shared", "{}"))
                 state = {
-                    key.removeprefix(prefix): file.get_tensor(key)
-                    for key in sorted(file.keys())
+                    key.removeprefix(prefix): _tensor(file, *shared.get(key, (key, None)))
+                    for key in sorted({*file.keys(), *shared})
                     if key.startswith(prefix)
                 }
                 expected = json.loads(file.metadata()["crc32"])[number]
@@ -243,18 +271,54 @@ def _unit_file(folder: Path, number: int) -> Path:
 def _write_unit(
     path: Path, unit: Unit, states: Sequence[State], scores: Sequence[Mapping[str, float]]
 ) -> None:
-    tensors = {
-        f"{i}/{name}": tensor.contiguous()
-        for i, state in enumerate(states)
-        for name, tensor in state.items()
-    }
+    tensors, shared = share(states)
     metadata = {
         "unit": unit.name,
+        "shared": json.dumps(shared),
         "scores": json.dumps(list(scores)),
         "crc32": json.dumps([checksums(state) for state in states]),
     }
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def share(
+    states: Sequence[State],
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, list[int]]]]:
+    """Return the tensors to store by key, and key -> (stored key, shape) of all others.
+
+    A tensor is left out where it is, bit for bit, the leading part of a stored one.
+    """
+    everything = [
+        (name, i, tensor) for i, state in enumerate(states) for name, tensor in state.items()
+    ]
+    everything.sort(key=lambda entry: -entry[2].numel())
+    stored: dict[str, list[tuple[str, Tensor]]] = {}
+    shared: dict[str, tuple[str, list[int]]] = {}
+    for name, i, tensor in everything:
+        key, known = f"{i}/{name}", stored.setdefault(name, [])
+        source = next((k for k, larger in known if _is_leading(tensor, larger)), None)
+        if source is None:
+            known.append((key, tensor.contiguous()))
+        else:
+            shared[key] = (source, list(tensor.shape))
+    return {key: tensor for kept in stored.values() for key, tensor in kept}, shared
+
+
+def _is_leading(part: Tensor, whole: Tensor) -> bool:
+    if part.dtype != whole.dtype or part.ndim != whole.ndim or not part.numel():
+        return False
+    if any(n > m for n, m in zip(part.shape, whole.shape, strict=True)):
+        return False
+    # The first row tells nearly all of those that differ.
+    leading = whole[tuple(slice(n) for n in part.shape)]
+    return torch.equal(part[:1], leading[:1]) and torch.equal(part, leading)
+
+
+def _tensor(file: Any, key: str, shape: Sequence[int] | None) -> Tensor:
+    if shape is None:
+        return file.get_tensor(key)
+    return file.get_slice(key)[tuple(slice(n) for n in shape)].contiguous()
 
 
 def _new_index(
@@ -277,15 +341,31 @@ def _new_index(
     }
 
 
-def _start(folder: Path, index: dict[str, Any]) -> None:
-    """Write the index of a new store, or check that the one in `folder` is the same."""
+def _covers(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Return whether a store's index has all that another asks for, made from the same."""
+
+    def frame(index: Mapping[str, Any]) -> Any:
+        return [{**unit, "levels": None} for unit in index["units"]]
+
+    return (
+        found["fingerprint"] == wanted["fingerprint"]
+        and frame(found) == frame(wanted)
+        and all(
+            {*there["levels"]} >= {*asked["levels"]}
+            for there, asked in zip(found["units"], wanted["units"], strict=True)
+        )
+    )
+
+
+def _start(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """Write the index of a new store, or return that of the one in `folder` if it serves."""
     if not (folder / INDEX).is_file():
         atomic_write(folder / INDEX, json.dumps(index, indent=1) + "\n")
-        return
+        return index
     found = _read_index(folder)
     wanted = json.loads(json.dumps(index))
-    if found == wanted:
-        return
+    if _covers(found, wanted):
+        return found
     differing = [
         k for k in wanted["fingerprint"] if found["fingerprint"].get(k) != wanted["fingerprint"][k]
     ]

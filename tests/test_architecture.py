@@ -17,15 +17,15 @@ NAME = "hf_evopress"
 # A module imports from rows above and from its own row, without cycles. A name with `/` stands
 # for every module in that folder; the first row knows names, levels and integers, never torch.
 LAYERS = (
-    "level plugins resources after_import hub_errors plan_repo card_template plan_push plan genes "
-    "space budget drop_counts knapsack pareto paired surrogate rounds evopress_search evolve baselines search recipe "
-    "recipe_schema",
-    "checksums linalg packing grid codes obs sparse methods/ compose menu layers",
-    "data units sub_blocks dropped fingerprint stream calibrate sensitivity store stitch "
-    "fitness/ evaluator",
+    "level patterns plugins resources after_import hub_errors plan_repo card_template plan_push plan genes "
+    "space budget drop_counts knapsack pareto paired mixture search_log surrogate rounds evopress_search evolve "
+    "baselines search recipe recipe_schema",
+    "checksums linalg packing recompute grid codes obs sparse methods/ compose menu layers",
+    "ranks data units sub_blocks dropped fingerprint stream calibrate sensitivity store stitch "
+    "fitness/ evaluator scores patching asymmetric two_streams rounding block_tuning refined refine",
     "config compress_on_load quantizer",
-    "adapters trainer export/ evaluate size report plots cards hub html_report published",
-    "job pipeline",
+    "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer export/ evaluate size report plots cards hub html_report published",
+    "problem tables job pipeline repair",
     "cli/ __main__",
 )
 # Heavy or optional: imported inside the function that needs them.

@@ -15,7 +15,7 @@ from torch import nn
 from hf_evopress import compose, store
 from hf_evopress.linalg import Stats
 from hf_evopress.menu import menus
-from hf_evopress.store import LevelStore, Source
+from hf_evopress.store import LevelStore, Source, share
 from hf_evopress.units import find_units
 
 LEVELS = ["gptq:bits=2,group_size=32", "gptq:bits=3,group_size=32", "rtn:bits=4,group_size=32"]
@@ -146,7 +146,44 @@ def test_other_settings_are_refused_not_mixed_in(model: nn.Module, tmp_path: Pat
     with pytest.raises(ValueError, match="data differ"):
         _build(model, tmp_path, _source(model, data="other"))
     with pytest.raises(ValueError, match="units or their levels differ"):
-        _build(model, tmp_path, levels=LEVELS[:2])
+        _build(model, tmp_path, levels=["rtn:bits=8,group_size=32"])
+
+
+def test_a_store_that_has_more_levels_serves(model: nn.Module, tmp_path: Path) -> None:
+    whole = _build(model, tmp_path)
+    unit = next(iter(whole.units))
+    assert _build(model, tmp_path, levels=LEVELS[:2]).levels(unit) == whole.levels(unit)
+    units = find_units(model)
+    for levels, lacks in ((LEVELS[:1], False), (["dense"], True)):
+        offered = menus({u.name: u.shape for u in units}, levels)
+        assert LevelStore.lacks_levels(tmp_path, units, offered, _source(model)) is lacks
+
+
+def test_nested_ranks_and_common_first_terms_are_stored_once(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    base = "gptq:bits=3,group_size=32"
+    levels = [base, *(f"{base} + lowrank:rank={r}" for r in (2, 4, 8))]
+    built = _build(model, tmp_path, levels=levels)
+    codes = sum(built.cost_bits(unit, base) for unit in built.units)
+    most = sum(built.cost_bits(unit, levels[-1]) for unit in built.units)
+    assert built.size_bytes - 40_000 < most // 8 < (3 * codes + most) // 8  # less the headers
+    unit = next(iter(built.units))
+    large, small = built.state(unit, levels[-1]), built.state(unit, levels[1])
+    assert torch.equal(large["A_1"][:2], small["A_1"])
+    assert torch.equal(large["B_1"][:, :2], small["B_1"]) and small["B_1"].is_contiguous()
+
+
+def test_sharing_gives_back_every_tensor_and_mixes_no_types() -> None:
+    whole = torch.arange(12).view(3, 4)
+    states = [
+        {"x": whole[:2, :3], "y": torch.ones(2)},
+        {"x": whole, "y": torch.ones(2, dtype=torch.float16)},
+        {"x": whole + 1, "n": torch.empty(0)},
+    ]
+    stored, shared = share(states)
+    assert shared == {"0/x": ("1/x", [2, 3])}
+    assert set(stored) == {"1/x", "2/x", "0/y", "1/y", "2/n"}
 
 
 def test_unknown_units_and_levels_are_refused_by_name(model: nn.Module, tmp_path: Path) -> None:
