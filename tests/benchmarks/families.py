@@ -1,0 +1,260 @@
+"""Every family under one budget: sparsity, drops, low rank, and all of them against bits alone.
+
+    python tests/benchmarks/families.py drop .cache/SmolLM2-135M-Instruct \
+        --data calibration.txt --test wiki.test.raw --at 0.125 0.25 --out drop.json
+
+Tasks: sparsity and lowrank (--at: shares of weights or parameters removed), drop (--at: shares of
+attention and of MLP sub-blocks), joint (--at: stored bits per weight), monotone (pairs of drop
+plans of which the larger is the better one). All rows of a task are evaluated in one pass over
+the same windows: differences between rows are paired, and their standard errors are given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from hf_evopress.data import tokenize_file
+from hf_evopress.evaluate import compare_many
+from hf_evopress.job import Job
+from hf_evopress.level import DROP, Level
+from hf_evopress.paired import compare
+from hf_evopress.pipeline import best_uniform, run_search
+from hf_evopress.recipe import Recipe
+from hf_evopress.store import LevelStore
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bits": {"families": ["quant"]},
+    "bits + ranks": {"families": ["residual"]},
+    "bits + drops": {"families": ["quant"], "drop": {"kinds": ["attention", "mlp"]}},
+    "everything": {"families": ["all"], "drop": {"kinds": ["attention", "mlp"]}},
+}
+DEPTH = ("block_influence", "window", "drop_perplexity", "knapsack")
+
+
+@dataclass
+class Found:
+    """One row: a plan, the job that scores it, and what finding it took."""
+
+    name: str
+    job: Job
+    store: LevelStore
+    levels: Mapping[str, Level]
+    bits: float
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+class Bench:
+    """Jobs that share one model, one tokenizer and the same tokens."""
+
+    def __init__(self, words: argparse.Namespace) -> None:
+        self.words = words
+        self.last: Job | None = None
+
+    def job(self, budget: Mapping[str, float], strategy: str = "evolve", **more: Any) -> Job:
+        words = self.words
+        counts = {"calibration": words.calibration, "search": words.search, "heldout": 2, "test": 0}
+        settings: dict[str, Any] = {}
+        if strategy == "evolve":
+            settings = {"generations": words.generations, "tokens": words.tokens}
+        recipe = {
+            "model": words.model,
+            "work": words.work,
+            "budget": dict(budget),
+            "data": {"sources": [words.data], "seq_len": words.seq_len, **counts},
+            "search": {"strategy": strategy, "settings": settings},
+            **more,
+        }
+        job = Job(Recipe.from_dict(recipe))
+        if self.last is not None:
+            known = ("model", "tokens", "tokenizer")
+            job.__dict__.update({k: v for k, v in self.last.__dict__.items() if k in known})
+        self.last = job
+        return job
+
+    def found(
+        self, name: str, job: Job, store: LevelStore, strategy: str | None = None, **more: Any
+    ) -> Found:
+        """Return the plan of a strategy, of the recipe's own without one."""
+        start = time.process_time()
+        search = run_search(job, store, strategy, **more)
+        about = {
+            "evaluated_tokens": search.run.evaluated_tokens,
+            "cpu_seconds": round(time.process_time() - start, 1),
+            "generations": max(0, len(search.history) - 1),
+        }
+        print(f"{name}: {about}", flush=True)
+        genome = search.best
+        bits = job.space.bits_per_weight(genome)
+        return Found(name, job, store, job.levels(genome), bits, about)
+
+
+def drops(bench: Bench) -> Iterator[Found]:
+    for share in bench.words.at:
+        job = bench.job({"drop": share}, drop={"tokens": bench.words.drop_tokens})
+        store = job.build()
+        rivals = [bench.found(f"{share:.1%}: {s}", job, store, s) for s in DEPTH]
+        yield from rivals
+        starts = [job.genome(rival.levels) for rival in rivals]
+        yield bench.found(f"{share:.1%}: searched", job, store, starts=starts)
+
+
+def sparsity(bench: Bench) -> Iterator[Found]:
+    for share in bench.words.at:
+        job = bench.job({"sparsity": share})
+        store = job.build()
+        for strategy in ("uniform", "owl", "layer_error", "knapsack"):
+            yield bench.found(f"sparsity {share}: {strategy}", job, store, strategy)
+        yield bench.found(f"sparsity {share}: searched", job, store)
+
+
+def lowrank(bench: Bench) -> Iterator[Found]:
+    for share in bench.words.at:
+        job = bench.job({"sparsity": share}, families=["lowrank"])
+        store = job.build()
+        for strategy in ("uniform", "knapsack"):
+            yield bench.found(f"ranks, {1 - share:g} of values: {strategy}", job, store, strategy)
+        yield bench.found(f"ranks, {1 - share:g} of values: searched", job, store)
+
+
+def joint(bench: Bench) -> Iterator[Found]:
+    everything = bench.job({"ratio": 1.0}, **FAMILIES["everything"])
+    everything.build()  # the stores of the parts are served from it
+    for bits in bench.words.at:
+        parts: list[Found] = []
+        for name, family in FAMILIES.items():
+            job = bench.job({"bits": bits}, **family)
+            store = job.build()
+            starts = [job.genome(part.levels) for part in parts] if name == "everything" else []
+            parts.append(bench.found(f"{bits} bits: {name}", job, store, starts=starts))
+            yield parts[-1]
+        if (uniform := best_uniform(job)) is not None:
+            level, genome = uniform
+            rate = job.space.bits_per_weight(genome)
+            yield Found(f"{bits} bits: {level}", job, store, job.levels(genome), rate)
+
+
+def monotone(bench: Bench) -> None:
+    """Search pairs of drop plans, one within the other, for one where the larger is better.
+
+    Single drops and pairs of the sub-blocks that cost most alone: there a second drop can undo
+    what the first does.
+    """
+    words = bench.words
+    job = bench.job({"drop": 0.1}, drop={"tokens": words.drop_tokens})
+    evaluator = job.evaluator(job.build())
+    names = list(job.problem.added.options)
+    half = max(2, len(evaluator.tokens) // 2)
+    first = range(half)
+    single = dict(zip(names, evaluator.losses([{n: DROP} for n in names], first), strict=True))
+    worst = sorted(names, key=lambda name: -sum(single[name]))[: words.pairs_of]
+    pairs = list(combinations(worst, 2))
+    losses = evaluator.losses([dict.fromkeys(pair, DROP) for pair in pairs], first)
+    gains = []
+    for pair, loss in zip(pairs, losses, strict=True):
+        for name in pair:
+            measured = compare(loss, single[name])
+            gains.append((measured.mean, measured, name, pair))
+    gains.sort(key=lambda gain: gain[0])
+    print(f"{len(pairs)} pairs of the {len(worst)} dearest sub-blocks, {half} sequences")
+    rest = range(half, len(evaluator.tokens))
+    for _, measured, name, pair in gains[:5]:
+        plans = [{name: DROP}, dict.fromkeys(pair, DROP)]
+        small, large = evaluator.losses(plans, rest)
+        again = compare(large, small)
+        other = next(other for other in pair if other != name)
+        print(
+            f"drop {name}: KL {sum(small) / len(small):.4f}; {other} as well: "
+            f"{sum(large) / len(large):.4f}, difference {again.mean:+.4f} +- {again.stderr:.4f} "
+            f"on {again.n} fresh sequences ({measured.mean:+.4f} where it was found)"
+        )
+
+
+TASKS = {"drop": drops, "sparsity": sparsity, "lowrank": lowrank, "joint": joint}
+
+
+def main() -> None:
+    words = arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    bench = Bench(words)
+    if words.task == "monotone":
+        monotone(bench)
+        return
+    found = list(TASKS[words.task](bench))
+    functions: dict[str, Any] = {}
+    for row in found:
+        evaluator = row.job.evaluator(row.store)
+        functions[row.name] = lambda ids, e=evaluator, x=row.levels: e.logits(x, ids)
+    model = found[0].job.model
+    tokens = tokenize_file(words.test, found[0].job.tokenizer)
+    start = time.time()
+    reports = compare_many(functions, model, tokens, window=words.window, max_windows=words.windows)
+    rows = [
+        {
+            "plan": row.name,
+            "bits_per_weight": row.bits,
+            **row.about,
+            "perplexity": reports[row.name].perplexity,
+            "kl_nats": reports[row.name].kl_nats,
+            "kl_windows": list(reports[row.name].kl_windows),
+            "levels": {unit: str(level) for unit, level in row.levels.items()},
+        }
+        for row in found
+    ]
+    dense = next(iter(reports.values())).dense_perplexity
+    show(rows, dense, words)
+    print(f"evaluated in {time.time() - start:.0f} s")
+    if words.out:
+        Path(words.out).write_text(json.dumps({"dense_perplexity": dense, "rows": rows}, indent=1))
+
+
+def show(rows: list[dict[str, Any]], dense: float | None, words: argparse.Namespace) -> None:
+    n = len(rows[0]["kl_windows"])
+    print(f"\n{n} windows of {words.window} tokens, dense perplexity {dense:.2f}\n")
+    print(
+        "| plan | stored bits | perplexity | KL (nats) | against the last of its budget | tokens |"
+    )
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        same = [r for r in rows if r["plan"].partition(":")[0] == row["plan"].partition(":")[0]]
+        last = next((r for r in same if r["plan"].endswith(("searched", "everything"))), same[-1])
+        paired = compare(last["kl_windows"], row["kl_windows"])
+        print(
+            f"| {row['plan']} | {row['bits_per_weight']:.3f} | {row['perplexity']:.2f} "
+            f"| {row['kl_nats']:.4f} | {paired.mean:+.4f} +- {paired.stderr:.4f} "
+            f"| {row.get('evaluated_tokens', '')} |"
+        )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", choices=[*TASKS, "monotone"])
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True, help="calibration and search text")
+    parser.add_argument("--test", required=True, help="evaluation text")
+    parser.add_argument("--at", type=float, nargs="+", default=[])
+    parser.add_argument("--work", default="demo/families.work")
+    parser.add_argument("--generations", type=int, default=8)
+    parser.add_argument("--tokens", type=int, nargs=2, default=[2048, 8192])
+    parser.add_argument("--drop-tokens", type=int, default=2048)
+    parser.add_argument("--pairs-of", type=int, default=12)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--calibration", type=int, default=64)
+    parser.add_argument("--search", type=int, default=32)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--out")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
