@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..grid import dequantize, find_grid, quantize
+from ..level import Term
 from ..linalg import Stats
 from ..packing import pack, packed_bytes, unpack
 from .base import Method, Operator, Param, Shape, State
@@ -225,6 +226,11 @@ def spectrum(
     output error spectrum.sum(), before factors are rounded.
     """
     return Metric(stats, metric=metric, centred=centred, sink=sink).basis(W)[0]
+
+
+def factors_of(term: Term, state: State, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Return A (rank, in) and B (out, rank) of a layer that holds one low-rank `term`."""
+    return _factors(state, shape, LowRank().filled(term.kwargs))
 
 
 def _state(W: Tensor, U: Tensor, space: Metric, params: Mapping[str, Any]) -> State:
