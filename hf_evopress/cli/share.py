@@ -51,7 +51,9 @@ def push(
         commit_message=message,
         create_pr=pull_request,
     )
-    console.print(f"{info.pr_url or info.commit_url}\ncommit {info.oid}", markup=False)
+    console.print(
+        f"{info.pr_url or info.commit_url}\ncommit {info.oid}", markup=False, soft_wrap=True
+    )
 
 
 def pull(
@@ -68,7 +70,7 @@ def pull(
 
     with bars() as progress:
         path = download(repo, folder, revision=revision, progress=progress)
-    console.print(f"{repo} is in {path}", markup=False)
+    console.print(f"{repo} is in {path}", markup=False, soft_wrap=True)
 
 
 def plans(
@@ -92,7 +94,7 @@ def plans(
             numbers = [_number(e.bits_per_weight, "{:.3f}"), _number(e.kl_nats, "{:.4f}")]
             rows.append((repo, e.file, *numbers, e.asked or ""))
     if not rows:
-        console.print(f"no plans for {base_model} on the Hub yet", markup=False)
+        console.print(f"no plans for {base_model} on the Hub yet", markup=False, soft_wrap=True)
         return
     headers = ("repository", "file", "bits/weight", "KL (nats)", "asked for")
     console.print(table(headers, rows, is_text=True))
@@ -111,7 +113,7 @@ def card(
     """
     from ..cards import write_card
 
-    console.print(f"card written to {write_card(folder, name=name)}", markup=False)
+    console.print(f"card written to {write_card(folder, name=name)}", markup=False, soft_wrap=True)
 
 
 def report(
@@ -127,7 +129,7 @@ def report(
     """
     from ..html_report import write_report
 
-    console.print(f"report written to {write_report(source, out)}", markup=False)
+    console.print(f"report written to {write_report(source, out)}", markup=False, soft_wrap=True)
 
 
 def import_config(
@@ -170,13 +172,20 @@ def import_config(
             base_model=model,
             revision=revision,
         )
-        inside = file.relative_to(source).with_suffix(".json").as_posix().replace("/", "-")
-        made.append((Path(out) / inside if several else Path(out), config, plan))
+        path = Path(out)
+        if several:  # a folder in a folder becomes part of the name: plans lie side by side
+            inside = file.relative_to(source).with_suffix(".json")
+            path = path / inside.as_posix().replace("/", "-")
+        made.append((path, config, plan))
     if several:
         Path(out).mkdir(parents=True, exist_ok=True)
     for path, config, plan in made:
         checked = "" if model else "; not checked: give --model"
-        console.print(f"{config.name} ({config.kind}) -> {plan.save(path)}{checked}", markup=False)
+        console.print(
+            f"{config.name} ({config.kind}) -> {plan.save(path)}{checked}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def export_config(
@@ -199,7 +208,9 @@ def export_config(
     text = published_text(
         Plan.from_pretrained(plan), kind=_kind(kind), sparsity=sparsity, step=step, n_blocks=blocks
     )
-    console.print(f"configuration written to {atomic_write(out, text)}", markup=False)
+    console.print(
+        f"configuration written to {atomic_write(out, text)}", markup=False, soft_wrap=True
+    )
 
 
 def _kind(word: str | None) -> Kind | None:
