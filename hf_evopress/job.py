@@ -29,13 +29,16 @@ from .data import load_splits
 from .evaluator import Evaluator
 from .export.base import check_target
 from .fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
+from .fitness.base import Fitness
 from .level import Level
+from .objective import fitness_of
 from .plan import Plan
-from .plugins import load
 from .problem import pose
+from .ranks import start
 from .recipe import Recipe
 from .resources import atomic_write
 from .search import Search
+from .search_log import ENDING, SearchLog
 from .sensitivity import load_moments, output_moments
 from .space import Genome
 from .store import LevelStore, Progress, Source
@@ -53,8 +56,17 @@ class Job:
     architecture, the menu of levels against its shapes, the budget, the text's length.
     """
 
-    def __init__(self, recipe: Recipe, *, progress: Progress | None = None) -> None:
-        self.recipe, self.progress = recipe, progress
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        fitness: Fitness | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.recipe, self.ranks = recipe, start()
+        self.fitness = fitness if fitness is not None else fitness_of(recipe.search.fitness)
+        self._fitness_words = recipe.search.fitness if fitness is None else repr(fitness)
+        self.progress = progress if self.ranks.is_first else None
         if recipe.out is not None:
             check_target(recipe.out)
         self.config = _dense_config(recipe)
@@ -133,6 +145,7 @@ class Job:
             self.work,
             units=self.units,
             heldout_tokens=self.tokens.get("heldout"),
+            ranks=self.ranks,
             progress=self.progress,
         )
         moments = None
@@ -144,6 +157,7 @@ class Job:
                 self.work,
                 units=self.units,
                 seed=self.recipe.data.seed,
+                ranks=self.ranks,
                 progress=self.progress,
             )
             moments = lambda block: load_moments(self.work, block)  # noqa: E731
@@ -151,13 +165,20 @@ class Job:
 
     def build(self) -> LevelStore:
         """Return the level store of the recipe's menu."""
-        if not self.units:  # a budget of drops: what is kept stays dense
-            source = Source({"model": model_fingerprint(self.model)}, lambda block: {})
-        else:
+        if self.units:
             source = self.calibrate()
-        folder = self._store_folder(source)
+            folder = self._store_folder(source)
+        else:  # a budget of drops: what is kept stays dense, and nothing is stored
+            source = Source({"model": model_fingerprint(self.model)}, lambda block: {})
+            folder = self.work / "store-dense"
         return LevelStore.build(
-            folder, self.model, self.units, self.menus, source, progress=self.progress
+            folder,
+            self.model,
+            self.units,
+            self.menus,
+            source,
+            ranks=self.ranks,
+            progress=self.progress,
         )
 
     def _store_folder(self, source: Source) -> Path:
@@ -170,8 +191,8 @@ class Job:
 
     def evaluator(self, store: LevelStore) -> Evaluator:
         """Return what scores plans on the search tokens."""
-        fitness = load("fitness", self.recipe.search.fitness)()
-        return Evaluator(self.model, store, self.tokens["search"], fitness)
+        pool = self.tokens["search"]
+        return Evaluator(self.model, store, pool, self.fitness, ranks=self.ranks)
 
     def search(
         self, store: LevelStore, strategy: str | None = None, *, starts: Sequence[Genome] = ()
@@ -197,12 +218,15 @@ class Job:
         return search.restore(kept) if kept is not None else search
 
     def keep(self, search: Search) -> None:
-        """Write the search's state, so that it can go on from here."""
-        atomic_write(self._search_file(search), json.dumps(search.state()))
+        """Write the search's state, so that it can go on from here, and its log."""
+        if self.ranks.is_first:
+            file = self._search_file(search)
+            atomic_write(file, json.dumps(search.state()))
+            SearchLog(file.with_suffix(ENDING)).update(search.history)
 
     def _search_file(self, search: Search) -> Path:
         # one file per problem: searches for several budgets share a work folder
-        problem = {**search.state()["problem"], "fitness": self.recipe.search.fitness}
+        problem = {**search.state()["problem"], "fitness": self._fitness_words}
         return self.work / "search" / f"{text_fingerprint(json.dumps(problem))}.json"
 
     def levels(self, genome: Genome) -> dict[str, Level]:

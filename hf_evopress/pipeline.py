@@ -21,6 +21,7 @@ from .data import tokenize_file
 from .evaluate import Report, compare, compare_many
 from .evaluator import Evaluator
 from .export.base import check_target, whole_folder
+from .fitness.base import Fitness
 from .job import Job, versions
 from .level import Level
 from .plan import Plan
@@ -64,20 +65,24 @@ def compress(
     test: str | None = None,
     window: int = 2048,
     max_windows: int | None = 10,
+    fitness: Fitness | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Return the model of `recipe`, compressed, written to its folder, reloaded and measured.
 
     test: a text file for the figures, in windows of `window` tokens; by default sequences of the
-    recipe's own data that neither calibration nor search has seen.
+    recipe's own data that neither calibration nor search has seen. fitness: what to minimise,
+    where the recipe's words cannot say it. Of several processes all search, the first writes.
     """
     seconds = _Clock()
-    job = Job(recipe, progress=progress)
+    job = Job(recipe, fitness=fitness, progress=progress)
     if recipe.out is None:
         raise ValueError("say where to write the model: out in the recipe, or --out FOLDER")
     unseen, window = _test_tokens(job, test, window)
     store = seconds("levels", job.build)
     plan = seconds("search", lambda: find_plan(job, store))
+    if not job.ranks.is_first:
+        return Result(Path(recipe.out), plan, seconds=seconds.spent)
     folder = seconds("export", lambda: export(job, store, plan))
     rows, sample = seconds(
         "evaluate", lambda: measure(job, store, plan, folder, unseen, window, max_windows)
@@ -97,7 +102,12 @@ def find_plan(job: Job, store: LevelStore) -> Plan:
     search = run_search(job, store, starts=[*rivals(job, store).values()])
     return job.plan(
         job.levels(search.best),
-        search={**search.report, "fitness": job.recipe.search.fitness, "versions": versions()},
+        search={
+            **search.report,
+            "fitness": job.recipe.search.fitness,
+            "history": search.history,
+            "versions": versions(),
+        },
     )
 
 

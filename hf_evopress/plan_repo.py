@@ -135,7 +135,7 @@ def entry_of(file: str, plan: Mapping[str, Any]) -> Entry:
         check_name(file),
         base_model=plan.get("base_model"),
         bits_per_weight=_number(bits),
-        kl_nats=_number(searched.get("kl_nats")),
+        kl_nats=_number(searched.get("kl_nats", (plan.get("results") or {}).get("kl_nats"))),
         asked=asked if isinstance(asked, str) else None,
     )
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .plugins import did_you_mean, names
+from .mixture import parse as parse_fitness
+from .plugins import did_you_mean
 from .resources import atomic_write, bundled, parse_size
 from .search import STRATEGIES, check_settings
 
@@ -105,7 +106,7 @@ class Search:
         _one_of("search strategy", self.strategy, list(STRATEGIES))
         for name in self.compare:
             _one_of("search strategy", name, list(STRATEGIES))
-        _one_of("fitness", self.fitness, names("fitness"))
+        parse_fitness(self.fitness)
         _at_least(self, 0, "sensitivity_tokens")
         check_settings(self.strategy, self.settings)
         if self.strategy == "knapsack" and not self.sensitivity_tokens:
@@ -165,7 +166,7 @@ class Recipe:
         path = _find(path)
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(data, dict):
             raise ValueError(f"{path}: a recipe is a mapping with keys such as model and budget")

@@ -25,7 +25,7 @@ LAYERS = (
     "fitness/ evaluator scores patching asymmetric two_streams rounding block_tuning refined refine",
     "config compress_on_load quantizer",
     "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer export/ evaluate size report plots cards hub html_report published",
-    "problem tables job pipeline repair",
+    "problem tables job pipeline front repair",
     "cli/ __main__",
 )
 # Heavy or optional: imported inside the function that needs them.

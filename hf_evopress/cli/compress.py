@@ -9,6 +9,7 @@ import typer
 
 from ..recipe import Recipe
 from .console import bars, console, table
+from .inspect import show_front
 
 if TYPE_CHECKING:
     from ..pipeline import Result
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Argument(help="A dense model: a Hub name or a folder.")]
 Bits = Annotated[
-    float | None,
-    typer.Option(help="Budget: stored bits per compressed weight, scales and zero points counted."),
+    str | None,
+    typer.Option(
+        help="Budget: stored bits per compressed weight, scales and zero points counted; "
+        "in search also LOW:HIGH, for plans of all sizes between."
+    ),
 ]
 Size = Annotated[str | None, typer.Option(help="Budget: the whole checkpoint, such as 90MB.")]
 Ratio = Annotated[float | None, typer.Option(help="Budget: share of the dense checkpoint's size.")]
@@ -148,7 +152,9 @@ def levels(
 def search(
     model: Model,
     work: Annotated[str, typer.Option(help="The folder that `levels` or `compress` filled.")],
-    out: Annotated[str, typer.Option("--out", "-o", help="Plan file to write.")] = "plan.json",
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="Plan file to write; a folder for several plans.")
+    ] = "plan.json",
     bits: Bits = None,
     size: Size = None,
     ratio: Ratio = None,
@@ -169,15 +175,19 @@ def search(
 
     \b
     hf-evopress search MODEL --work smol.work --data text.txt --bits 2.8 --out plan-2.8.json
+    hf-evopress search MODEL --work smol.work --data text.txt --bits 2.5:4.5 --out front
     """
-    recipe = _recipe(**{**locals(), "out": None})
+    words = {**locals(), "out": None}
+    if bits is not None and ":" in bits:
+        return _front(words, out)
+    recipe = _recipe(**words)
     from ..job import Job
     from ..pipeline import find_plan
 
     with bars() as progress:
         job = Job(recipe, progress=progress)
         plan = find_plan(job, job.build())
-    path = plan.save(out)
+    path = plan.save(out) if job.ranks.is_first else out
     console.print(plan.summary(), markup=False)
     console.print(f"plan written to {path}", markup=False)
 
@@ -214,9 +224,36 @@ def apply(
     console.print(f"model written to {folder}", markup=False)
 
 
+def _front(words: dict[str, Any], out: str) -> None:
+    """Find plans of all sizes in a range and write them to the folder `out`."""
+    low, _, high = words["bits"].partition(":")
+    if words["strategy"] not in ("evolve", "pareto"):
+        raise ValueError(f"a range of bits needs strategy pareto, not {words['strategy']}")
+    recipe = _recipe(**{**words, "bits": high, "strategy": "pareto", "low": _bits(low)})
+    from ..front import check_front_target, find_front, save_front
+    from ..job import Job
+
+    check_front_target(out)
+    with bars() as progress:
+        job = Job(recipe, progress=progress)
+        plans = find_front(job, job.build())
+    if job.ranks.is_first:
+        save_front(plans, out)
+        show_front(out)
+
+
+def _bits(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--bits is a number, or LOW:HIGH in search; got {text!r}") from None
+
+
 def _recipe(**words: Any) -> Recipe:
     """Return the recipe that options of a command say."""
     given = {k: v for k, v in words.items() if v is not None}
+    if "bits" in given:
+        given["bits"] = _bits(given["bits"])
     pins = {}
     for item in given.get("pin", ()):
         pattern, equals, level = item.partition("=")
@@ -226,6 +263,8 @@ def _recipe(**words: Any) -> Recipe:
     search: dict[str, Any] = {k: given[k] for k in ("strategy", "seed") if k in given}
     if "generations" in given:
         search["settings"] = {"generations": given["generations"]}
+    if "low" in given:
+        search["settings"] = {"low": given["low"]}
     data = {
         "sources": given.get("data", []),
         "seq_len": given["seq_len"],

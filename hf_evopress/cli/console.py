@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,7 +18,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-console = Console(highlight=False)
+# Of several processes, as torchrun starts them, the first one speaks.
+_IS_QUIET = os.environ.get("RANK", "0") != "0"
+
+console = Console(highlight=False, quiet=_IS_QUIET)
 error_console = Console(stderr=True, highlight=False)
 
 
@@ -47,7 +51,7 @@ def bars() -> Iterator[Bars]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=error_console) as progress:
+    with Progress(*columns, console=error_console, disable=_IS_QUIET) as progress:
         yield Bars(progress)
 
 

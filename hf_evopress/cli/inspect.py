@@ -10,15 +10,21 @@ import typer
 
 from .. import plugins
 from ..plan import Plan
+from ..plan_repo import FILE_NAME, INDEX_NAME, list_plans
+from ..search_log import ENDING, read_log
 from .console import bars, console, table
 
 
 def show(
     plan: Annotated[
-        str, typer.Argument(help="A plan file, a folder that holds one, or a Hub repository[@rev].")
+        str,
+        typer.Argument(
+            help="A plan file, a folder of plans, a Hub repository[@rev], or the log of a search."
+        ),
     ],
     png: Annotated[
-        Path | None, typer.Option("--plot", help="Draw the heat map to this file (.png, .svg).")
+        Path | None,
+        typer.Option("--plot", help="Draw heat map, front or curve to this file (.png, .svg)."),
     ] = None,
     units: Annotated[bool, typer.Option("--units", help="One line per unit.")] = False,
     file: Annotated[
@@ -29,7 +35,13 @@ def show(
 
     \b
     hf-evopress show smol-3.3bit --plot plan.png
+    hf-evopress show front --plot front.png              several plans, from --bits LOW:HIGH
+    hf-evopress show smol.work/search/1a2b.jsonl --plot curve.png       a search under way
     """
+    if plan.endswith(ENDING) and Path(plan).is_file():
+        return _show_log(plan, png)
+    if file is None and _is_front(plan):
+        return show_front(plan, png)
     from ..report import heat_map, level_table
 
     loaded = Plan.from_pretrained(plan, filename=file)
@@ -43,6 +55,51 @@ def show(
         from ..plots import heat_map_plot
 
         console.print(f"heat map drawn to {heat_map_plot(loaded, png)}", markup=False)
+
+
+def _is_front(plan: str) -> bool:
+    folder = Path(plan)
+    return (folder / INDEX_NAME).is_file() and not (folder / FILE_NAME).is_file()
+
+
+def show_front(folder: str, png: Path | None = None) -> None:
+    """Print the plans of a folder, smallest first, and draw their sizes and losses."""
+    entries = list_plans(folder).values()
+    rows = [
+        (e.file, _number(e.bits_per_weight, "{:.3f}"), _number(e.kl_nats, "{:.4f}"))
+        for e in sorted(entries, key=lambda e: e.bits_per_weight or 0)
+    ]
+    console.print(table(("plan", "bits/weight", "KL (nats)"), rows))
+    console.print(f"hf-evopress apply {Path(folder) / rows[0][0]} --out FOLDER", markup=False)
+    if png is not None:
+        from ..plots import pareto_plot
+
+        known = [(e.bits_per_weight, e.kl_nats) for e in entries]
+        points = [(bits, loss) for bits, loss in known if bits is not None and loss is not None]
+        console.print(f"front drawn to {pareto_plot({'plans': points}, png)}", markup=False)
+
+
+def _show_log(path: str, png: Path | None) -> None:
+    """Print the generations of a search, finished or not, and draw its loss."""
+    rows = [row for row in read_log(path) if row["loss"] is not None]
+    lines = [
+        (
+            str(row["generation"]),
+            f"{row['loss']:.4f}",
+            _number(row.get("bits_per_weight"), "{:.3f}"),
+            _number(row.get("evaluated_tokens"), "{:,}"),
+        )
+        for row in rows
+    ]
+    console.print(table(("generation", "loss", "bits/weight", "tokens"), lines))
+    if png is not None:
+        from ..plots import convergence_plot
+
+        console.print(f"curve drawn to {convergence_plot(rows, png)}", markup=False)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
 
 
 def diff(

@@ -46,6 +46,10 @@ class Fitness(ABC):
         parts = self.parts(len(tokens))
         return sum(self.share(logits[part], tokens, targets, part) for part in parts)
 
+    def __repr__(self) -> str:
+        """Return what decides the numbers: searches with the same words continue each other."""
+        return f"{self.name} {vars(self)}"
+
     def parts(self, n_tokens: int) -> list[slice]:
         """Return the slices of positions to take one after the other."""
         step = n_tokens if self.needs_whole else SLICE

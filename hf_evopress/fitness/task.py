@@ -15,6 +15,7 @@ no files, so that running one never runs code that is not installed.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 
 from torch import Tensor
@@ -44,6 +45,12 @@ class Task(Fitness):
                 "hf_evopress.fitness of an installed package"
             )
         self.function = function
+
+    def __repr__(self) -> str:
+        code = getattr(self.function, "__code__", None)
+        if code is None:
+            return f"task {self.function!r}"
+        return f"task {self.function.__qualname__} {zlib.crc32(code.co_code)}"
 
     def targets(self, logits: Tensor, tokens: Tensor) -> Targets:
         """Return {logits (T, V)} of the dense model."""
