@@ -165,6 +165,9 @@ def _nominal_term(term: Term, shape: Shape | None) -> float:
     if "rank" in params:
         rows, columns = shape or (1, 1)
         return bits * float(params["rank"]) * (rows + columns) / (rows * columns)
+    if ":" in (pattern := str(params.get("pattern", ""))):
+        kept, _, of = pattern.partition(":")
+        return bits * int(kept) / int(of)
     return bits * (1 - float(params.get("sparsity", 0)))
 
 

@@ -75,6 +75,7 @@ def test_kinds_with_one_last_name_keep_their_paths() -> None:
         ("gptq:bits=3,group_size=64", 3),
         ("sparsegpt:sparsity=0.5", 8),
         ("sparsegpt:sparsity=0.5,bits=4", 2),
+        ("sparsegpt:pattern=1:4,bits=4", 1),
         ("lowrank:rank=8", 4),
         ("rtn:bits=3 + lowrank:rank=2", 4),
     ],
