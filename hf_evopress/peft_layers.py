@@ -85,6 +85,7 @@ def lora_layer_class() -> type[nn.Module]:
 
         def _restore(self) -> None:
             dense, packed = self.base_layer, self.packed
+            assert packed is not None  # while it is not, the base layer is the packed one
             self.base_layer = packed.to(dense.weight.device, dense.weight.dtype)
             self.__dict__["packed"] = None
             self.merged_adapters.clear()
