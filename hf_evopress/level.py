@@ -18,6 +18,8 @@ Value = bool | int | float | str
 # Parameters print in this order, any others after them by name: one level, one spelling.
 PARAM_ORDER = ("sparsity", "pattern", "rank", "bits", "group_size", "symmetric")
 
+MAX_TERMS = 8  # each stores something; a file that asks for more means harm
+
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 _WORD = re.compile(r"[A-Za-z0-9_.:/-]+\Z")
 _EXAMPLE = "gptq:bits=3,group_size=64"
@@ -80,7 +82,10 @@ class Level:
 def _parse(text: str) -> Level:
     if not isinstance(text, str):
         raise TypeError(f"a level is a string such as {_EXAMPLE!r}, got {text!r}")
-    return Level(tuple(_parse_term(part, text) for part in re.split(r"\s\+\s|\+(?=[a-z])", text)))
+    parts = re.split(r"\s\+\s|\+(?=[a-z])", text, maxsplit=MAX_TERMS)
+    if len(parts) > MAX_TERMS:
+        raise ValueError(f"a level has at most {MAX_TERMS} terms, got more: {text[:80]!r} ...")
+    return Level(tuple(_parse_term(part, text) for part in parts))
 
 
 def _parse_term(part: str, text: str) -> Term:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .level import Level
 from .plan_push import push_plans
-from .plan_repo import FILE_NAME, MAX_BYTES, read_plan
+from .plan_repo import FILE_NAME, read_plan, read_text
 from .plugins import did_you_mean
 from .resources import atomic_write
 
@@ -157,12 +157,9 @@ class Plan(Mapping[str, Level]):
         path = path / FILE_NAME if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"no plan at {path}; a plan is a file like {FILE_NAME}")
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(
-                f"{path} has {path.stat().st_size} bytes; a plan has at most {MAX_BYTES}"
-            )
+        text = read_text(path)
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            return cls.from_json(text)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from error
 
@@ -267,14 +264,15 @@ class Plan(Mapping[str, Level]):
         total = sum(weights.values())
         lines = [f"plan for {self.base_model or 'an unnamed model'}: {len(self)} units"]
         if self.budget:
-            lines.append("budget: " + ", ".join(f"{k} {v}" for k, v in self.budget.items()))
+            lines.append("budget: " + ", ".join(f"{k} {v}" for k, v in self.budget.items())[:500])
         for level in sorted(count):
             share = f", {weights[level] / total:6.1%} of weights" if total else ""
             lines.append(f"  {count[level]:5d} units{share}  {level}")
         for key, value in self.results.items():
             if isinstance(value, (int, float, str)):
-                lines.append(f"{key}: {value}")
-        return "\n".join(lines)
+                lines.append(f"{key}: {value}"[:500])
+        # what a file says is printed on a terminal: no escape sequences
+        return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
 
     def rename(self, patterns: Mapping[str, str]) -> Plan:
         """Return the plan for a model whose modules have other names.

@@ -78,7 +78,7 @@ def read_plan(
         check_name(filename)
     path = Path(source)
     if path.is_file():
-        return _read(path), str(path)
+        return read_text(path), str(path)
     if path.is_dir():
         return _from_folder(path, str(path), filename)
     repo_id, at, tail = str(source).partition("@")
@@ -155,9 +155,9 @@ def list_plans(
     path = Path(source)
     if path.is_dir():
         index = path / INDEX_NAME
-        return read_index(_read(index), str(index)) if index.is_file() else {}
+        return read_index(read_text(index), str(index)) if index.is_file() else {}
     file = _download(source, [INDEX_NAME], revision, token).get(INDEX_NAME)
-    return read_index(_read(file), f"{source}/{INDEX_NAME}") if file else {}
+    return read_index(read_text(file), f"{source}/{INDEX_NAME}") if file else {}
 
 
 def find_repos(base_model: str, *, limit: int = 50, token: str | None = None) -> list[str]:
@@ -180,7 +180,7 @@ def _from_folder(folder: Path, where: str, filename: str | None) -> tuple[str, s
         if name and (folder / name).is_file()
     }
     if filename is None and FILE_NAME not in there and INDEX_NAME in there:
-        entries = read_index(_read(there[INDEX_NAME]), f"{where}/{INDEX_NAME}")
+        entries = read_index(read_text(there[INDEX_NAME]), f"{where}/{INDEX_NAME}")
         only = _only(entries, where)
         if (folder / only).is_file():
             there[only] = folder / only
@@ -196,7 +196,7 @@ def _from_hub(
         return _choose(_download(repo_id, [filename], revision, token), where, filename)
     there = _download(repo_id, [FILE_NAME, INDEX_NAME, "config.json"], revision, token)
     if FILE_NAME not in there and INDEX_NAME in there:
-        only = _only(read_index(_read(there[INDEX_NAME]), f"{where}/{INDEX_NAME}"), where)
+        only = _only(read_index(read_text(there[INDEX_NAME]), f"{where}/{INDEX_NAME}"), where)
         return _choose(_download(repo_id, [only], revision, token), where, only)
     return _choose(there, where, None)
 
@@ -205,10 +205,10 @@ def _choose(there: Mapping[str, Path], where: str, filename: str | None) -> tupl
     """Return text and place of the plan among the files that a folder or repository has."""
     name = filename or FILE_NAME
     if name in there:
-        return _read(there[name]), f"{where}/{name}"
+        return read_text(there[name]), f"{where}/{name}"
     if filename is None and "config.json" in there:
         try:
-            settings = json.loads(_read(there["config.json"]))
+            settings = json.loads(read_text(there["config.json"]))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}/config.json is not valid JSON: {error}") from error
         quantized = settings.get("quantization_config") if isinstance(settings, dict) else None
@@ -266,7 +266,8 @@ def _cached(repo_id: str, name: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a file of at most MAX_BYTES, or raise ValueError."""
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"{path} has {size} bytes; at most {MAX_BYTES} are read")
