@@ -20,7 +20,7 @@ from typing import Any
 from .calibrate import load_stats
 from .evaluator import Evaluator
 from .fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
-from .plugins import load
+from .objective import fitness_of
 from .problem import Problem
 from .recipe import Recipe
 from .resources import atomic_write
@@ -139,10 +139,10 @@ class Tables:
 
         def measure() -> dict[str, float]:
             tokens = self._sample()
-            evaluator = Evaluator(self._model(), store, tokens, load("fitness", fitness)())
+            evaluator = Evaluator(self._model(), store, tokens, fitness_of(fitness))
             return single_drops(evaluator, names, range(len(tokens)))
 
-        return self._kept(f"drops-{fitness}", measure)
+        return self._kept(f"drops-{text_fingerprint(fitness)}", measure)
 
     def _sample(self) -> Any:
         tokens = self._tokens()

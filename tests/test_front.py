@@ -67,7 +67,7 @@ def test_more_bits_lose_less_from_one_plan_to_the_next(plans: list[Plan]) -> Non
     bits = [plan.budget["bits_per_weight"] for plan in plans]
     losses = [plan.results["kl_nats"] for plan in plans]
     assert len(plans) >= 3 and bits == sorted(bits) and losses == sorted(losses, reverse=True)
-    assert 3.0 <= bits[0] + 0.2 and bits[-1] <= 4.5
+    assert bits[0] >= 2.8 and bits[-1] <= 4.5
     assert plans[0].budget["asked"] == "3.0 bits per weight to 4.5 bits per weight"
 
 

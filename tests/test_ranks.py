@@ -1,4 +1,4 @@
-"""Several processes give the same plan, byte for byte; one that dies ends the job, which resumes."""
+"""Several processes give the same plan, byte for byte; one that dies ends the job, to resume."""
 
 from __future__ import annotations
 
