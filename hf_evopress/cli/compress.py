@@ -10,67 +10,41 @@ import typer
 from ..recipe import Recipe
 from .console import bars, console, table
 from .inspect import show_front
+from .options import (
+    Bits,
+    Calibration,
+    Compare,
+    DropKinds,
+    DropRatio,
+    Families,
+    Forbid,
+    Generations,
+    KeepFirst,
+    KeepLast,
+    Levels,
+    MaxDrop,
+    Model,
+    Out,
+    Pin,
+    Ratio,
+    Revision,
+    SearchPool,
+    Seed,
+    SeqLen,
+    Size,
+    Skip,
+    Sparsity,
+    Strategy,
+    Texts,
+    Tie,
+    Work,
+    bits_of,
+    recipe_of,
+)
 
 if TYPE_CHECKING:
     from ..pipeline import Result
     from ..store import LevelStore
-
-Model = Annotated[str, typer.Argument(help="A dense model: a Hub name or a folder.")]
-Bits = Annotated[
-    str | None,
-    typer.Option(
-        help="Budget: stored bits per compressed weight, scales and zero points counted; "
-        "in search also LOW:HIGH, for plans of all sizes between."
-    ),
-]
-Size = Annotated[str | None, typer.Option(help="Budget: the whole checkpoint, such as 90MB.")]
-Ratio = Annotated[float | None, typer.Option(help="Budget: share of the dense checkpoint's size.")]
-Out = Annotated[str, typer.Option("--out", "-o", help="Folder to write.")]
-Texts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data",
-        "-d",
-        help="Text to calibrate and search on: a file (.txt, .json, "
-        ".jsonl, .parquet) or a Hub dataset name[:config]. Repeat for more. "
-        "Default: HuggingFaceFW/fineweb-edu.",
-    ),
-]
-Work = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder for statistics, levels and search state, reused by later runs of "
-        "the same model, data and levels at any budget. Default: OUT.work."
-    ),
-]
-Levels = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--level",
-        "-l",
-        help="Offer this level, such as gptq:bits=3,group_size=64; "
-        "repeat for a menu. Default: gptq at 2 to 8 bits, groups of 32, 64 and 128.",
-    ),
-]
-Skip = Annotated[
-    list[str] | None, typer.Option(help="Leave units like this dense: '*.layers.0.*'. Repeat.")
-]
-Tie = Annotated[
-    list[str] | None,
-    typer.Option(help="Units of a block that share a level: q_proj,k_proj,v_proj. Repeat."),
-]
-Pin = Annotated[
-    list[str] | None, typer.Option(help="PATTERN=LEVEL: fix a unit's level: '*.v_proj=...'.")
-]
-Strategy = Annotated[
-    str,
-    typer.Option(help="evolve (ours), evopress (as published), knapsack, uniform or random."),
-]
-Seed = Annotated[int, typer.Option(help="Seed of data order and search.")]
-SeqLen = Annotated[int, typer.Option(help="Tokens per calibration and search sequence.")]
-Calibration = Annotated[int, typer.Option(help="Calibration sequences.")]
-SearchPool = Annotated[int, typer.Option(help="Search sequences to draw from.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")]
 
 
 def compress(
@@ -79,18 +53,27 @@ def compress(
     bits: Bits = None,
     size: Size = None,
     ratio: Ratio = None,
+    sparsity: Sparsity = None,
+    drop_ratio: DropRatio = None,
     data: Texts = None,
     test: Annotated[
         str | None,
         typer.Option(help="Text file for the final figures; default: unseen parts of the data."),
     ] = None,
     work: Work = None,
+    family: Families = None,
     level: Levels = None,
+    drop: DropKinds = None,
+    max_drop: MaxDrop = None,
+    keep_first: KeepFirst = 0,
+    keep_last: KeepLast = 0,
     skip: Skip = None,
     tie: Tie = None,
     pin: Pin = None,
+    forbid: Forbid = None,
     strategy: Strategy = "evolve",
-    generations: Annotated[int | None, typer.Option(help="Generations of the search.")] = None,
+    compare: Compare = None,
+    generations: Generations = None,
     seed: Seed = 0,
     seq_len: SeqLen = 1024,
     calibration: Calibration = 56,
@@ -101,11 +84,14 @@ def compress(
 
     \b
     hf-evopress compress HuggingFaceTB/SmolLM2-135M-Instruct --bits 3.3 --out smol-3.3bit
+    hf-evopress compress MODEL --bits 3.3 --family all --drop both --out smol-3.3bit
+    hf-evopress compress MODEL --sparsity 0.5 --compare owl --out smol-sparse
+    hf-evopress compress MODEL --drop-ratio 0.25 --compare block_influence --out smol-shallow
 
     Stop it with Ctrl-C at any time; the same command goes on where it was. Another --bits with
     the same --work costs only the search.
     """
-    recipe = _recipe(**locals())
+    recipe = recipe_of(**locals())
     _run(recipe, test)
 
 
@@ -128,6 +114,8 @@ def levels(
     model: Model,
     work: Annotated[str, typer.Option(help="Folder to keep statistics and levels in.")],
     data: Texts = None,
+    sparsity: Sparsity = None,
+    family: Families = None,
     level: Levels = None,
     skip: Skip = None,
     pin: Pin = None,
@@ -141,7 +129,7 @@ def levels(
 
     The store in WORK serves any number of searches: hf-evopress search MODEL --work WORK ...
     """
-    recipe = _recipe(**locals(), ratio=1.0)
+    recipe = recipe_of(**locals(), ratio=None if sparsity else 1.0)
     from ..job import Job
 
     with bars() as progress:
@@ -158,13 +146,22 @@ def search(
     bits: Bits = None,
     size: Size = None,
     ratio: Ratio = None,
+    sparsity: Sparsity = None,
+    drop_ratio: DropRatio = None,
     data: Texts = None,
+    family: Families = None,
     level: Levels = None,
+    drop: DropKinds = None,
+    max_drop: MaxDrop = None,
+    keep_first: KeepFirst = 0,
+    keep_last: KeepLast = 0,
     skip: Skip = None,
     tie: Tie = None,
     pin: Pin = None,
+    forbid: Forbid = None,
     strategy: Strategy = "evolve",
-    generations: Annotated[int | None, typer.Option(help="Generations of the search.")] = None,
+    compare: Compare = None,
+    generations: Generations = None,
     seed: Seed = 0,
     seq_len: SeqLen = 1024,
     calibration: Calibration = 56,
@@ -180,7 +177,7 @@ def search(
     words = {**locals(), "out": None}
     if bits is not None and ":" in bits:
         return _front(words, out)
-    recipe = _recipe(**words)
+    recipe = recipe_of(**words)
     from ..job import Job
     from ..pipeline import find_plan
 
@@ -229,7 +226,7 @@ def _front(words: dict[str, Any], out: str) -> None:
     low, _, high = words["bits"].partition(":")
     if words["strategy"] not in ("evolve", "pareto"):
         raise ValueError(f"a range of bits needs strategy pareto, not {words['strategy']}")
-    recipe = _recipe(**{**words, "bits": high, "strategy": "pareto", "low": _bits(low)})
+    recipe = recipe_of(**{**words, "bits": high, "strategy": "pareto", "low": bits_of(low)})
     from ..front import check_front_target, find_front, save_front
     from ..job import Job
 
@@ -240,49 +237,6 @@ def _front(words: dict[str, Any], out: str) -> None:
     if job.ranks.is_first:
         save_front(plans, out)
         show_front(out)
-
-
-def _bits(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"--bits is a number, or LOW:HIGH in search; got {text!r}") from None
-
-
-def _recipe(**words: Any) -> Recipe:
-    """Return the recipe that options of a command say."""
-    given = {k: v for k, v in words.items() if v is not None}
-    if "bits" in given:
-        given["bits"] = _bits(given["bits"])
-    pins = {}
-    for item in given.get("pin", ()):
-        pattern, equals, level = item.partition("=")
-        if not equals:
-            raise ValueError(f"--pin is PATTERN=LEVEL, got {item!r}")
-        pins[pattern] = level
-    search: dict[str, Any] = {k: given[k] for k in ("strategy", "seed") if k in given}
-    if "generations" in given:
-        search["settings"] = {"generations": given["generations"]}
-    if "low" in given:
-        search["settings"] = {"low": given["low"]}
-    data = {
-        "sources": given.get("data", []),
-        "seq_len": given["seq_len"],
-        "calibration": given["calibration"],
-        "search": given.get("search_pool", 32),
-        "seed": given["seed"],
-    }
-    recipe: dict[str, Any] = {
-        **{k: given[k] for k in ("model", "out", "work", "revision", "skip") if k in given},
-        "budget": {k: given[k] for k in ("bits", "size", "ratio") if k in given},
-        "data": data,
-        "search": search,
-        "tie": [group.split(",") for group in given.get("tie", ())],
-        "pin": pins,
-    }
-    if "level" in given:
-        recipe["levels"] = given["level"]
-    return Recipe.from_dict(recipe)
 
 
 def _run(recipe: Recipe, test: str | None) -> None:

@@ -1,0 +1,170 @@
+"""The options that say a recipe, shared by commands, and the recipe that they say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from ..recipe import KINDS, Recipe
+
+Model = Annotated[str, typer.Argument(help="A dense model: a Hub name or a folder.")]
+Bits = Annotated[
+    str | None,
+    typer.Option(
+        help="Budget: stored bits per compressed weight, scales and zero points counted; "
+        "in search also LOW:HIGH, for plans of all sizes between."
+    ),
+]
+Size = Annotated[str | None, typer.Option(help="Budget: the whole checkpoint, such as 90MB.")]
+Ratio = Annotated[float | None, typer.Option(help="Budget: share of the dense checkpoint's size.")]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(help="Budget: share of the weights (or of values, with low rank) removed."),
+]
+DropRatio = Annotated[
+    float | None,
+    typer.Option(help="Budget: share of attention and of MLP sub-blocks dropped, rest dense."),
+]
+DropKinds = Annotated[
+    list[str] | None,
+    typer.Option(help="Let the search drop these sub-blocks: attention, mlp or both. Repeat."),
+]
+MaxDrop = Annotated[
+    float | None, typer.Option(help="Drop at most this share of each kind of sub-block.")
+]
+KeepFirst = Annotated[int, typer.Option(help="First blocks of which nothing is dropped.")]
+KeepLast = Annotated[int, typer.Option(help="Last blocks of which nothing is dropped.")]
+Families = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--family",
+        "-f",
+        help="Offer the levels of quant, sparse, lowrank, residual (quant and low-rank repair) "
+        "or all. Repeat. Default: quant, or sparse under --sparsity.",
+    ),
+]
+Out = Annotated[str, typer.Option("--out", "-o", help="Folder to write.")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        "-d",
+        help="Text to calibrate and search on: a file (.txt, .json, "
+        ".jsonl, .parquet) or a Hub dataset name[:config]. Repeat for more. "
+        "Default: HuggingFaceFW/fineweb-edu.",
+    ),
+]
+Work = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder for statistics, levels and search state, reused by later runs of "
+        "the same model, data and levels at any budget. Default: OUT.work."
+    ),
+]
+Levels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--level",
+        "-l",
+        help="Offer this level, such as gptq:bits=3,group_size=64; "
+        "repeat for a menu. Default: the menu of --family.",
+    ),
+]
+Skip = Annotated[
+    list[str] | None, typer.Option(help="Leave units like this dense: '*.layers.0.*'. Repeat.")
+]
+Tie = Annotated[
+    list[str] | None,
+    typer.Option(help="Units of a block that share a level: q_proj,k_proj,v_proj. Repeat."),
+]
+Pin = Annotated[
+    list[str] | None, typer.Option(help="PATTERN=LEVEL: fix a unit's level: '*.v_proj=...'.")
+]
+Forbid = Annotated[
+    list[str] | None,
+    typer.Option(help="PATTERN=LEVELS, two patterns: '*.0.*=gptq:bits=2*'. Repeat."),
+]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        help="evolve (ours), evopress (as published), knapsack, uniform, random, brute_force, "
+        "layer_error; of sparsity owl; of drops block_influence, window, drop_perplexity."
+    ),
+]
+Compare = Annotated[
+    list[str] | None,
+    typer.Option(help="Another strategy to measure beside and to start from. Repeat."),
+]
+Generations = Annotated[int | None, typer.Option(help="Generations of the search.")]
+Seed = Annotated[int, typer.Option(help="Seed of data order and search.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens per calibration and search sequence.")]
+Calibration = Annotated[int, typer.Option(help="Calibration sequences.")]
+SearchPool = Annotated[int, typer.Option(help="Search sequences to draw from.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")]
+
+
+def bits_of(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--bits is a number, or LOW:HIGH in search; got {text!r}") from None
+
+
+def recipe_of(**words: Any) -> Recipe:
+    """Return the recipe that options of a command say."""
+    given = {k: v for k, v in words.items() if v is not None}
+    if "bits" in given:
+        given["bits"] = bits_of(given["bits"])
+    search: dict[str, Any] = {k: given[k] for k in ("strategy", "seed", "compare") if k in given}
+    if "generations" in given:
+        search["settings"] = {"generations": given["generations"]}
+    if "low" in given:
+        search["settings"] = {"low": given["low"]}
+    data = {
+        "sources": given.get("data", []),
+        "seq_len": given["seq_len"],
+        "calibration": given["calibration"],
+        "search": given.get("search_pool", 32),
+        "seed": given["seed"],
+    }
+    recipe: dict[str, Any] = {
+        **{k: given[k] for k in ("model", "out", "work", "revision", "skip") if k in given},
+        "budget": {
+            "drop" if k == "drop_ratio" else k: given[k]
+            for k in ("bits", "size", "ratio", "sparsity", "drop_ratio")
+            if k in given
+        },
+        "data": data,
+        "search": search,
+        "tie": [group.split(",") for group in given.get("tie", ())],
+        "pin": _pairs("--pin PATTERN=LEVEL", given.get("pin", ())),
+        "forbid": _pairs("--forbid PATTERN=LEVELS", given.get("forbid", ())),
+        "families": given.get("family", ()),
+        "drop": _drop(given),
+    }
+    if "level" in given:
+        recipe["levels"] = given["level"]
+    return Recipe.from_dict(recipe)
+
+
+def _drop(given: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = [k for kind in given.get("drop", ()) for k in (KINDS if kind == "both" else [kind])]
+    rules: dict[str, Any] = {k: given.get(k, 0) for k in ("keep_first", "keep_last")}
+    if "max_drop" in given:
+        rules["max"] = given["max_drop"]
+    if not kinds and "drop_ratio" not in given and any(rules.values()):
+        raise ValueError("--max-drop, --keep-first and --keep-last need --drop or --drop-ratio")
+    return {"kinds": kinds, **rules}
+
+
+def _pairs(what: str, items: Sequence[str]) -> dict[str, str]:
+    """Return pattern -> value of options that say PATTERN=VALUE."""
+    pairs = {}
+    for item in items:
+        pattern, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"write {what}, got {item!r}")
+        pairs[pattern] = value
+    return pairs
