@@ -44,7 +44,7 @@ def influences(model: Any, tokens: Tensor) -> dict[str, float]:
     after a sub-block is the block's output with those behind it dropped, which holds for any
     order of norms. tokens (n_sequences, seq_len).
     """
-    stream, found = BlockStream(model), {}
+    stream = BlockStream(model)
     of_block: dict[int, list[SubBlock]] = {}
     for sub in find_sub_blocks(model):
         of_block.setdefault(sub.block, []).append(sub)
@@ -53,14 +53,12 @@ def influences(model: Any, tokens: Tensor) -> dict[str, float]:
         hidden = stream.embed(ids)
         for block in range(stream.n_blocks):
             subs = of_block.get(block, [])
-            after = hidden
             states = [_without(model, stream, block, hidden, subs[k:]) for k in range(len(subs))]
             after = stream.run_block(block, hidden)
             for sub, before, behind in zip(subs, states, [*states[1:], after], strict=True):
                 total[sub.name] = total.get(sub.name, 0.0) + _distance(before, behind)
             hidden = after
-    found = {name: value / len(tokens) for name, value in total.items()}
-    return found
+    return {name: value / len(tokens) for name, value in total.items()}
 
 
 @torch.no_grad()

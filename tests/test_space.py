@@ -190,3 +190,21 @@ def test_nested_droppable_sub_blocks_are_refused() -> None:
     menu = {"b.0": [("drop", 0)], "b.0.mlp": [("drop", 0)], "b.0.mlp.up": [("x", 1)]}
     with pytest.raises(ValueError, match="only one of the two"):
         SearchSpace.build(units, menu, inside={"b.0.mlp": "b.0", "b.0.mlp.up": "b.0.mlp"})
+
+
+def test_a_space_of_values_budgets_those_and_still_knows_its_bits() -> None:
+    menu = {"l.0": [("a", 100, 5), ("b", 170, 10)], "l.1": [("a", 100, 5), ("b", 170, 10)]}
+    space = SearchSpace.build({"l.0": 10, "l.1": 10}, menu)
+    budget = Budget.parse(space, sparsity=0.25)
+    assert budget.limit == 15 and budget.allows(space, (0, 1)) and not budget.allows(space, (1, 1))
+    assert space.cost((0, 1)) == 15 and space.bits_per_weight((0, 1)) == 270 / 20
+    assert SearchSpace.from_json(space.to_json()) == space
+    with pytest.raises(ValueError, match="sparsity 0.5: the menu removes no more"):
+        Budget.parse(space, sparsity=0.6)
+    with pytest.raises(ValueError, match="counts values kept"):
+        Budget.parse(space, bits=3)
+
+
+def test_options_must_agree_on_what_is_counted() -> None:
+    with pytest.raises(ValueError, match="do not say their values"):
+        SearchSpace.build({"l.0": 10}, {"l.0": [("a", 100, 5), ("b", 170)]})
