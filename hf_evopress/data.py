@@ -1,7 +1,8 @@
 """Text to token sequences: files, Hub datasets or strings, cut into disjoint windows.
 
-A source is a file (.txt and other text, .json, .jsonl, .parquet), a Hub dataset written
-"name" or "name:config", or a list of strings. Documents are joined by a blank line and cut into
+A source is a file (.txt and other text, .json, .jsonl, .parquet), a Hub dataset written "name",
+"name:config" or with "@revision" behind it, or a list of strings. A column of conversations goes
+through the tokenizer's chat template. Documents are joined by a blank line and cut into
 contiguous windows, which one seed shuffles: the same sources, tokenizer and seed give the same
 sequences. Where the tokenizer starts a text with BOS every window does, because the model has
 seen no text without it and keeps its attention sink there.
@@ -23,6 +24,8 @@ DEFAULT_SOURCE = "HuggingFaceFW/fineweb-edu:sample-10BT"
 Source = str | os.PathLike[str] | Sequence[str]
 
 _TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_CHATS = ("messages", "conversations")  # looked for where a dataset has no column "text"
+_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}  # of ShareGPT
 _CHUNK_CHARS = 8192  # text is tokenized in pieces of whole paragraphs of about this size
 _POOL = 16  # windows to choose from per window needed, so that a seed draws from all over a text
 
@@ -55,7 +58,7 @@ def load_tokens(
     shares = [n_sequences // len(named) + (i < n_sequences % len(named)) for i in range(len(named))]
     windows: list[list[int]] = []
     for source, share in zip(named, shares, strict=True):
-        documents = _documents(source, split=split, column=column)
+        documents = _documents(source, tokenizer, split=split, column=column)
         cut, n_found = _windows(documents, tokenizer, seq_len - len(bos), share * _POOL)
         if len(cut) < share:
             raise ValueError(_too_short(source, n_found, share, seq_len))
@@ -126,7 +129,7 @@ def _check_source(source: Source) -> None:
         raise FileNotFoundError(f"no file {source} (in {Path.cwd()}) to take text from")
 
 
-def _documents(source: Source, *, split: str, column: str) -> Iterator[str]:
+def _documents(source: Source, tokenizer: Any, *, split: str, column: str) -> Iterator[str]:
     """Yield pieces of text of a source in order; joined they are the text."""
     if not isinstance(source, (str, os.PathLike)):
         yield from (text + "\n\n" for text in source)
@@ -136,7 +139,7 @@ def _documents(source: Source, *, split: str, column: str) -> Iterator[str]:
         yield from _paragraphs(path)
         return
     rows = _table_rows(path) if path.is_file() else _hub_rows(str(source), split)
-    yield from _column(rows, column, source)
+    yield from _column(rows, column, source, tokenizer)
 
 
 def _table_rows(path: Path) -> Iterable[Mapping[str, Any]]:
@@ -147,17 +150,19 @@ def _table_rows(path: Path) -> Iterable[Mapping[str, Any]]:
 
 
 def _hub_rows(source: str, split: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a dataset "name" or "name:config"; ConnectionError without the Hub."""
+    """Yield the rows of a dataset "name:config@revision"; ConnectionError without the Hub."""
     from datasets import load_dataset
     from huggingface_hub import constants
 
-    name, _, config = source.partition(":")
+    name, _, revision = source.partition("@")
+    name, _, config = name.partition(":")
+    which: dict[str, Any] = {"revision": revision} if revision else {}
     is_online = not constants.HF_HUB_OFFLINE
     try:
         if is_online:
             _knock(constants.ENDPOINT)
         # streaming needs the Hub; offline, what is cached is all there is
-        yield from load_dataset(name, config or None, split=split, streaming=is_online)
+        yield from load_dataset(name, config or None, split=split, streaming=is_online, **which)
     except OSError as error:  # huggingface_hub's and datasets' own errors are all OSErrors
         raise ConnectionError(
             f"the dataset {source} cannot be read from the Hub ({error}): "
@@ -193,18 +198,44 @@ def _paragraphs(path: Path) -> Iterator[str]:
     yield "".join(piece)
 
 
-def _column(rows: Iterable[Mapping[str, Any]], column: str, source: Source) -> Iterator[str]:
+def _column(
+    rows: Iterable[Mapping[str, Any]], column: str, source: Source, tokenizer: Any
+) -> Iterator[str]:
     for row in rows:
-        if column not in row:
+        name = column
+        if name not in row and name == "text":
+            name = next((chat for chat in _CHATS if chat in row), name)
+        if name not in row:
             raise ValueError(f"{source} has no column {column!r}; it has: {', '.join(row)}")
-        text = row[column]
-        if not isinstance(text, str):
+        value = row[name]
+        if isinstance(value, list):
+            yield _chat(value, f"column {name!r} of {source}", tokenizer)
+        elif not isinstance(value, str):
             raise TypeError(
-                f"column {column!r} of {source} holds {type(text).__name__}, not text; "
-                f"its columns: {', '.join(row)}"
+                f"column {name!r} of {source} holds {type(value).__name__}, not text or "
+                f"conversations; its columns: {', '.join(row)}"
             )
-        if text.strip():
-            yield text + "\n\n"
+        elif value.strip():
+            yield value + "\n\n"
+
+
+def _chat(turns: list[Any], where: str, tokenizer: Any) -> str:
+    """Return a conversation as the tokenizer's template writes it, special tokens included."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{where} holds conversations, but the tokenizer has no chat template; "
+            "name a column of text, or use the tokenizer of a chat model"
+        )
+    messages = []
+    for turn in turns:
+        said = turn if isinstance(turn, dict) else {}
+        role = said.get("role") or _ROLES.get(str(said.get("from")))
+        if role is None:
+            raise TypeError(f"{where}: a turn has a role and a content, got {turn!r:.200}")
+        messages.append({"role": role, "content": said.get("content", said.get("value"))})
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    # every window gets its own BOS where the tokenizer adds one
+    return text.removeprefix(tokenizer.bos_token) if _bos(tokenizer) else text
 
 
 def _windows(

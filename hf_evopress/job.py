@@ -1,5 +1,6 @@
 """One compression job: its checks, its steps, and the files that each step leaves behind.
 
+    work/tokens/       the text as token windows                   (data)
     work/stats/        second moments of every block's inputs      (calibrate)
     work/moments/      second moments of the output gradients      (sensitivity)
     work/store/        every level of every unit, packed           (store)
@@ -25,7 +26,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .calibrate import calibrate, load_stats
-from .data import load_splits
 from .evaluator import Evaluator
 from .export.base import check_target
 from .fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
@@ -43,6 +43,7 @@ from .sensitivity import load_moments, output_moments
 from .space import Genome
 from .store import LevelStore, Progress, Source
 from .tables import Tables
+from .token_cache import cached_splits
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ class Job:
         """Disjoint calibration, search, held-out and test sequences, (n, seq_len) each."""
         data = self.recipe.data
         counts = {k: getattr(data, k) for k in ("calibration", "search", "heldout", "test")}
-        return load_splits(
+        return cached_splits(
+            self.work / "tokens",
             data.sources,
             self.tokenizer,
             counts,

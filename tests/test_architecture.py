@@ -21,11 +21,12 @@ LAYERS = (
     "space budget drop_counts knapsack pareto paired mixture search_log surrogate rounds evopress_search evolve "
     "baselines search recipe recipe_schema",
     "checksums linalg packing recompute grid codes obs sparse methods/ compose menu layers",
-    "ranks data units sub_blocks dropped fingerprint stream calibrate sensitivity store stitch "
-    "fitness/ evaluator scores patching asymmetric two_streams rounding block_tuning refined refine",
+    "ranks data token_cache units sub_blocks dropped fingerprint stream calibrate sensitivity store stitch "
+    "fitness/ objective head evaluator scores patching asymmetric two_streams rounding block_tuning refined refine",
     "config compress_on_load quantizer",
-    "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer export/ evaluate size report plots cards hub html_report published",
-    "problem tables job pipeline front repair",
+    "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer "
+    "export/ evaluate size report plots cards hub html_report published",
+    "problem tables job pipeline front repair tune",
     "cli/ __main__",
 )
 # Heavy or optional: imported inside the function that needs them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -153,6 +154,49 @@ def test_a_hub_dataset_is_streamed_with_its_config(byte_tokenizer, monkeypatch):
     )
     assert tokens.shape == (3, 16)
     assert asked == [(("me/words", "small"), {"split": "validation", "streaming": True})]
+
+
+def test_a_hub_dataset_is_read_at_its_revision(byte_tokenizer, monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs["revision"]))
+        return iter([{"text": "some text of the hub"}] * 50)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("hf_evopress.data._knock", lambda endpoint: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    load_tokens(["me/words:small@v1.0"], byte_tokenizer, n_sequences=3, seq_len=16)
+    assert asked == [(("me/words", "small"), "v1.0")]
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+    ],
+    ids=["messages", "sharegpt"],
+)
+def test_conversations_go_through_the_chat_template(row, tmp_path, byte_tokenizer):
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join([json.dumps(row)] * 40))
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    text = "<user>hi</user><assistant>yo</assistant>"
+    tokens = load_tokens([path], tokenizer, n_sequences=2, seq_len=len(text))
+    for window in tokens:
+        assert tokenizer.decode(window) == text
+
+
+def test_conversations_need_a_chat_template(tmp_path, byte_tokenizer):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        load_tokens([path], byte_tokenizer, n_sequences=1, seq_len=8)
 
 
 def test_splits_are_disjoint_and_complete(text_file, byte_tokenizer):
