@@ -1,0 +1,235 @@
+"""adapt, tune, merge: commands that repair and train a compressed model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import bars, console, table
+
+if TYPE_CHECKING:
+    from ..repair import Merged
+    from ..tune import Tuned
+
+Model = Annotated[str, typer.Argument(help="A compressed model: a folder or a Hub name.")]
+Out = Annotated[str, typer.Option("--out", "-o", help="Folder to write.")]
+Texts = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        "-d",
+        help="Text of the task: a file (.txt, .json, .jsonl, .parquet) or a Hub dataset "
+        "name[:config]. Repeat for more.",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of data order and first adapter weights.")]
+
+
+def adapt(
+    model: Model,
+    out: Out,
+    data: Texts,
+    rank: Annotated[int | None, typer.Option(help="The same rank for every layer.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Bytes of the adapter, such as 8MB: ranks are chosen to fit it best."),
+    ] = None,
+    error: Annotated[
+        float | None, typer.Option(help="Share of its output each layer may get wrong, as 0.01.")
+    ] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="The dense model; default: the one the plan names.")
+    ] = None,
+    prefix: Annotated[
+        bool, typer.Option(help="Make up for the errors of earlier layers as well.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Of the factors: bfloat16 or float16.")] = "bfloat16",
+    calibration: Annotated[int, typer.Option(help="Sequences of text.")] = 64,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
+    seed: Seed = 0,
+) -> None:
+    """Compute an EoRA adapter: each layer's compression error, added back at low rank.
+
+    \b
+    hf-evopress adapt smol-3.3bit --rank 32 --data task.txt --out smol-3.3bit-eora
+
+    The result is an ordinary PEFT LoRA adapter; no training, one pass over the text.
+    """
+    from ..adapters import read_adapter
+    from ..repair import adapt as run
+    from ..resources import format_size
+
+    with bars() as progress:
+        folder = run(
+            model,
+            out,
+            data=data,
+            dense=dense,
+            rank=rank,
+            size=size,
+            error=error,
+            prefix=prefix,
+            dtype=dtype,
+            n_sequences=calibration,
+            seq_len=seq_len,
+            seed=seed,
+            progress=progress,
+        )
+    adapter = read_adapter(folder)
+    ranks = sorted(adapter.ranks.values())
+    console.print(
+        f"adapter written to {folder}: {len(ranks)} layers, ranks {ranks[0]} to {ranks[-1]}, "
+        f"{format_size(adapter.size_bytes)}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def tune(
+    model: Model,
+    out: Out,
+    data: Texts,
+    train: Annotated[
+        str,
+        typer.Option(
+            help="lora, rslora or dora: an adapter. Any of scales,factors,norms,biases: the "
+            "model's own floats; its codes, plan and size stay."
+        ),
+    ] = "lora",
+    target: Annotated[
+        str,
+        typer.Option(help="all-linear, kappa:0.2 (forgets least), or names as q_proj,v_proj."),
+    ] = "all-linear",
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
+    start: Annotated[
+        str | None, typer.Option(help="Train this adapter further, such as one of `adapt`.")
+    ] = None,
+    beside: Annotated[
+        str | None, typer.Option(help="Keep this adapter active and frozen meanwhile.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model: learn from it, to heal compression.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 1,
+    learning_rate: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    sequences: Annotated[int, typer.Option(help="Sequences to train on.")] = 256,
+    test: Annotated[
+        list[str] | None, typer.Option(help="Text file: perplexity before and after. Repeat.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Less memory, a third more time.")
+    ] = False,
+    bf16: Annotated[bool, typer.Option(help="Compute in bfloat16.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Train a compressed model on a text, or let it learn from its dense model.
+
+    \b
+    hf-evopress tune smol-3.3bit --data task.txt --target kappa:0.2 --out smol-task
+    hf-evopress tune smol-2.8bit --data text.txt --train scales,norms \\
+        --teacher HuggingFaceTB/SmolLM2-135M-Instruct --out smol-2.8bit-healed
+
+    Stopped runs go on from their last checkpoint, in OUT.work.
+    """
+    from ..tune import Tuning
+    from ..tune import tune as run
+
+    settings = Tuning(
+        train=train,
+        target=target,
+        rank=rank,
+        start=start,
+        beside=beside,
+        teacher=teacher,
+        steps=steps,
+        batch=batch,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        seq_len=seq_len,
+        sequences=sequences,
+        gradient_checkpointing=gradient_checkpointing,
+        bf16=bf16,
+        seed=seed,
+    )
+    with bars() as progress:
+        tests = {path: path for path in test or ()}
+        result = run(model, out, settings, data=data, tests=tests, progress=progress)
+    _show_tuned(result)
+
+
+def merge(
+    model: Model,
+    adapter: Annotated[str, typer.Argument(help="A LoRA adapter of that model.")],
+    out: Out,
+    exact: Annotated[
+        bool, typer.Option(help="As low-rank terms of the levels: no loss, more bytes.")
+    ] = False,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", "-d", help="Text to calibrate on. Repeat.")
+    ] = None,
+    work: Annotated[
+        str | None, typer.Option(help="Statistics of an earlier run, instead of text.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The dense model, to measure against.")
+    ] = None,
+    test: Annotated[str | None, typer.Option(help="Text file to measure on.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window of the figures.")] = 512,
+    calibration: Annotated[int, typer.Option(help="Calibration sequences.")] = 56,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
+    seed: Seed = 0,
+) -> None:
+    """Fold an adapter into the packed model, and measure what that costs.
+
+    \b
+    hf-evopress merge smol-3.3bit smol-task --data task.txt --out smol-task-3.3bit
+    """
+    from ..repair import merge as run
+
+    with bars() as progress:
+        result = run(
+            model,
+            adapter,
+            out,
+            exact=exact,
+            data=data or (),
+            work=work,
+            against=against,
+            test=test,
+            window=window,
+            n_sequences=calibration,
+            seq_len=seq_len,
+            seed=seed,
+            progress=progress,
+        )
+    _show_merged(result, against)
+
+
+def _show_tuned(result: Tuned) -> None:
+    if result.losses:
+        console.print(
+            f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} in {len(result.losses)} "
+            f"steps, {result.n_trained:,} parameters trained"
+        )
+    if result.perplexity:
+        rows = [(name, f"{a:.2f}", f"{b:.2f}") for name, (a, b) in result.perplexity.items()]
+        console.print(table(("perplexity", "before", "after"), rows))
+    console.print(f"written to {result.folder}", markup=False)
+
+
+def _show_merged(result: Merged, against: str | None) -> None:
+    if result.reports:
+        of = f"from {against}" if against else "from the model with its adapter"
+        rows = [
+            (name, f"{report.kl_nats or 0:.4f}", f"{report.perplexity:.2f}")
+            for name, report in result.reports.items()
+        ]
+        console.print(table((f"KL (nats) {of}", "KL", "perplexity"), rows))
+    console.print(f"model written to {result.folder}", markup=False)
+
+
+COMMANDS = {"adapt": adapt, "tune": tune, "merge": merge}

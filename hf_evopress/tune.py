@@ -1,0 +1,236 @@
+"""Train a compressed model on a text: an adapter over it, or its own scales and norms.
+
+With a teacher the loss is the divergence from the dense model (healing), without one the text's
+own (fine-tuning). Trainer does the work; checkpoints go to OUT.work, and the same call goes on
+from the last one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from .adapters import activate, check_target, load_adapter
+from .data import load_tokens, tokenize_file
+from .distill import Sequences, Targets, precompute_targets
+from .export.base import check_target as check_model_target
+from .fingerprint import claim
+from .kappa import kappa_targets
+from .plugins import did_you_mean
+from .repair import load, local_folder, perplexity_of, save_checkpoint, tokenizer_of
+from .store import Progress
+from .trainer import DistillationTrainer
+from .tunable import KINDS, check_trainable, make_tunable, settle
+from .units import find_units
+
+ADAPTERS: Mapping[str, Mapping[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is trained and how.
+
+    train: lora, rslora or dora (an adapter), or any of scales, factors, norms and biases, joined
+    by commas (the packed model itself). target, of an adapter: all-linear, kappa:SHARE, or last
+    parts of module names joined by commas. start: an adapter to train on; beside: one that is
+    active and frozen.
+    """
+
+    train: str = "lora"
+    target: str = "all-linear"
+    rank: int = 16
+    alpha: float | None = None  # of the adapter; by default twice the rank
+    start: str | None = None
+    beside: str | None = None
+    teacher: str | None = None
+    task_weight: float = 0.0  # cross entropy added to the teacher's divergence
+    steps: int = 200
+    batch: int = 4
+    accumulate: int = 1
+    learning_rate: float | None = None  # by default 2e-4 for adapters, 1e-4 for floats
+    seq_len: int = 512
+    sequences: int = 256
+    seed: int = 0
+    save_steps: int = 50
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("rank", "steps", "batch", "accumulate", "sequences", "save_steps"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be 1 or more, got {getattr(self, key)}")
+        for word in self.kinds or ():
+            known = [*ADAPTERS, *KINDS]
+            if word not in KINDS:
+                raise ValueError(
+                    f"cannot train {word!r}{did_you_mean(word, known)}; known: {', '.join(known)}"
+                )
+        if self.kinds and (self.start or self.beside):
+            raise ValueError(f"train={self.train} changes the model itself and takes no adapter")
+        if self.target.startswith("kappa:"):
+            _share(self.target)
+
+    @property
+    def kinds(self) -> list[str] | None:
+        """Kinds of float parameters to train, None for an adapter."""
+        return None if self.train in ADAPTERS else [w.strip() for w in self.train.split(",")]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The adapter or checkpoint that was written, the loss of each step, and perplexities."""
+
+    folder: Path
+    losses: tuple[float, ...]
+    n_trained: int
+    perplexity: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # before, after
+
+
+def tune(
+    model: str,
+    out: str | Path,
+    settings: Tuning,
+    *,
+    data: Sequence[str],
+    tests: Mapping[str, str] | None = None,
+    window: int = 512,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Return what training `model` on the text in `data` gave, written to `out`.
+
+    tests: name -> text file; perplexities before and after are measured on them.
+    """
+    (check_model_target if settings.kinds else check_target)(out)
+    work = Path(f"{out}.work")
+    made_from = {"model": model, "data": list(data), **vars(settings)}
+    claim(work, {k: v for k, v in made_from.items() if k != "steps"}, what="a training run")
+    tokens = load_tokens(
+        list(data),
+        tokenizer_of(model),
+        n_sequences=settings.sequences,
+        seq_len=settings.seq_len,
+        seed=settings.seed,
+    )
+    dataset = _dataset(settings, tokens, work, progress)
+    made = prepared(load(model), settings)
+    measures = {
+        name: perplexity_of(made, tokenize_file(path, tokenizer_of(model)), window)
+        for name, path in (tests or {}).items()
+    }
+    before = {name: measure() for name, measure in measures.items()}
+    n_trained = sum(p.numel() for p in made.parameters() if p.requires_grad)
+    trainer = _trainer(made, settings, dataset, work)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    if settings.kinds:
+        settle(made)
+    after = {name: (before[name], measure()) for name, measure in measures.items()}
+    if settings.kinds:
+        save_checkpoint(made, out, model)
+    else:
+        made.save_pretrained(str(out), selected_adapters=["default"])
+    losses = tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)
+    return Tuned(Path(out), losses, n_trained, after)
+
+
+def prepared(model: Any, settings: Tuning) -> Any:
+    """Return `model`, or a PeftModel around it, with what `settings` trains made trainable."""
+    if settings.kinds:
+        make_tunable(model, settings.kinds)
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(settings.seed)
+    if settings.start:
+        made = load_adapter(model, local_folder(settings.start), is_trainable=True)
+    else:
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.rank,
+            lora_alpha=settings.alpha or 2 * settings.rank,
+            target_modules=_targets(model, settings.target),
+            **ADAPTERS[settings.train],
+        )
+        made = get_peft_model(model, config)
+    if settings.beside:
+        made = load_adapter(made, local_folder(settings.beside), name="beside")
+        activate(made, ["default", "beside"], train=["default"])
+    check_trainable(made)
+    return made
+
+
+def _targets(model: Any, target: str) -> list[str]:
+    """Return the full names of the layers that `target` describes."""
+    if target.startswith("kappa:"):
+        return kappa_targets(model, _share(target))
+    names = [unit.name for unit in find_units(model)]
+    if target == "all-linear":
+        return names
+    parts = {name.rpartition(".")[2] for name in names}
+    wanted = [word.strip() for word in target.split(",")]
+    for word in wanted:
+        if word not in parts:
+            raise ValueError(
+                f"no linear layer is called {word!r}{did_you_mean(word, sorted(parts))}; "
+                f"target is all-linear, kappa:0.2, or some of {', '.join(sorted(parts))}"
+            )
+    return [name for name in names if name.rpartition(".")[2] in wanted]
+
+
+def _share(target: str) -> float:
+    try:
+        share = float(target.removeprefix("kappa:"))
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise ValueError(f"kappa takes a share of the layers, such as kappa:0.2; got {target!r}")
+    return share
+
+
+def _dataset(settings: Tuning, tokens: Tensor, work: Path, progress: Progress | None) -> Any:
+    """Return the training set, with the teacher's targets on disk: it leaves memory again."""
+    if settings.teacher is None:
+        return Sequences(tokens)
+    teacher = load(settings.teacher)
+    return Targets(precompute_targets(teacher, tokens, work / "targets", progress=progress))
+
+
+def _trainer(model: Any, settings: Tuning, dataset: Any, work: Path) -> Trainer:
+    checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    args = TrainingArguments(
+        output_dir=str(work),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate or (1e-4 if settings.kinds else 2e-4),
+        warmup_steps=max(1, settings.steps // 20),
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=1,
+        logging_steps=1,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        **(checkpointing if settings.gradient_checkpointing else {}),
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if settings.gradient_checkpointing and not settings.kinds:
+        model.enable_input_require_grads()
+    if settings.teacher is not None:
+        return DistillationTrainer(
+            model, args, train_dataset=dataset, task_weight=settings.task_weight
+        )
+    return Trainer(model, args, train_dataset=dataset)

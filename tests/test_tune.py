@@ -1,0 +1,201 @@
+"""adapt, tune and merge from folder to folder, and on the command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from hf_evopress.adapters import load_adapter, read_adapter
+from hf_evopress.cli import main
+from hf_evopress.layers import compressed_linears
+from hf_evopress.plan import Plan
+from hf_evopress.quantizer import attach
+from hf_evopress.repair import adapt, merge
+from hf_evopress.stitch import compress_model
+from hf_evopress.tune import Tuning, tune
+from hf_evopress.units import find_units
+
+
+@pytest.fixture(scope="module")
+def place(
+    trained_llama: Any, text_tokens: Any, structured_text: Any, byte_tokenizer: Any,
+    tmp_path_factory: Any,
+) -> Path:  # fmt: skip
+    """A folder with text.txt, the model dense/ and its compressed checkpoint small/."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "text.txt").write_text(structured_text(600))
+    (folder / "test.txt").write_text(structured_text(30, seed=5))
+    dense = copy.deepcopy(trained_llama)
+    dense.save_pretrained(folder / "dense")
+    byte_tokenizer.save_pretrained(folder / "dense")
+    units = find_units(dense)
+    plan = Plan(
+        {u.name: "rtn:bits=3,group_size=32,clip=false" for u in units},
+        shapes={u.name: u.shape for u in units},
+        base_model="me/dense",
+    )
+    compress_model(dense, plan, text_tokens(2, 16))
+    attach(dense, plan)
+    dense.save_pretrained(folder / "small")
+    byte_tokenizer.save_pretrained(folder / "small")
+    return folder
+
+
+@pytest.fixture
+def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(place)
+    return place
+
+
+QUICK: dict[str, Any] = {
+    "steps": 4, "batch": 2, "seq_len": 32, "sequences": 16, "rank": 2, "save_steps": 2,
+}  # fmt: skip
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, use_cache=False).logits
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    return int(end.value.code or 0)
+
+
+def test_adapt_shares_out_a_size_by_what_errors_cost(there: Path, tmp_path: Path) -> None:
+    out = adapt(
+        "small", tmp_path, data=["text.txt"], dense="dense", size="25kB",
+        n_sequences=8, seq_len=48, sensitivity_tokens=192,
+    )  # fmt: skip
+    assert (out / "adapter_model.safetensors").stat().st_size <= 25_000
+    assert len(set(read_adapter(out).ranks.values())) > 1
+    assert read_adapter(out).config["base_model_name_or_path"] == "small"
+
+
+def test_adapt_needs_a_dense_model_that_is_there(there: Path, tmp_path: Path) -> None:
+    settings = json.loads((there / "small/config.json").read_text())
+    with pytest.raises(ValueError, match="does not say which model.*--dense"):
+        adapt("dense", tmp_path, data=["text.txt"], rank=2)
+    assert settings["quantization_config"]["plan"]["base_model"] == "me/dense"
+    with pytest.raises(ValueError, match="holds a model"):
+        adapt("small", "small", data=["text.txt"], dense="dense", rank=2)
+
+
+def test_an_adapter_trains_from_eora_and_beside_it(there: Path, tmp_path: Path) -> None:
+    eora = adapt(
+        "small", tmp_path / "eora", data=["text.txt"], dense="dense", rank=2,
+        n_sequences=4, seq_len=32,
+    )  # fmt: skip
+    started = tune("small", tmp_path / "on", Tuning(**QUICK, start=str(eora)), data=["text.txt"])
+    beside = tune("small", tmp_path / "by", Tuning(**QUICK, beside=str(eora)), data=["text.txt"])
+    assert len(started.losses) == len(beside.losses) == 4
+    before, after = read_adapter(eora), read_adapter(started.folder)
+    assert before.ranks == after.ranks
+    name = next(iter(before.ranks))
+    assert not torch.equal(before.factors[name][1].float(), after.factors[name][1].float())
+    assert (beside.folder / "adapter_config.json").is_file()
+    assert not (beside.folder / "beside").exists()
+
+
+def test_a_stopped_run_goes_on_and_ends_where_a_straight_one_does(
+    there: Path, tmp_path: Path
+) -> None:
+    straight = tune("small", tmp_path / "a", Tuning(**QUICK), data=["text.txt"])
+    # what a run leaves that was stopped after its last checkpoint
+    tune("small", tmp_path / "b", Tuning(**QUICK), data=["text.txt"])
+    for file in (tmp_path / "b").iterdir():
+        file.unlink()
+    resumed = tune("small", tmp_path / "b", Tuning(**QUICK), data=["text.txt"])
+    one, two = read_adapter(straight.folder), read_adapter(resumed.folder)
+    assert all(torch.equal(pair[1], two.factors[n][1]) for n, pair in one.factors.items())
+    with pytest.raises(ValueError, match="other rank"):
+        tune("small", tmp_path / "b", Tuning(**{**QUICK, "rank": 3}), data=["text.txt"])
+
+
+def test_healing_saves_an_ordinary_checkpoint_with_the_same_plan(
+    there: Path, tmp_path: Path
+) -> None:
+    settings = Tuning(**QUICK, train="scales,norms", teacher="dense", learning_rate=1e-3)
+    healed = tune("small", tmp_path / "healed", settings, data=["text.txt"])
+    model = AutoModelForCausalLM.from_pretrained(healed.folder)
+    old = AutoModelForCausalLM.from_pretrained("small")
+    assert Plan.load(healed.folder).levels == old.hf_quantizer.quantization_config.plan.levels
+    before, after = compressed_linears(old), compressed_linears(model)
+    assert all(torch.equal(m.codes, after[n].codes) for n, m in before.items())
+    assert any(not torch.equal(m.scales, after[n].scales) for n, m in before.items())
+
+
+def test_perplexity_is_measured_before_and_after(there: Path, tmp_path: Path) -> None:
+    text = {"itself": "test.txt"}
+    settings = Tuning(**QUICK, target="kappa:0.3")
+    result = tune("small", tmp_path / "k", settings, data=["text.txt"], tests=text, window=128)
+    before, after = result.perplexity["itself"]
+    assert before > 1 and after > 1 and before != after
+    assert len(read_adapter(result.folder).ranks) == 6  # of 21 layers
+
+
+def test_merging_measures_what_rounding_costs(there: Path, tmp_path: Path) -> None:
+    tuned = tune("small", tmp_path / "t", Tuning(**QUICK, learning_rate=1e-2), data=["text.txt"])
+    result = merge(
+        "small", str(tuned.folder), tmp_path / "merged", data=["text.txt"], against="dense",
+        n_sequences=4, seq_len=32, window=32,
+    )  # fmt: skip
+    assert set(result.reports) == {"without adapter", "merged", "with adapter"}
+    merged = AutoModelForCausalLM.from_pretrained(result.folder)
+    assert len(compressed_linears(merged)) == 21
+
+
+def test_an_exact_merge_loses_nothing(there: Path, tmp_path: Path, text_tokens: Any) -> None:
+    eora = adapt(
+        "small", tmp_path / "eora", data=["text.txt"], dense="dense", rank=2,
+        n_sequences=4, seq_len=32,
+    )  # fmt: skip
+    result = merge("small", str(eora), tmp_path / "whole", exact=True)
+    whole = AutoModelForCausalLM.from_pretrained(result.folder)
+    beside = load_adapter(AutoModelForCausalLM.from_pretrained("small"), eora)
+    ids = text_tokens(1, 24)
+    assert torch.allclose(logits(whole, ids), logits(beside, ids), atol=1e-4)
+    assert "lowrank:rank=2" in str(Plan.load(result.folder)["model.layers.0.mlp.up_proj"])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"train": "scale"}, "cannot train 'scale'.*'scales'"),
+        ({"steps": 0}, "steps must be 1 or more"),
+        ({"target": "kappa:2"}, "such as kappa:0.2; got 'kappa:2'"),
+        ({"target": "kappa:few"}, "such as kappa:0.2"),
+        ({"train": "norms", "start": "x"}, "takes no adapter"),
+    ],
+)
+def test_bad_settings_say_what_to_change(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Tuning(**options)
+
+
+def test_the_command_line_repairs_trains_and_merges(
+    there: Path, tmp_path: Path, capsys: Any
+) -> None:
+    eora, tuned, merged = (str(tmp_path / name) for name in ("eora", "tuned", "merged"))
+    small = ("--calibration", 4, "--seq-len", 32)
+    text = ("--data", "text.txt")
+    assert run("adapt", "small", "-o", eora, *text, "--rank", 2, "--dense", "dense", *small) == 0
+    assert "21 layers, ranks 2 to 2" in " ".join(capsys.readouterr().out.split())
+    steps = ("--steps", 2, "--batch", 2, "--sequences", 8, "--seq-len", 32, "--rank", 2)
+    assert run("tune", "small", "-o", tuned, *text, *steps, "--test", "test.txt") == 0
+    assert "parameters trained" in capsys.readouterr().out
+    assert run("merge", "small", tuned, "-o", merged, *text, *small, "--window", 32) == 0
+    assert "merged" in capsys.readouterr().out
+    assert run("tune", "small", "-o", merged, *text, "--target", "q_prj") == 2
+    assert "holds a model" in capsys.readouterr().err
+    assert run("tune", "small", "-o", f"{tuned}2", *text, *steps, "--target", "q_prj") == 2
+    assert "did you mean 'q_proj'" in " ".join(capsys.readouterr().err.split())
+    assert run("merge", "small", "nowhere/", "-o", f"{merged}2") != 0
