@@ -23,6 +23,7 @@ from .space import Genome, Table
 from .surrogate import Surrogate, rate_table
 
 EXPLORED = 0.25  # of the offspring are drawn at random: the surrogate may be wrong
+UNIFORM = 6  # uniform plans measured at the start: those of least predicted loss
 SAMPLED = 8  # units looked at before one of them pays for a raise
 TRIES = 10  # draws per mutant before a generation makes do with fewer
 
@@ -102,6 +103,9 @@ def _start(
 ) -> Generator[Round, Losses, tuple[Genome | None, Genome]]:
     """Return the best uniform plan, if any fits, and the best plan of all to begin with."""
     uniform = run.uniform()
+    if run.table is not None:  # a menu of many families has many that cannot win
+        uniform.sort(key=lambda plan: total_loss(run.space, surrogate.prior, plan))
+        uniform = uniform[:UNIFORM]
     plans = unique([allocated, *map(run.space.canonical, run.starts), *uniform])
     if len(plans) == 1:
         run.found(plans[0], None)
