@@ -22,6 +22,7 @@ from torch import Tensor
 from . import compose
 from .dropped import dropped_forward
 from .fitness.base import Fitness, Targets
+from .head import SomeColumns
 from .level import Level
 from .methods.base import Operator
 from .ranks import ALONE, Ranks
@@ -66,6 +67,7 @@ class Evaluator:
         self.progress = progress
         self.evaluated_tokens = 0
         self._targets: dict[int, Targets] = {}
+        self._some = SomeColumns(model, self.stream) if fitness.columns else None
         self._operators = _OperatorCache(model, store, cache_bytes)
         self._units: dict[int, list[str]] = defaultdict(list)
         for unit in store.units.values():
@@ -166,9 +168,16 @@ class Evaluator:
     def _loss(self, number: int, ids: Tensor, hidden: Tensor) -> float:
         targets = self._targets[number]
         return sum(
-            self.fitness.share(self._head(ids, hidden, part), ids[0], targets, part)
-            for part in self.fitness.parts(ids.shape[1])
+            self._share(ids, hidden, targets, part) for part in self.fitness.parts(ids.shape[1])
         )
+
+    def _share(self, ids: Tensor, hidden: Tensor, targets: Targets, part: slice) -> float:
+        if self._some is None:
+            return self.fitness.share(self._head(ids, hidden, part), ids[0], targets, part)
+        x = self._some.inputs(ids[:, part], hidden[:, part])
+        kept = self._some.at(x, targets["ids"][part].long())
+        sample = self.fitness.sample(self._some.head.out_features).to(self.device)
+        return self.fitness.share_at(kept, self._some.sampled(x, sample), ids[0], targets, part)
 
     def _head(self, ids: Tensor, hidden: Tensor, part: slice) -> Tensor:
         """Return the logits (n, vocabulary) at the positions `part` of one sequence."""
@@ -183,6 +192,10 @@ class Evaluator:
             hidden = self.stream.embed(ids)
             for block in range(self.stream.n_blocks):
                 hidden = self.stream.run_block(block, hidden)
+            if self._some is not None and not self._targets:
+                first = slice(0, 8)
+                logits = self._head(ids, hidden, first)
+                self._some.check(ids[:, first], hidden[:, first], logits)
             made = [
                 self.fitness.targets(self._head(ids, hidden, part), ids[0, part])
                 for part in self.fitness.parts(ids.shape[1])

@@ -159,6 +159,26 @@ def test_a_sequence_that_the_pool_lacks_is_refused(made: Made) -> None:
         Evaluator(model, store, tokens, KL()).losses([_plan(store, 0)], [5, 6])
 
 
+def test_all_sampled_columns_give_the_loss_of_the_whole_head(made: Made) -> None:
+    model, store, tokens = made
+    plans = [_plan(store, s) for s in range(3)]
+    whole = Evaluator(model, store, tokens, KL(top_k=16)).losses(plans, [1, 2])
+    some = Evaluator(model, store, tokens, KL(top_k=16, columns=256)).losses(plans, [1, 2])
+    torch.testing.assert_close(torch.tensor(some), torch.tensor(whole), rtol=1e-4, atol=1e-6)
+    assert all("forward" not in vars(m) for m in model.modules())
+
+
+def test_a_head_that_is_capped_cannot_be_taken_by_columns(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, store, tokens = made
+    evaluator = Evaluator(model, store, tokens, KL(columns=16))
+    head = evaluator._head
+    monkeypatch.setattr(evaluator, "_head", lambda *given: 0.5 * head(*given))
+    with pytest.raises(ValueError, match="soft cap"):
+        evaluator.losses([_plan(store, 0)], [0])
+
+
 def test_more_bits_lose_less(made: Made) -> None:
     model, store, tokens = made
     plans = [{u: compose.normalize(level) for u in store.units} for level in LEVELS]

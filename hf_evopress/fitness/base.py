@@ -25,6 +25,7 @@ class Fitness(ABC):
 
     name: ClassVar[str]
     needs_whole = False  # whether logits and targets are needed for a whole sequence at once
+    columns = 0  # of the vocabulary that it samples; above 0 it has `share_at` and `sample`
     keeps_targets = True  # False: too large to keep, made anew for each round
 
     @abstractmethod
@@ -40,6 +41,16 @@ class Fitness(ABC):
 
         logits (n, V) of these positions, tokens (T,) and targets of the whole sequence.
         """
+
+    def sample(self, n_vocab: int) -> Tensor:
+        """Return the columns (m,) of the vocabulary that `share_at` wants besides its own."""
+        raise TypeError(f"fitness {self.name} samples no columns")
+
+    def share_at(
+        self, kept: Tensor, sampled: Tensor, tokens: Tensor, targets: Targets, part: slice
+    ) -> float:
+        """Return `share` from logits at some columns: (n, k) at targets["ids"], (n, m) sampled."""
+        raise TypeError(f"fitness {self.name} needs all columns")
 
     def loss(self, logits: Tensor, tokens: Tensor, targets: Targets) -> float:
         """Return the mean loss per predicted token of compressed logits (T, V)."""

@@ -68,3 +68,32 @@ def test_perplexity_is_the_cross_entropy_of_the_next_token() -> None:
     tokens = torch.randint(0, 50, (300,), generator=torch.Generator().manual_seed(0))
     expected = float(F.cross_entropy(logits[:-1], tokens[1:]))
     assert Perplexity().loss(logits, tokens, {}) == pytest.approx(expected, rel=1e-5)
+
+
+def _sampled_loss(p: torch.Tensor, q: torch.Tensor, columns: int) -> float:
+    fitness = KL(top_k=10, columns=columns)
+    targets = fitness.targets(p, TOKENS)
+    kept, sampled = q.gather(-1, targets["ids"].long()), q[:, fitness.sample(q.shape[-1])]
+    return fitness.share_at(kept, sampled, TOKENS, targets, slice(0, len(p)))
+
+
+def test_all_columns_give_the_loss_of_the_whole_head() -> None:
+    p, q = _logits(5), _logits(6)
+    whole = KL(top_k=10)
+    expected = whole.loss(q, TOKENS, whole.targets(p, TOKENS))
+    assert _sampled_loss(p, q, 50) == pytest.approx(expected, rel=1e-5)
+
+
+def test_some_columns_estimate_it_and_the_dense_model_has_no_loss() -> None:
+    g = torch.Generator().manual_seed(7)
+    p = 2 * torch.randn(300, 2000, generator=g)
+    q = p + 0.3 * torch.randn(300, 2000, generator=g)
+    whole = KL(top_k=10)
+    expected = whole.loss(q, TOKENS, whole.targets(p, TOKENS))
+    assert _sampled_loss(p, q, 200) == pytest.approx(expected, rel=0.2)
+    assert abs(_sampled_loss(p, p, 200)) < 1e-5
+
+
+def test_columns_need_a_top_k() -> None:
+    with pytest.raises(ValueError, match="top_k > 0"):
+        KL(top_k=0, columns=5)

@@ -1,0 +1,66 @@
+"""Logits at chosen columns of the vocabulary, without computing the others.
+
+The head is a quarter of the work on small models with large vocabularies. The model's own code
+runs up to its last linear layer, which is then multiplied only where it is looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .stream import BlockStream
+
+_POSITIONS = 64  # whose columns are gathered at once: k rows of the head for each
+
+
+class SomeColumns:
+    """The head of a model whose logits are those of one linear layer, unscaled and uncapped."""
+
+    def __init__(self, model: Any, stream: BlockStream) -> None:
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"{type(model).__name__} has no linear head; leave out kl's columns")
+        self.head, self.stream = head, stream
+        self._sampled: tuple[Tensor, Tensor | None] | None = None
+
+    def inputs(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Return what the linear layer gets (n, d), from the last block's output (1, n, d)."""
+        before = self.head.__dict__.get("forward")
+        self.head.forward = nn.Identity().forward  # type: ignore[method-assign]
+        try:
+            return self.stream.head(ids, hidden)[0]
+        finally:
+            if before is None:
+                del self.head.forward
+            else:
+                self.head.forward = before  # type: ignore[method-assign]
+
+    def at(self, x: Tensor, columns: Tensor) -> Tensor:
+        """Return the logits (n, k) of x (n, d) at each position's own `columns` (n, k)."""
+        weight, bias = self.head.weight, self.head.bias
+        made = [
+            torch.bmm(weight[index], rows[:, :, None])[:, :, 0]
+            for rows, index in zip(x.split(_POSITIONS), columns.split(_POSITIONS), strict=True)
+        ]
+        logits = torch.cat(made)
+        return logits if bias is None else logits + bias[columns]
+
+    def sampled(self, x: Tensor, columns: Tensor) -> Tensor:
+        """Return the logits (n, m) of x (n, d) at the same `columns` (m,) for all positions."""
+        if self._sampled is None:  # the columns stay the same for a whole search
+            bias = self.head.bias
+            self._sampled = self.head.weight[columns], None if bias is None else bias[columns]
+        return nn.functional.linear(x, *self._sampled)
+
+    def check(self, ids: Tensor, hidden: Tensor, logits: Tensor) -> None:
+        """Raise ValueError unless the columns are those of the whole `logits` (n, V)."""
+        columns = logits.topk(4).indices
+        found = self.at(self.inputs(ids, hidden), columns).float()
+        if not torch.allclose(found, logits.gather(-1, columns).float(), rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                f"{type(self.stream.model).__name__} changes the logits after its linear head "
+                "(a scale or a soft cap); leave out kl's columns"
+            )
