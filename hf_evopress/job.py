@@ -252,7 +252,8 @@ class Job:
             levels,
             shapes=shapes,
             base_model=self.recipe.model,
-            revision=self.recipe.revision,
+            # the commit that was loaded, where the Hub says it: a branch moves on
+            revision=getattr(self.config, "_commit_hash", None) or self.recipe.revision,
             budget=budget,
             **about,
         )

@@ -87,7 +87,8 @@ def compress(
     rows, sample = seconds(
         "evaluate", lambda: measure(job, store, plan, folder, unseen, window, max_windows)
     )
-    plan = plan.replace(results={**plan.results, **_figures(rows)})
+    text = Path(test).name if test is not None else _unseen_name(recipe)
+    plan = plan.replace(results={**plan.results, **_figures(rows), "text": text})
     plan.save(folder)
     recipe.save(folder / "evopress_recipe.yaml")
     write_card(folder, plan, recipe)
@@ -228,6 +229,11 @@ def _test_tokens(job: Job, test: str | None, window: int) -> tuple[Tensor, int]:
             raise ValueError(f"{test} has {len(tokens)} tokens, one window needs {window}")
         return tokens, window
     return job.tokens["test"].flatten(), job.recipe.data.seq_len
+
+
+def _unseen_name(recipe: Recipe) -> str:
+    """Return a name for what figures are measured on where no text is given."""
+    return f"unseen parts of {', '.join(Path(s).name for s in recipe.data.sources) or 'the data'}"
 
 
 def _figures(rows: tuple[Row, ...]) -> dict[str, Any]:
