@@ -217,3 +217,42 @@ def test_single_drops_are_measured_once(home: Path) -> None:
     path.write_text(json.dumps(dict.fromkeys(kept, 7.0)))
     again = Job(recipe(home, **same))
     assert table != again.tables.of("evolve", again.build()) == [[7.0, 0.0]] * 6
+
+
+def test_joint_two_of_four_and_int4_reloads_generates_and_takes_what_the_plan_says(
+    home: Path,
+) -> None:
+    level = "sparsegpt:pattern=2:4,bits=4,group_size=32"
+    same: dict[str, Any] = {"levels": [level], "out": str(home / "joint24")}
+    result = pipeline.compress(recipe(home, budget={"ratio": 1.0}, **same))
+    # 2 codes of 4 bits and 3 bits of places for 4 weights; scale and zero point for 32
+    bits = result.plan.budget["bits_per_weight"]
+    assert bits == pytest.approx(2.75 + 20 / 32, abs=1e-3)
+    others = 16 * sum(
+        p.numel()
+        for name, p in AutoModelForCausalLM.from_pretrained(home / "dense").named_parameters()
+        if name.removesuffix(".weight") not in result.plan
+    )
+    n_weights = sum(rows * columns for rows, columns in result.plan.shapes.values())
+    declared = (bits * n_weights + others) / 8
+    header = 150 * 21 * 6
+    assert declared <= stored_bytes(result.folder) <= declared + header
+    assert len(result.sample) > len(pipeline.PROMPT)
+
+
+def test_the_command_line_says_drops_and_families(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hf_evopress.cli import main
+
+    common = ["--data", str(home / "text.txt"), "--seq-len", "64", "--calibration", "16"]
+    common += ["--search-pool", "12", "--work", str(home / "cli.work")]
+    out = str(home / "cli")
+    budget = ["--drop-ratio", "0.34", "--strategy", "block_influence", "--compare", "window"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["compress", str(home / "dense"), "--out", out, *budget, *common])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0 and "window" in said and "searched" in said, said
+    with pytest.raises(SystemExit) as stopped:
+        main(["compress", str(home / "dense"), "--out", out, "--keep-first", "1", *common])
+    assert stopped.value.code == 2
