@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from quality import data, share
 
-from hf_evopress.compose import normalize
 from hf_evopress.data import tokenize_file
 from hf_evopress.evaluator import Evaluator
 from hf_evopress.fitness.kl import KL
@@ -39,8 +38,8 @@ RUNS = {
     "uniform": "uniform",
     "layer-error knapsack": "knapsack",
     "knapsack": "knapsack",
-    "evopress": "evopress",
     "evolve": "evolve",
+    "evopress": "evopress",
 }
 
 
@@ -52,6 +51,7 @@ def main() -> None:
     for bits in words.bits:
         job = share(Job(recipe(words, bits)), job)
         store = job.build()
+        job.model.to(getattr(torch, words.dtype))
         tracks = {name: follow(words, job, store, bits, name) for name in words.runs}
         judge(words, job, store, bits, tracks)
         show(job, bits, tracks, words.runs[0])
@@ -92,7 +92,7 @@ def follow(
         job.space,
         job.budget,
         strategy=RUNS[name],
-        table=errors(job, store) if name.startswith("layer-error") else job.table(store),
+        table=job.tables.of("layer_error" if name.startswith("layer") else "evolve", store),
         n_sequences=len(pool),
         seq_len=words.pool_len,
         seed=words.seed,
@@ -116,7 +116,7 @@ def follow(
             )
         if asked is None:
             break
-        plans = [levels(job, genome) for genome in asked.genomes]
+        plans = [job.levels(genome) for genome in asked.genomes]
         search.tell(evaluator.losses(plans, asked.sequences))
         spent = {"seconds": time.perf_counter() - start}
         atomic_write(file, json.dumps({"track": track, "state": search.state(), **spent}))
@@ -153,7 +153,7 @@ def judge(
         new = [g for g in dict.fromkeys(genomes) if json.dumps(g) not in known[kind]]
         if new:
             evaluator = Evaluator(job.model, store, windows, fitness)
-            rows = evaluator.losses([levels(job, g) for g in new], range(len(windows)))
+            rows = evaluator.losses([job.levels(g) for g in new], range(len(windows)))
             known[kind] |= {json.dumps(g): row for g, row in zip(new, rows, strict=True)}
             atomic_write(file, json.dumps(known))
     for track in tracks.values():
@@ -191,21 +191,9 @@ def show(job: Job, bits: float, tracks: dict[str, list[dict[str, Any]]], first: 
             print(f"\nevolve reaches evopress's final KL in {share_of:.1%} of its tokens")
 
 
-def errors(job: Job, store: LevelStore) -> list[list[float]]:
-    """Return the table of a published allocator: relative layer errors, summed."""
-    return [
-        [sum(store.scores(unit, option.level)["error"] for unit in gene.units)
-         for option in gene.options]
-        for gene in job.space.genes
-    ]  # fmt: skip
-
-
-def levels(job: Job, genome: tuple[int, ...]) -> dict[str, Any]:
-    return {unit: normalize(level) for unit, level in job.space.levels(genome).items()}
-
-
 def ours(words: argparse.Namespace) -> dict[str, Any]:
-    return {"generations": words.generations, "tokens": words.tokens}
+    settings = {"generations": words.generations, "tokens": words.tokens}
+    return {**settings, "offspring": words.offspring}
 
 
 def published(words: argparse.Namespace) -> dict[str, Any]:
@@ -229,8 +217,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=float, nargs="+", default=[2.8, 3.3, 3.8, 4.3])
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--level", action="append", help="menu; default: the default menu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
+                        help="to compute in; bfloat16 is twice as fast on some CPUs")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--generations", type=int, default=20)
+    parser.add_argument("--offspring", type=int, default=6)
     parser.add_argument("--tokens", type=int, nargs=2, default=[2048, 8192])
     parser.add_argument("--evopress-generations", type=int, default=20)
     parser.add_argument("--evopress-tokens", type=int, nargs=2, default=[2048, 8192])
