@@ -29,75 +29,90 @@ logger = logging.getLogger(__name__)
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
+class MergesExactly:
+    """What `lora_layer_class` adds to PEFT's layer, which comes behind it among its bases.
+
+    `base_layer` is the packed layer, or a dense one while adapters are merged.
+    """
+
+    packed: CompressedLinear | None
+    base_layer: Any  # this and what follows is PEFT's
+    lora_A: Any
+    lora_magnitude_vector: Any
+    merged: bool
+    merged_adapters: list[str]
+    _caches: dict[str, Any]
+
+    @property
+    def _stock(self) -> Any:
+        """PEFT's methods, behind the ones here."""
+        return super()
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        self.__dict__["packed"] = None  # not a submodule: checkpoints hold one base layer
+        self._stock.__init__(base_layer, adapter_name, **kwargs)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        # PEFT would look at `weight`, and so compute it
+        if not isinstance(base_layer, CompressedLinear):
+            return self._stock._get_base_layer_device_and_dtype(base_layer)
+        return next(iter(base_layer.state.values())).device, base_layer.weight_dtype
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[Any, Any]:
+        if not isinstance(module, CompressedLinear):
+            return self._stock._get_in_out_features(module)
+        return module.in_features, module.out_features
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        _check_start(kwargs["config"].init_lora_weights)
+        self._stock.update_layer(adapter_name, *args, **kwargs)
+        if kwargs["config"].use_dora:
+            _check_magnitudes(self.lora_magnitude_vector[adapter_name].weight, kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        from peft.tuners.tuners_utils import check_adapters_to_merge
+
+        names = check_adapters_to_merge(self, adapter_names)
+        if not any(name in self.lora_A for name in names):
+            return  # nothing of these adapters is here: stay packed
+        packed = self.base_layer
+        if isinstance(packed, CompressedLinear):
+            self.base_layer = _dense(packed)
+            self.__dict__["packed"] = packed
+        try:
+            self._stock.merge(safe_merge=safe_merge, adapter_names=names)
+        except (ValueError, RuntimeError):
+            if isinstance(packed, CompressedLinear):
+                self._restore()
+            raise
+
+    def unmerge(self) -> None:
+        if not self.merged or self.packed is None:
+            self._stock.unmerge()
+            return
+        self._restore()
+
+    def _restore(self) -> None:
+        dense, packed = self.base_layer, self.packed
+        assert packed is not None  # while it is not, the base layer is the packed one
+        self.base_layer = packed.to(dense.weight.device, dense.weight.dtype)
+        self.__dict__["packed"] = None
+        self.merged_adapters.clear()
+        self._caches.clear()
+
+    @contextmanager
+    def _unmerged_base_weight(self, safe_merge: bool = False) -> Iterator[Tensor]:
+        # what DoRA's norms are of; the packed layer still has it
+        base = self.base_layer if self.packed is None else self.packed
+        yield base.weight.detach().clone()
+
+
 @lru_cache(maxsize=None)
 def lora_layer_class() -> type[nn.Module]:
     """Return the subclass of peft.tuners.lora.Linear for compressed base layers."""
     from peft.tuners.lora.layer import Linear
-    from peft.tuners.tuners_utils import check_adapters_to_merge
 
-    class CompressedLora(Linear):
-        """`base_layer` is the packed layer, or a dense one while adapters are merged."""
-
-        base_layer: Any
-        packed: CompressedLinear | None
-
-        def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-            self.__dict__["packed"] = None  # not a submodule: checkpoints hold one base layer
-            super().__init__(base_layer, adapter_name, **kwargs)
-
-        def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
-            # PEFT would look at `weight`, and so compute it
-            if not isinstance(base_layer, CompressedLinear):
-                return super()._get_base_layer_device_and_dtype(base_layer)
-            return next(iter(base_layer.state.values())).device, base_layer.weight_dtype
-
-        def _get_in_out_features(self, module: nn.Module) -> tuple[Any, Any]:
-            if not isinstance(module, CompressedLinear):
-                return super()._get_in_out_features(module)
-            return module.in_features, module.out_features
-
-        def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-            _check_start(kwargs["config"].init_lora_weights)
-            super().update_layer(adapter_name, *args, **kwargs)
-            if kwargs["config"].use_dora:
-                _check_magnitudes(self.lora_magnitude_vector[adapter_name].weight, kwargs)
-
-        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            names = check_adapters_to_merge(self, adapter_names)
-            if not any(name in self.lora_A for name in names):
-                return  # nothing of these adapters is here: stay packed
-            packed = self.base_layer
-            if isinstance(packed, CompressedLinear):
-                self.base_layer = _dense(packed)
-                self.__dict__["packed"] = packed
-            try:
-                super().merge(safe_merge=safe_merge, adapter_names=names)
-            except (ValueError, RuntimeError):
-                if isinstance(packed, CompressedLinear):
-                    self._restore()
-                raise
-
-        def unmerge(self) -> None:
-            if not self.merged or self.packed is None:
-                super().unmerge()
-                return
-            self._restore()
-
-        def _restore(self) -> None:
-            dense, packed = self.base_layer, self.packed
-            assert packed is not None  # while it is not, the base layer is the packed one
-            self.base_layer = packed.to(dense.weight.device, dense.weight.dtype)
-            self.__dict__["packed"] = None
-            self.merged_adapters.clear()
-            self._caches.clear()
-
-        @contextmanager
-        def _unmerged_base_weight(self, safe_merge: bool = False) -> Iterator[Tensor]:
-            # what DoRA's norms are of; the packed layer still has it
-            base = self.base_layer if self.packed is None else self.packed
-            yield base.weight.detach().clone()
-
-    return CompressedLora
+    return type("CompressedLora", (MergesExactly, Linear), {"__doc__": MergesExactly.__doc__})
 
 
 def register_with_peft() -> None:

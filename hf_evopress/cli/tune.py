@@ -24,6 +24,23 @@ Texts = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of data order and first adapter weights.")]
+Train = Annotated[
+    str,
+    typer.Option(
+        help="lora, rslora or dora: an adapter. Any of scales,factors,norms,biases: the model's "
+        "own floats; its codes, plan and size stay."
+    ),
+]
+Target = Annotated[
+    str, typer.Option(help="all-linear, kappa:0.2 (forgets least), or names as q_proj,v_proj.")
+]
+Start = Annotated[
+    str | None, typer.Option(help="Train this adapter further, such as one of `adapt`.")
+]
+Beside = Annotated[str | None, typer.Option(help="Keep this adapter active and frozen meanwhile.")]
+Teacher = Annotated[
+    str | None, typer.Option(help="The dense model: learn from it, to heal compression.")
+]
 
 
 def adapt(
@@ -90,27 +107,12 @@ def tune(
     model: Model,
     out: Out,
     data: Texts,
-    train: Annotated[
-        str,
-        typer.Option(
-            help="lora, rslora or dora: an adapter. Any of scales,factors,norms,biases: the "
-            "model's own floats; its codes, plan and size stay."
-        ),
-    ] = "lora",
-    target: Annotated[
-        str,
-        typer.Option(help="all-linear, kappa:0.2 (forgets least), or names as q_proj,v_proj."),
-    ] = "all-linear",
+    train: Train = "lora",
+    target: Target = "all-linear",
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
-    start: Annotated[
-        str | None, typer.Option(help="Train this adapter further, such as one of `adapt`.")
-    ] = None,
-    beside: Annotated[
-        str | None, typer.Option(help="Keep this adapter active and frozen meanwhile.")
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="The dense model: learn from it, to heal compression.")
-    ] = None,
+    start: Start = None,
+    beside: Beside = None,
+    teacher: Teacher = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
     batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
     accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 1,
@@ -135,26 +137,11 @@ def tune(
 
     Stopped runs go on from their last checkpoint, in OUT.work.
     """
+    words = dict(locals())
     from ..tune import Tuning
     from ..tune import tune as run
 
-    settings = Tuning(
-        train=train,
-        target=target,
-        rank=rank,
-        start=start,
-        beside=beside,
-        teacher=teacher,
-        steps=steps,
-        batch=batch,
-        accumulate=accumulate,
-        learning_rate=learning_rate,
-        seq_len=seq_len,
-        sequences=sequences,
-        gradient_checkpointing=gradient_checkpointing,
-        bf16=bf16,
-        seed=seed,
-    )
+    settings = Tuning(**{k: words[k] for k in Tuning.__dataclass_fields__ if k in words})
     with bars() as progress:
         tests = {path: path for path in test or ()}
         result = run(model, out, settings, data=data, tests=tests, progress=progress)
