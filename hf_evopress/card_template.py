@@ -106,17 +106,19 @@ def measured_on(plan: Mapping[str, Any]) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def level_counts(levels: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> list[Any]:
+def level_counts(
+    levels: Mapping[str, str], shapes: Mapping[str, Sequence[int]]
+) -> list[tuple[str, int, float | None]]:
     """Return (level, number of units, share of the weights or None), the largest share first."""
     weights = {unit: shape[0] * shape[1] for unit, shape in shapes.items()}
     total = sum(weights.values())
     by_level: dict[str, list[str]] = {}
     for unit, level in levels.items():
         by_level.setdefault(str(level), []).append(unit)
-    counts = [
-        (level, len(units), sum(weights.get(u, 0) for u in units) / total if total else None)
-        for level, units in by_level.items()
-    ]
+    counts: list[tuple[str, int, float | None]] = []
+    for level, units in by_level.items():
+        known = sum(weights.get(unit, 0) for unit in units)  # sub-blocks have no shape
+        counts.append((level, len(units), known / total if known else None))
     return sorted(counts, key=lambda item: (-(item[2] or 0), -item[1], item[0]))
 
 
