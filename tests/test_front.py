@@ -157,3 +157,28 @@ def test_a_function_given_in_python_is_what_the_search_minimises(home: Path) -> 
     assert 0 <= plan.search["loss"] <= 1
     kl = find_plan(Job(recipe(home, settings=settings)), job.build())
     assert kl.search["loss"] != plan.search["loss"]
+
+
+def test_levels_can_be_looked_at_token_by_token(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["levels", str(home / "dense"), "--work", str(home / "work3"), "--seq-len", "64"]
+    words += ["--data", str(home / "text.txt"), "--calibration", "8", "--search-pool", "8"]
+    words += ["-l", "rtn:bits=2,group_size=32", "--diagnose", "rtn:bits=2,group_size=32"]
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    out = capsys.readouterr().out
+    assert exit.value.code == 0 and "at position 0" in out and out.count("_proj") >= 10
+
+
+def test_a_sum_of_fitnesses_is_what_the_command_line_searches_for(
+    home: Path, tmp_path: Path
+) -> None:
+    words = ["search", str(home / "dense"), "--work", str(home / "work2"), "--bits", "3.2"]
+    words += ["--data", str(home / "text.txt"), "--out", str(tmp_path / "plan.json")]
+    words += ["-l", "rtn:bits=2,group_size=32", "-l", "rtn:bits=4,group_size=32"]
+    words += ["--seq-len", "64", "--calibration", "8", "--search-pool", "8", "--generations", "1"]
+    with pytest.raises(SystemExit) as exit:
+        main([*words, "--fitness", "kl*0.5 + perplexity*0.5"])
+    assert exit.value.code == 0
+    assert Plan.load(tmp_path / "plan.json").search["fitness"] == "kl*0.5 + perplexity*0.5"

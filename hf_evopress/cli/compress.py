@@ -17,6 +17,7 @@ from .options import (
     DropKinds,
     DropRatio,
     Families,
+    FitnessWords,
     Forbid,
     Generations,
     KeepFirst,
@@ -43,6 +44,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..job import Job
     from ..pipeline import Result
     from ..store import LevelStore
 
@@ -73,6 +75,7 @@ def compress(
     forbid: Forbid = None,
     strategy: Strategy = "evolve",
     compare: Compare = None,
+    fitness: FitnessWords = "kl",
     generations: Generations = None,
     seed: Seed = 0,
     seq_len: SeqLen = 1024,
@@ -124,17 +127,25 @@ def levels(
     calibration: Calibration = 56,
     search_pool: SearchPool = 32,
     revision: Revision = None,
+    diagnose: Annotated[
+        str | None,
+        typer.Option(help="A level to look at token by token: does it break attention sinks?"),
+    ] = None,
 ) -> None:
     """Make every level of every layer, and print the error that each leaves on held-out text.
 
     The store in WORK serves any number of searches: hf-evopress search MODEL --work WORK ...
     """
-    recipe = recipe_of(**locals(), ratio=None if sparsity else 1.0)
+    words = {key: value for key, value in locals().items() if key != "diagnose"}
+    recipe = recipe_of(**words, ratio=None if sparsity else 1.0)
     from ..job import Job
 
     with bars() as progress:
-        store = Job(recipe, progress=progress).build()
+        job = Job(recipe, progress=progress)
+        store = job.build()
     console.print(_level_errors(store))
+    if diagnose is not None:
+        _diagnose(job, store, diagnose)
 
 
 def search(
@@ -161,6 +172,7 @@ def search(
     forbid: Forbid = None,
     strategy: Strategy = "evolve",
     compare: Compare = None,
+    fitness: FitnessWords = "kl",
     generations: Generations = None,
     seed: Seed = 0,
     seq_len: SeqLen = 1024,
@@ -292,6 +304,33 @@ def _level_errors(store: LevelStore) -> Any:
         for level, pairs in sorted(found.items(), key=lambda item: item[1])
     ]
     return table(("level", "units", "bits/weight", "mean error", "worst error"), rows)
+
+
+def _diagnose(job: Job, store: LevelStore, level: str) -> None:
+    """Print the units that a level costs most, and an alarm for those it breaks."""
+    from ..diagnose import diagnose
+
+    n_tokens = job.recipe.search.sensitivity_tokens
+    n = max(1, n_tokens // job.recipe.data.seq_len)
+    found = diagnose(job.model, store, level, job.tokens["calibration"][:n])
+    alarms = [finding for finding in found if finding.is_alarm]
+    rows = [
+        (
+            f.unit,
+            f"{f.tokens.total:.5f}",
+            "" if f.predicted is None else f"{f.predicted:.5f}",
+            f"{f.first_share:.0%}",
+            "ALARM" if f.is_alarm else "",
+        )
+        for f in dict.fromkeys([*alarms, *found[:10]])
+    ]
+    console.print(f"\n{level}, token by token", markup=False)
+    console.print(table(("unit", "loss (nats)", "predicted", "at position 0", ""), rows))
+    if alarms:
+        console.print(
+            f"{len(alarms)} of {len(found)} units lose far more at single tokens than on average: "
+            "this level breaks their attention sinks; offer others, or a larger sink="
+        )
 
 
 COMMANDS = {"compress": compress, "run": run, "levels": levels, "search": search, "apply": apply}

@@ -97,6 +97,14 @@ Compare = Annotated[
     list[str] | None,
     typer.Option(help="Another strategy to measure beside and to start from. Repeat."),
 ]
+FitnessWords = Annotated[
+    str,
+    typer.Option(
+        "--fitness",
+        help="What the search minimises: a name, or a sum such as 'kl*0.7 + perplexity*0.3'; "
+        "see hf-evopress list.",
+    ),
+]
 Generations = Annotated[int | None, typer.Option(help="Generations of the search.")]
 Seed = Annotated[int, typer.Option(help="Seed of data order and search.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per calibration and search sequence.")]
@@ -117,7 +125,9 @@ def recipe_of(**words: Any) -> Recipe:
     given = {k: v for k, v in words.items() if v is not None}
     if "bits" in given:
         given["bits"] = bits_of(given["bits"])
-    search: dict[str, Any] = {k: given[k] for k in ("strategy", "seed", "compare") if k in given}
+    search: dict[str, Any] = {
+        k: given[k] for k in ("strategy", "fitness", "seed", "compare") if k in given
+    }
     if "generations" in given:
         search["settings"] = {"generations": given["generations"]}
     if "low" in given:
