@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .plan_repo import is_repo_id
 from .resources import bundled, format_size
@@ -83,8 +83,10 @@ def results_rows(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list
         line = [cell(name)]
         for key in used:
             value, form = row.get(key), columns[key][1]
-            known = _is_number(value)
-            line.append((form.format(value) if form else format_size(int(value))) if known else "")
+            if not _is_number(value):
+                line.append("")
+            else:
+                line.append(form.format(value) if form else format_size(int(value)))
         cells.append(line)
     return headers, cells
 
@@ -122,5 +124,5 @@ def level_counts(
     return sorted(counts, key=lambda item: (-(item[2] or 0), -item[1], item[0]))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300

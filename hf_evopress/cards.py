@@ -136,6 +136,7 @@ def adapter_card(folder: Path, name: str) -> str:
         ranks=str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else None,
         n_parameters=sum(math.prod(shape) for shape in tensors.values()) or None,
         adapter_bytes=sum(stored.values()) or None,
+        about=_about(folder),
         headers=[],
         rows=[],
         protocol=None,
@@ -203,6 +204,24 @@ def _header(path: Path) -> dict[str, Any]:
             return dict(json.loads(file.read(length)))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} has a damaged header: {error}") from error
+
+
+def _about(folder: Path) -> dict[str, str]:
+    """Return what an adapter of this package says of itself in its file's metadata."""
+    for name in stored_bytes(folder):
+        metadata = _header(folder / name).get("__metadata__")
+        said = metadata.get("hf_evopress") if isinstance(metadata, Mapping) else None
+        try:
+            values = json.loads(said) if isinstance(said, str) else None
+        except (ValueError, RecursionError):
+            continue  # a note, not a part of the adapter
+        if isinstance(values, Mapping):
+            plain = {k: v for k, v in values.items() if isinstance(v, (str, int, float))}
+            return {
+                str(k).replace("_", " "): f"{v:.4g}" if isinstance(v, float) else str(v)
+                for k, v in plain.items()
+            }
+    return {}
 
 
 def _kept_bytes(plan: Plan, stored: Mapping[str, int]) -> int | None:

@@ -152,13 +152,15 @@ def test_an_adapter_has_a_card_from_its_own_files(tmp_path: Path) -> None:
         key = f"base_model.model.model.layers.{i}.mlp.up_proj"
         tensors[f"{key}.lora_A.weight"] = torch.zeros(rank, 64)
         tensors[f"{key}.lora_B.weight"] = torch.zeros(32, rank)
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    about = {"hf_evopress": json.dumps({"kind": "eora", "kl_nats": 0.31234567})}
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata=about)
     config = {"base_model_name_or_path": "me/small", "peft_type": "LORA", "r": 8}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     text = write_card(tmp_path, name="me/small-eora").read_text(encoding="utf-8")
     assert card_errors(text) == []
     assert parse(text)["base_model_relation"] == "adapter"
     assert "| layers | 2 |" in text and "| rank | 4 to 8 |" in text
+    assert "| kind | eora |" in text and "| kl nats | 0.3123 |" in text
     assert f"| parameters | {12 * (64 + 32):,} |" in text
 
 
