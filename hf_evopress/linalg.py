@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+# Uniform 3 bits, SmolLM2-135M, 53k calibration tokens, KL on 8k tokens of other text: 0.421 at
+# damp 0.1 and sink 0.05, 0.395 at 0.03 and 0.05, 0.382 at 0.03 and 0.2, 0.403 at 0.01 and 0.2.
+DAMP = 0.03
+SINK = 0.2
+
 
 @dataclass
 class Stats:
@@ -26,7 +31,7 @@ class Stats:
     heldout: Tensor | None = None
     _factors: dict[tuple[float, float], Tensor] = field(default_factory=dict, repr=False)
 
-    def hessian(self, *, sink: float = 0.05) -> Tensor:
+    def hessian(self, *, sink: float = SINK) -> Tensor:
         """Return H + sink * tr(H)/tr(S0) * S0, (in, in) float32, undamped.
 
         S0 is the second moment at position 0. Its share of the plain H is 1/n_tokens although
@@ -40,7 +45,7 @@ class Stats:
             return self.gram
         return self.gram + sink * (self.gram.diagonal().sum() / trace) * self.sink
 
-    def inverse_factor(self, *, sink: float = 0.05, damp: float = 0.1) -> Tensor:
+    def inverse_factor(self, *, sink: float = SINK, damp: float = DAMP) -> Tensor:
         """Return upper U with U^T U = (H + damp * mean(diag H) * I)^-1, (in, in) float32.
 
         Frantar et al. 2022 (arXiv:2210.17323) section 3.3. Computed once per (sink, damp) in

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_evopress.linalg import Stats
+from hf_evopress.linalg import DAMP, SINK, Stats
 
 N = 48
 
@@ -26,7 +26,7 @@ def test_the_factor_is_upper_and_squares_to_the_damped_inverse():
 
 def test_the_factor_is_computed_once_per_sink_and_damp():
     stats = Stats(gram(), gram(1))
-    assert stats.inverse_factor() is stats.inverse_factor(sink=0.05, damp=0.1)
+    assert stats.inverse_factor() is stats.inverse_factor(sink=SINK, damp=DAMP)
     assert stats.inverse_factor(damp=0.01) is not stats.inverse_factor(damp=0.1)
     assert stats.inverse_factor(sink=0.0) is not stats.inverse_factor()
 

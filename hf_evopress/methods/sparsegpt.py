@@ -5,7 +5,7 @@ w^2 / U_ii^2 become zero and the later inputs make up for it. Unstructured, they
 block of about 128 inputs over all rows, so that rows differ and blocks do not; n:m, n of every
 m neighbours are kept, chosen when the loop reaches them. With bits=b the kept weights are rounded
 in the same loop, to a grid that is found from kept weights only, and later weights absorb both
-errors. As in `gptq` the Hessian gives position 0 its due and is damped by 0.1 (`sink`, `damp`).
+errors. As in `gptq` the Hessian gives position 0 its due and is damped (`sink`, `damp`).
 
 Stores what `hf_evopress.sparse` says: 16 (1 - s) + 1 bits per weight at sparsity s, with bits=b
 b (1 - s) + 1 + (16 + b) / group_size; pattern=2:4 takes 0.75 instead of 1 for the places. Time as
@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import Stats
+from ..linalg import DAMP, SINK, Stats
 from ..obs import BLOCK, MAX_VALUES, Rounding, blocks, solve
 from ..sparse import (
     ANY,
@@ -52,8 +52,8 @@ class SparseGPT(SparseMethod):
     needs_stats = True
     params: ClassVar[Mapping[str, Param]] = {
         **SPARSE_PARAMS,
-        "damp": Param(float, "share of the mean diagonal added", default=0.1, at_least=0.0),
-        "sink": Param(float, "weight of position 0 in the Hessian", default=0.05, at_least=0.0),
+        "damp": Param(float, "share of the mean diagonal added", default=DAMP, at_least=0.0),
+        "sink": Param(float, "weight of position 0 in the Hessian", default=SINK, at_least=0.0),
     }
     examples = (
         "sparsegpt:sparsity=0.5",

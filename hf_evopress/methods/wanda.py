@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import Stats
+from ..linalg import SINK, Stats
 from ..sparse import (
     ANY,
     SPARSE_PARAMS,
@@ -39,7 +39,7 @@ class Wanda(SparseMethod):
     needs_stats = True
     params: ClassVar[Mapping[str, Param]] = {
         **SPARSE_PARAMS,
-        "sink": Param(float, "weight of position 0 in the Hessian", default=0.05, at_least=0.0),
+        "sink": Param(float, "weight of position 0 in the Hessian", default=SINK, at_least=0.0),
     }
     examples = (
         "wanda:sparsity=0.5",

@@ -9,7 +9,7 @@ import torch
 
 from hf_evopress import compose
 from hf_evopress.grid import dequantize, find_grid, quantize
-from hf_evopress.linalg import Stats
+from hf_evopress.linalg import DAMP, Stats
 from hf_evopress.methods import gptq
 
 ROWS, COLUMNS = 24, 96
@@ -65,7 +65,7 @@ def test_gptq_is_the_textbook_whatever_the_group_and_block_sizes(bits, group_siz
     W, stats = layer(columns=384, rows=12)
     level = f"gptq:bits={bits},group_size={group_size},clip=false"
     got = decompressed(level, W, stats).double()
-    slow = textbook(W, stats.hessian(), bits, group_size, 0.1)
+    slow = textbook(W, stats.hessian(), bits, group_size, DAMP)
     # float32 against float64 turns a few ties, and what follows in that row: rows, not codes.
     exact = (got - slow).abs().amax(1) < 1e-5
     assert exact.float().mean() >= 0.75

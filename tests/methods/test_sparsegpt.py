@@ -7,7 +7,7 @@ import torch
 
 from hf_evopress import compose
 from hf_evopress.grid import dequantize, find_grid, quantize
-from hf_evopress.linalg import Stats
+from hf_evopress.linalg import DAMP, Stats
 from hf_evopress.methods import sparsegpt
 
 ROWS, COLUMNS = 24, 192
@@ -39,7 +39,7 @@ def loss(W, W_hat, stats):
     return float(((d @ stats.hessian().double()) * d).sum())
 
 
-def textbook(W, mask, H, damp=0.1):
+def textbook(W, mask, H, damp=DAMP):
     """Optimal brain surgeon one column at a time for a given mask, in float64, no blocks."""
     W, H = W.double().clone(), H.double().clone()
     H += damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
@@ -76,7 +76,7 @@ def test_kept_weights_are_the_textbooks(share):
 def test_n_m_keeps_the_best_of_each_group_as_they_stand_when_the_loop_arrives():
     W, stats = layer(rows=1)
     H = stats.hessian().double()
-    H += 0.1 * H.diagonal().mean() * torch.eye(COLUMNS)
+    H += DAMP * H.diagonal().mean() * torch.eye(COLUMNS)
     inverse, current, chosen = torch.linalg.inv(H), W.double().clone(), []
     diagonal = stats.inverse_factor().diagonal().double()
     for j in range(COLUMNS):
