@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -97,6 +97,12 @@ class Evaluator:
         my_plans, my_batches = self.ranks.shares(len(distinct), len(batches))
         table = torch.zeros(len(plans), len(sequences), dtype=torch.float64)
         mine = [members for i, members in enumerate(distinct) if i in my_plans]
+        if self.fitness.judges_models:
+            for members in mine if 0 in my_batches else []:
+                with self.installed(plans[members[0]]):
+                    table[members] = self.fitness.of_model(self.model)
+            self.ranks.add_up(table)
+            return table.tolist()
         # as many batches at once as memory allows, else as many plans: each is decompressed less
         room = max(1, self.hidden_bytes // self._batch_bytes)
         for together in _chunks(mine, max(1, room - _ROOM)):
@@ -118,8 +124,12 @@ class Evaluator:
     @torch.no_grad()
     def logits(self, plan: Mapping[str, Level], input_ids: Tensor) -> Tensor:
         """Return the logits (batch, seq, vocabulary) of the model compressed by `plan`."""
-        with self._installed(plan, [unit for units in self._units.values() for unit in units]):
+        with self.installed(plan):
             return self.stream.run_from(0, input_ids, self.stream.embed(input_ids))
+
+    def installed(self, plan: Mapping[str, Level]) -> AbstractContextManager[None]:
+        """Return a context in which the model computes at the levels of `plan`."""
+        return self._installed(plan, [unit for units in self._units.values() for unit in units])
 
     # -- one round -----------------------------------------------------------------------------
 

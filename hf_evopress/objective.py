@@ -24,8 +24,9 @@ class Mixture(Fitness):
             raise ValueError("a mixture needs at least one fitness")
         self.terms = tuple(terms)
         for _, fitness in terms:
-            if fitness.columns:
-                raise ValueError(f"{fitness!r} samples columns, which a sum of fitnesses cannot")
+            if fitness.columns or fitness.judges_models:
+                how = "samples columns" if fitness.columns else "judges whole models"
+                raise ValueError(f"{fitness!r} {how}, which a sum of fitnesses cannot")
         self.needs_whole = any(fitness.needs_whole for _, fitness in terms)
         self.keeps_targets = all(fitness.keeps_targets for _, fitness in terms)
 

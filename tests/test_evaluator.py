@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from hf_evopress import compose
 from hf_evopress.evaluator import Evaluator
 from hf_evopress.fitness.kl import KL
+from hf_evopress.fitness.perplexity import Perplexity
 from hf_evopress.level import Level
 from hf_evopress.menu import menus
 from hf_evopress.ranks import Ranks
@@ -177,6 +179,21 @@ def test_a_head_that_is_capped_cannot_be_taken_by_columns(
     monkeypatch.setattr(evaluator, "_head", lambda *given: 0.5 * head(*given))
     with pytest.raises(ValueError, match="soft cap"):
         evaluator.losses([_plan(store, 0)], [0])
+
+
+def test_a_fitness_can_judge_the_whole_model_at_a_plan(made: Made) -> None:
+    class Distance(Perplexity):
+        judges_models = True
+
+        def of_model(self, model: Any) -> float:
+            return float(model(tokens[:1]).logits.square().mean())
+
+    model, store, tokens = made
+    plans = [_plan(store, s) for s in range(2)]
+    found = Evaluator(model, store, tokens, Distance()).losses(plans, [0, 1])
+    for plan, row in zip(plans, found, strict=True):
+        expected = _reference(model, store, plan)(tokens[:1]).logits.square().mean()
+        assert row == [float(expected)] * 2
 
 
 def test_more_bits_lose_less(made: Made) -> None:

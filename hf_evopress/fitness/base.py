@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Fitness(ABC):
 
     name: ClassVar[str]
     needs_whole = False  # whether logits and targets are needed for a whole sequence at once
+    judges_models = False  # it has `of_model`, and looks at no search tokens
     columns = 0  # of the vocabulary that it samples; above 0 it has `share_at` and `sample`
     keeps_targets = True  # False: too large to keep, made anew for each round
 
@@ -41,6 +42,10 @@ class Fitness(ABC):
 
         logits (n, V) of these positions, tokens (T,) and targets of the whole sequence.
         """
+
+    def of_model(self, model: Any) -> float:
+        """Return the loss of a whole model that computes at a plan's levels."""
+        raise TypeError(f"fitness {self.name} judges logits, not models")
 
     def sample(self, n_vocab: int) -> Tensor:
         """Return the columns (m,) of the vocabulary that `share_at` wants besides its own."""
