@@ -13,7 +13,17 @@ from hf_evopress.linalg import Stats
 SHAPES = ((24, 64), (64, 64), (7, 128))
 NAMES = plugins.names("methods")
 LEVELS = [level for name in NAMES for level in compose.method(name).examples]
-CASES = [(level, shape) for level in LEVELS for shape in SHAPES]
+COMPOSITIONS = [
+    "gptq:bits=3,group_size=32 + lowrank:rank=4,factors=int8",
+    "gptq:bits=2,group_size=32 + rtn:bits=2,group_size=32 + lowrank:rank=2",
+    "rtn:bits=2,group_size=64 + sparsegpt:sparsity=0.9",
+    "sparsegpt:sparsity=0.5,bits=4,group_size=32 + lowrank:rank=4,factors=bfloat16",
+    "magnitude:pattern=2:4 + lowrank:rank=3,metric=plain",
+    "lowrank:rank=4 + wanda:sparsity=0.8",
+    "zero + lowrank:rank=6",
+]
+EVERY = LEVELS + COMPOSITIONS
+CASES = [(level, shape) for level in EVERY for shape in SHAPES]
 
 
 def make(level, shape=SHAPES[0]):
@@ -62,7 +72,7 @@ def test_files_say_what_they_hold(name):
         assert param.doc
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", EVERY)
 def test_the_canonical_string_is_a_fixed_point(level):
     canonical = compose.normalize(level)
     assert compose.normalize(str(canonical)) == canonical
@@ -97,7 +107,7 @@ def test_empty_promises_what_compress_makes(level, shape):
             assert made[name][1] == promised[1]
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_round_trip_through_a_file_gives_a_finite_weight(level, dtype):
     level, W, stats = make(level)
@@ -109,7 +119,7 @@ def test_round_trip_through_a_file_gives_a_finite_weight(level, dtype):
     assert torch.equal(weight, exact.to(dtype)), "computed in float32, cast last"
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", EVERY)
 def test_the_same_input_gives_the_same_bytes(level):
     level, W, stats = make(level)
     before = W.clone()
@@ -119,7 +129,7 @@ def test_the_same_input_gives_the_same_bytes(level):
     assert torch.equal(W, before), "the weight itself is left alone"
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", EVERY)
 def test_weights_that_share_an_input_are_made_as_if_alone(level):
     level, W, stats = make(level)
     Ws = [W, W[:9] * 2, W.flip(0)]
@@ -146,7 +156,7 @@ def test_many_levels_are_made_as_if_alone(name):
         assert (got - expected).norm() <= 0.02 * expected.norm() + 1e-6
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", EVERY)
 def test_the_operator_is_the_decompressed_layer(level):
     level, W, stats = make(level)
     state = compose.compress(level, W, stats)
@@ -208,9 +218,34 @@ def test_tensor_names_leave_room_for_the_term_number(level):
     assert not any(k.rpartition("_")[2].isdigit() for k in compose.compress(level, W, stats))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", EVERY)
 def test_weights_with_nan_are_refused(level):
     level, W, stats = make(level)
     W[0, 0] = float("nan")
     with pytest.raises(ValueError, match="contains inf or NaN"):
         compose.compress(level, W, stats)
+
+
+@pytest.mark.parametrize("level, shape", CASES)
+def test_no_more_values_are_kept_than_counted(level, shape):
+    level, W, stats = make(level, shape)
+    kept = compose.kept_values(level, shape)
+    assert kept >= 0 and isinstance(kept, int)
+    if len(level.terms) == 1 and level.terms[0].method not in ("lowrank", "zero"):
+        weight = compose.decompress(level, compose.compress(level, W, stats), shape, W.dtype)
+        assert int((weight != 0).sum()) <= kept <= W.numel()
+
+
+@pytest.mark.parametrize(
+    ("level", "reason"),
+    [
+        ("dense + lowrank:rank=4", "dense leaves no error to compress"),
+        ("drop + lowrank:rank=4", "drop leaves no error to compress"),
+        ("gptq:bits=3,group_size=32 + dense", "dense cannot follow another term"),
+        ("gptq:bits=3,group_size=32 + zero", "zero cannot follow another term"),
+        ("lowrank:rank=4 + drop", "drop cannot follow another term"),
+    ],
+)
+def test_compositions_that_make_no_sense_are_refused_with_a_reason(level, reason):
+    with pytest.raises(ValueError, match=reason):
+        compose.normalize(level)
