@@ -144,27 +144,31 @@ def joint(bench: Bench) -> Iterator[Found]:
 def monotone(bench: Bench) -> None:
     """Search pairs of drop plans, one within the other, for one where the larger is better.
 
-    Single drops and pairs of the sub-blocks that cost most alone: there a second drop can undo
-    what the first does.
+    Pairs of the sub-blocks that cost most alone: there a second drop can undo what the first
+    does. Found on the first --tokens, confirmed on as many fresh ones as the second number says.
     """
     words = bench.words
     job = bench.job({"drop": 0.1}, drop={"tokens": words.drop_tokens})
-    evaluator = job.evaluator(job.build())
-    names = list(job.problem.added.options)
-    half = max(2, len(evaluator.tokens) // 2)
-    first = range(half)
-    single = dict(zip(names, evaluator.losses([{n: DROP} for n in names], first), strict=True))
-    worst = sorted(names, key=lambda name: -sum(single[name]))[: words.pairs_of]
+    store = job.build()
+    table = job.tables.of("knapsack", store)
+    if table is None:
+        raise ValueError("single drops were not measured")
+    cost = {g.units[0]: row[0] for g, row in zip(job.space.genes, table, strict=True)}
+    worst = sorted(cost, key=lambda name: -cost[name])[: words.pairs_of]
+    evaluator = job.evaluator(store)
+    found_on, confirmed_on = (max(2, n // words.seq_len) for n in words.tokens)
+    first, rest = range(found_on), range(found_on, found_on + confirmed_on)
     pairs = list(combinations(worst, 2))
-    losses = evaluator.losses([dict.fromkeys(pair, DROP) for pair in pairs], first)
+    plans = [{name: DROP} for name in worst] + [dict.fromkeys(pair, DROP) for pair in pairs]
+    losses = evaluator.losses(plans, first)
+    single = dict(zip(worst, losses, strict=False))
     gains = []
-    for pair, loss in zip(pairs, losses, strict=True):
+    for pair, loss in zip(pairs, losses[len(worst) :], strict=True):
         for name in pair:
             measured = compare(loss, single[name])
             gains.append((measured.mean, measured, name, pair))
     gains.sort(key=lambda gain: gain[0])
-    print(f"{len(pairs)} pairs of the {len(worst)} dearest sub-blocks, {half} sequences")
-    rest = range(half, len(evaluator.tokens))
+    print(f"{len(pairs)} pairs of the {len(worst)} dearest sub-blocks, {found_on} sequences")
     for _, measured, name, pair in gains[:5]:
         plans = [{name: DROP}, dict.fromkeys(pair, DROP)]
         small, large = evaluator.losses(plans, rest)
