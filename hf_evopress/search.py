@@ -47,12 +47,13 @@ STRATEGIES: dict[str, tuple[Callable[[Run, Any], Strategy], type]] = {
     "drop_perplexity": (knapsack, KnapsackSettings),
 }
 # Strategies that choose by losses other than the predicted KL; see `hf_evopress.tables`.
-TABLES = {
+TABLES: dict[str, str | None] = {
     "layer_error": "error",
     "owl": "owl",
     "block_influence": "influence",
     "window": "window",
     "drop_perplexity": "perplexity",
+    **dict.fromkeys(("evopress", "uniform", "random", "brute_force")),  # they look at none
 }
 WORST_LOSS = 1e6  # nats; stands for inf and nan, which a collapsed model gives
 STATE_VERSION = 1

@@ -51,6 +51,8 @@ class Tables:
     def of(self, strategy: str, store: LevelStore) -> Table | None:
         """Return the table that a strategy chooses by, None where there is none to be had."""
         name = TABLES.get(strategy, "sensitivity")
+        if name is None:
+            return None
         if name in ("influence", "window", "perplexity"):
             self._check_depth(strategy)
         return getattr(self, f"_{name}")(store)
