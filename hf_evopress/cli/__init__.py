@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import compress, inspect, share, tune
+from . import compress, inspect, refine, share, tune
 from .console import error_console
 
 HELP = """Give it a model and a size: it finds what each layer can bear, and writes an ordinary
@@ -37,7 +37,7 @@ app = typer.Typer(
 
 
 # typer carries its own copy of click, whose base of usage errors it does not export
-_UsageError = typer.BadParameter.__mro__[1]
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]
 
 
 def _print_version(is_asked: bool) -> None:
@@ -66,7 +66,7 @@ def settings(
             logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-for module in (compress, tune, inspect, share):
+for module in (compress, refine, tune, inspect, share):
     for name, command in module.COMMANDS.items():
         app.command(name)(command)
 
