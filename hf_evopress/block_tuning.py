@@ -38,6 +38,7 @@ class Tuning:
     code_rate: float = 0.01  # of one code, falling linearly to 0
     float_rate: float = 1e-3
     looks: int = 4  # how often the held-out loss is measured
+    bfloat16: bool = False  # multiply in bfloat16: 2 to 3 times faster where the CPU has it
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -102,26 +103,25 @@ def tune_block(
     states = {unit: level.state() for unit, level in tuned.items()}
     latents = [x for level in tuned.values() for x in level.latents()]
     floats = [x for level in tuned.values() for x in level.floats()]
-    optimizer = torch.optim.Adam(floats, lr=settings.float_rate, betas=(0.9, 0.95))
+    rates = (settings.code_rate, settings.float_rate)
+    optimizer = torch.optim.Adam(
+        [{"params": latents}, {"params": floats}], betas=(0.9, 0.95), foreach=False
+    )
     looks = {round(settings.steps * (k + 1) / settings.looks) for k in range(settings.looks)}
     inputs, targets = (_sequences(x) for x in (train.compressed, train.targets))
     for step, picked in enumerate(_batches(len(inputs), settings)):
         rate = 1.0 - step / settings.steps
-        with patched(model, _forwards(model, tuned)), torch.enable_grad():
+        mixed = torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=settings.bfloat16)
+        with torch.enable_grad(), patched(model, _forwards(model, tuned)), mixed:
             x, y = (torch.cat([all_of[i] for i in picked]) for all_of in (inputs, targets))
             value = loss(run(x), y)
         value.backward()
-        with torch.no_grad():
-            for latent in latents:
-                if latent.grad is not None:
-                    latent.add_(latent.grad.sign_(), alpha=-rate * settings.code_rate)
-                    latent.grad = None
-        for level in tuned.values():
-            level.bound()
-        for group in optimizer.param_groups:
-            group["lr"] = rate * settings.float_rate
+        for group, at_first in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * at_first
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        for level in tuned.values():
+            level.bound()
         if step + 1 in looks:
             now = _heldout(model, run, tuned, loss, heldout)
             logger.debug("step %d: train %.6f, held-out %.6f", step + 1, value.item(), now)

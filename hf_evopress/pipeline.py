@@ -21,6 +21,7 @@ from .data import tokenize_file
 from .evaluate import Report, compare, compare_many
 from .evaluator import Evaluator
 from .export.base import check_target, whole_folder
+from .finish import finish
 from .fitness.base import Fitness
 from .job import Job, versions
 from .level import Level
@@ -28,6 +29,7 @@ from .plan import Plan
 from .plugins import load
 from .quantizer import register_with_transformers
 from .recipe import Recipe
+from .refined import RefinedStates
 from .search import Search
 from .size import model_size, stored_bytes
 from .space import Genome
@@ -35,6 +37,7 @@ from .store import LevelStore, Progress
 
 logger = logging.getLogger(__name__)
 
+UNREFINED = "before refinement"
 PROMPT = "The capital of France is"
 
 
@@ -78,17 +81,19 @@ def compress(
     job = Job(recipe, fitness=fitness, progress=progress)
     if recipe.out is None:
         raise ValueError("say where to write the model: out in the recipe, or --out FOLDER")
-    unseen, window = _test_tokens(job, test, window)
+    unseen, window = unseen_tokens(job, test, window)
     store = seconds("levels", job.build)
     plan = seconds("search", lambda: find_plan(job, store))
     if not job.ranks.is_first:
         return Result(Path(recipe.out), plan, seconds=seconds.spent)
-    folder = seconds("export", lambda: export(job, store, plan))
-    rows, sample = seconds(
-        "evaluate", lambda: measure(job, store, plan, folder, unseen, window, max_windows)
-    )
+    states = store
+    if recipe.refine != "none":
+        states, plan = seconds("refine", partial(finish, job, store, plan))
+    folder = seconds("export", partial(export, job, states, plan))
+    measured = partial(measure, job, states, plan, folder, unseen, window, max_windows)
+    rows, sample = seconds("evaluate", measured)
     text = Path(test).name if test is not None else _unseen_name(recipe)
-    plan = plan.replace(results={**plan.results, **_figures(rows), "text": text})
+    plan = plan.replace(results={**plan.results, **figures(rows), "text": text})
     plan.save(folder)
     recipe.save(folder / "evopress_recipe.yaml")
     write_card(folder, plan, recipe)
@@ -159,6 +164,7 @@ def measure(
 ) -> tuple[tuple[Row, ...], str]:
     """Return the rows dense, uniform, compared, searched on `tokens` (n,), and a sentence.
 
+    store: what was exported; where it holds refined levels, a row is measured without them too.
     The searched row is the reloaded checkpoint. Raises RuntimeError if its logits are not, bit
     for bit, those that the search scored.
     """
@@ -176,6 +182,9 @@ def measure(
     models["searched"] = reloaded
     genome = job.genome(plan)
     sizes["searched"] = (job.space.bits_per_weight(genome), stored_bytes(folder))
+    if isinstance(store, RefinedStates):
+        models[UNREFINED] = partial(_logits, job.evaluator(store.store), plan.levels)
+        sizes[UNREFINED] = sizes["searched"]
     reports = compare_many(
         models, job.model, tokens, window=window, max_windows=max_windows, progress=job.progress
     )
@@ -222,7 +231,8 @@ def _logits(evaluator: Evaluator, levels: Mapping[str, Level], ids: Tensor) -> T
     return evaluator.logits(levels, ids.to(evaluator.device))
 
 
-def _test_tokens(job: Job, test: str | None, window: int) -> tuple[Tensor, int]:
+def unseen_tokens(job: Job, test: str | None, window: int) -> tuple[Tensor, int]:
+    """Return what to measure on, tokens (n,) of a text or unseen ones of the data, and a window."""
     if test is not None:
         tokens = tokenize_file(test, job.tokenizer)
         if len(tokens) < window:
@@ -236,7 +246,8 @@ def _unseen_name(recipe: Recipe) -> str:
     return f"unseen parts of {', '.join(Path(s).name for s in recipe.data.sources) or 'the data'}"
 
 
-def _figures(rows: tuple[Row, ...]) -> dict[str, Any]:
+def figures(rows: tuple[Row, ...]) -> dict[str, Any]:
+    """Return the rows as a plan's results hold them."""
     return {
         "evaluation": {
             row.name: {

@@ -24,6 +24,7 @@ from .resources import atomic_write, bundled, parse_size
 from .search import STRATEGIES, check_settings
 
 KINDS = ("attention", "mlp")
+REFINE = ("none", "fast", "best")  # see hf_evopress.refine
 DTYPES = ("auto", "bfloat16", "float16")
 
 
@@ -136,9 +137,11 @@ class Recipe:
     pin: Mapping[str, str] = field(default_factory=dict)  # glob -> level
     forbid: Mapping[str, str] = field(default_factory=dict)  # glob -> glob of levels
     search: Search = field(default_factory=Search)
+    refine: str = "none"  # fast: levels anew along the compressed prefix; best: tuned as well
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("refine", self.refine, REFINE)
         if not any(v is not None for v in dataclasses.asdict(self.budget).values()):
             raise ValueError("a recipe needs a budget: bits, size or ratio (for example bits: 3.3)")
         if self.budget.drop is not None:

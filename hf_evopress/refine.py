@@ -26,6 +26,7 @@ from .fingerprint import claim, model_fingerprint, tensor_fingerprint, text_fing
 from .level import Level
 from .methods.base import State
 from .patching import operators, patched
+from .recipe import REFINE
 from .refined import RefinedStates, write_block
 from .rounding import TunedLevel
 from .store import LevelStore, Progress
@@ -34,8 +35,6 @@ from .sub_blocks import find_sub_blocks
 from .two_streams import Sets, cross_moments, input_groups, two_streams
 
 logger = logging.getLogger(__name__)
-
-MODES = ("none", "fast", "best")
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ class Settings:
     tuning: Tuning = field(default_factory=Tuning)
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES[1:]:
-            raise ValueError(f"refine takes {', '.join(MODES)}; got {self.mode!r}")
+        if self.mode not in REFINE[1:]:
+            raise ValueError(f"refine takes {', '.join(REFINE)}; got {self.mode!r}")
         for alpha in self.alphas:
             if not 0.0 <= alpha <= 1.0:
                 raise ValueError(f"alphas are shares of a correction, in 0 .. 1; got {alpha}")
@@ -82,7 +81,7 @@ def refine(
     levels = {unit: compose.normalize(level) for unit, level in levels.items()}
     result = RefinedStates(store, folder, levels)
     claim(
-        result.folder,
+        result.refined,
         _made_from(model, store, levels, tokens, heldout, settings),
         what="refined levels",
     )

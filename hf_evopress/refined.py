@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -19,37 +18,30 @@ from .level import Level
 from .methods.base import State
 from .resources import atomic_path
 from .store import LevelStore, checksums
-from .units import Unit
 
 
-class RefinedStates:
+class RefinedStates(LevelStore):
     """A level store in which the levels of one plan have been made anew.
 
-    Other levels, and units without a file here, are those of `store`.
+    Other levels, and units of blocks without a file in `refined`, are those of `store`.
     """
 
     def __init__(self, store: LevelStore, folder: str | Path, levels: Mapping[str, Level]) -> None:
-        self.store, self.folder = store, Path(folder)
-        self.levels = {unit: compose.normalize(level) for unit, level in levels.items()}
-        self.units: dict[str, Unit] = store.units
+        self.__dict__.update(store.__dict__)
+        self.store, self.refined = store, Path(folder)
+        self.plan_levels = {unit: compose.normalize(level) for unit, level in levels.items()}
 
     def state(self, unit: str, level: Level | str) -> State:
         """Return the packed tensors of `unit` at `level`; a damaged file raises ValueError."""
-        level = compose.normalize(level)
-        if self.levels.get(unit) == level and unit in self.units:
+        if unit in self.units and self.plan_levels.get(unit) == compose.normalize(level):
             path = self.file(self.units[unit].block)
-            if path.is_file():
-                return read_block(path, [unit]).get(unit) or self.store.state(unit, level)
-        return self.store.state(unit, level)
-
-    def weight(self, unit: str, level: Level | str, dtype: torch.dtype) -> torch.Tensor:
-        """Return the decompressed weight (out, in) of `unit` at `level`."""
-        level = compose.normalize(level)
-        return compose.decompress(level, self.state(unit, level), self.units[unit].shape, dtype)
+            if path.is_file() and (found := read_block(path, [unit])):
+                return found[unit]
+        return super().state(unit, level)
 
     def file(self, block: int) -> Path:
         """Return where the states of a block are kept."""
-        return self.folder / f"block_{block:05d}.safetensors"
+        return self.refined / f"block_{block:05d}.safetensors"
 
 
 def write_block(path: Path, states: Mapping[str, State], notes: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from .options import (
     Out,
     Pin,
     Ratio,
+    RefineMode,
     Revision,
     SearchPool,
     Seed,
@@ -77,6 +78,7 @@ def compress(
     compare: Compare = None,
     fitness: FitnessWords = "kl",
     generations: Generations = None,
+    refine: RefineMode = "none",
     seed: Seed = 0,
     seq_len: SeqLen = 1024,
     calibration: Calibration = 56,
@@ -256,10 +258,11 @@ def _run(recipe: Recipe, test: str | None) -> None:
 
     with bars() as progress:
         result = run_line(recipe, test=test, progress=progress)
-    _show(result)
+    show_result(result)
 
 
-def _show(result: Result) -> None:
+def show_result(result: Result) -> None:
+    """Print heat map, figures and a sentence of a model that was made."""
     from ..cards import exact_bits
     from ..report import heat_map, results_table
 

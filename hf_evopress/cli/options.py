@@ -106,6 +106,14 @@ FitnessWords = Annotated[
     ),
 ]
 Generations = Annotated[int | None, typer.Option(help="Generations of the search.")]
+RefineMode = Annotated[
+    str,
+    typer.Option(
+        "--refine",
+        help="Finish the plan, at no extra byte: fast makes its levels anew along the compressed "
+        "layers, best tunes them by gradients as well (slower than all the rest).",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of data order and search.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per calibration and search sequence.")]
 Calibration = Annotated[int, typer.Option(help="Calibration sequences.")]
@@ -140,7 +148,11 @@ def recipe_of(**words: Any) -> Recipe:
         "seed": given["seed"],
     }
     recipe: dict[str, Any] = {
-        **{k: given[k] for k in ("model", "out", "work", "revision", "skip") if k in given},
+        **{
+            k: given[k]
+            for k in ("model", "out", "work", "revision", "skip", "refine")
+            if k in given
+        },
         "budget": {
             "drop" if k == "drop_ratio" else k: given[k]
             for k in ("bits", "size", "ratio", "sparsity", "drop_ratio")

@@ -1,0 +1,67 @@
+"""refine: finish a plan that is already there, at no extra byte."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .compress import show_result
+from .console import bars
+from .options import Calibration, Out, Revision, Seed, SeqLen, Texts, Work
+
+
+def refine(
+    plan: Annotated[str, typer.Argument(help="A plan or a compressed model: file, folder, Hub.")],
+    out: Out,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="fast: levels made anew on what the compressed layers before them produce; "
+            "best: codes and scales of each block tuned by gradients as well."
+        ),
+    ] = "best",
+    model: Annotated[
+        str | None, typer.Option(help="The dense model; default: the one the plan was made for.")
+    ] = None,
+    data: Texts = None,
+    test: Annotated[
+        str | None,
+        typer.Option(help="Text file for the final figures; default: unseen parts of the data."),
+    ] = None,
+    work: Work = None,
+    seed: Seed = 0,
+    seq_len: SeqLen = 1024,
+    calibration: Calibration = 56,
+    revision: Revision = None,
+) -> None:
+    """Finish a plan: tune its levels block by block against the dense model; bytes stay.
+
+    \b
+    hf-evopress refine plan.json --data text.txt --out smol-3.3bit-refined
+    hf-evopress refine smol-3.3bit --mode fast --data text.txt --out smol-3.3bit-refined
+
+    `compress --refine best` does the same at the end of a search, from the search's own levels.
+    Stop it with Ctrl-C at any time; the same command goes on at the next block.
+    """
+    from ..refine_plan import refine_plan
+
+    with bars() as progress:
+        result = refine_plan(
+            plan,
+            out,
+            mode=mode,
+            model=model,
+            data=data or (),
+            test=test,
+            work=work,
+            seed=seed,
+            seq_len=seq_len,
+            n_sequences=calibration,
+            revision=revision,
+            progress=progress,
+        )
+    show_result(result)
+
+
+COMMANDS = {"refine": refine}

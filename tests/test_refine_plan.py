@@ -1,0 +1,125 @@
+"""A refined plan ships like any other: same bytes, scored states, an ordinary checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hf_evopress import pipeline
+from hf_evopress.cli import main
+from hf_evopress.plan import Plan
+from hf_evopress.recipe import Recipe
+from hf_evopress.refine_plan import refine_plan
+from hf_evopress.size import stored_bytes
+
+LEVEL = "gptq:bits=2,group_size=32"
+DATA = {"seq_len": 64, "calibration": 24, "search": 16, "heldout": 4, "test": 12}
+
+
+@pytest.fixture(scope="module")
+def home(
+    trained_llama: nn.Module,
+    byte_tokenizer: Any,
+    structured_text: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    trained_llama.to(torch.bfloat16).save_pretrained(folder / "dense")  # type: ignore[operator]
+    trained_llama.float()
+    byte_tokenizer.save_pretrained(folder / "dense")
+    (folder / "text.txt").write_text(structured_text(900, seed=5))
+    return folder
+
+
+def recipe(home: Path, out: str, refine: str) -> Recipe:
+    return Recipe.from_dict(
+        {
+            "model": str(home / "dense"),
+            "out": str(home / out),
+            "work": str(home / "work"),
+            "budget": {"bits": 2.6},
+            "levels": [LEVEL],
+            "data": {"sources": [str(home / "text.txt")], **DATA},
+            "search": {"strategy": "knapsack", "sensitivity_tokens": 512},
+            "refine": refine,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(home: Path) -> pipeline.Result:
+    return pipeline.compress(recipe(home, "plain", "none"))
+
+
+@pytest.fixture(scope="module")
+def refined(home: Path) -> pipeline.Result:
+    return pipeline.compress(recipe(home, "refined", "fast"))
+
+
+def test_compress_with_refine_ships_a_closer_model_of_the_same_plan_and_size(
+    plain: pipeline.Result, refined: pipeline.Result
+) -> None:
+    assert refined.plan.levels == plain.plan.levels
+    tensors = [(r.folder / "model.safetensors").stat().st_size for r in (plain, refined)]
+    assert tensors[0] == tensors[1]
+    kl = {row.name: row.report.kl_nats for row in refined.rows}
+    assert kl["searched"] < kl[pipeline.UNREFINED]
+    assert kl[pipeline.UNREFINED] == pytest.approx(
+        next(row.report.kl_nats for row in plain.rows if row.name == "searched"), rel=1e-5
+    )
+
+
+def test_the_plan_notes_the_loss_before_and_after(refined: pipeline.Result) -> None:
+    notes = Plan.load(refined.folder).results["refined"]
+    assert notes["is_kept"] and notes["after"] < notes["before"] and notes["mode"] == "fast"
+
+
+def test_refinement_that_does_not_help_is_not_kept(
+    home: Path, plain: pipeline.Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([0.5, 0.6])
+    monkeypatch.setattr("hf_evopress.finish._loss", lambda *_: next(losses))
+    result = pipeline.compress(recipe(home, "kept", "fast"))
+    assert not result.plan.results["refined"]["is_kept"]
+    assert {row.name for row in result.rows} == {row.name for row in plain.rows}
+
+
+def test_a_plan_with_dropped_and_dense_units_is_refined_without_a_search(
+    home: Path, plain: pipeline.Result
+) -> None:
+    levels = {u: str(x) for u, x in plain.plan.levels.items() if "layers.1.self_attn" not in u}
+    levels |= {"model.layers.1.self_attn": "drop", "model.layers.0.mlp.up_proj": "dense"}
+    plan = Plan(levels, base_model=str(home / "dense"))
+    plan.save(home / "some.json")
+    result = refine_plan(
+        home / "some.json", home / "some", mode="fast", data=[str(home / "text.txt")],
+        n_sequences=24, seq_len=64,
+    )  # fmt: skip
+    assert {u: str(x) for u, x in result.plan.levels.items()} == levels
+    assert result.plan.results["refined"]["after"] < result.plan.results["refined"]["before"]
+
+
+def test_the_command_refines_a_compressed_model(
+    home: Path, plain: pipeline.Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["refine", plain.folder, "--mode", "fast", "--data", home / "text.txt", "--out"]
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, words), str(home / "by"), "--calibration", "24", "--seq-len", "64"])
+    assert not ended.value.code, capsys.readouterr().err
+    assert pipeline.UNREFINED in capsys.readouterr().out
+    assert abs(stored_bytes(home / "by") - stored_bytes(plain.folder)) < 20_000  # card and plan
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"), [("none", "changes nothing"), ("bset", "did you mean 'best'")]
+)
+def test_an_unknown_mode_is_refused(
+    home: Path, plain: pipeline.Result, mode: str, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        refine_plan(plain.folder, home / "no", mode=mode)
