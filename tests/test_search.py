@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_evopress.baselines import knapsack
 from hf_evopress.budget import Budget
-from hf_evopress.search import STRATEGIES, Search
+from hf_evopress.knapsack import total_loss
+from hf_evopress.search import STRATEGIES, TABLES, Search
 from hf_evopress.space import Genome, SearchSpace
 
-from .spaces import random_space, random_table
+from .spaces import all_genomes, random_space, random_table
 
 Loss = Callable[[Genome, int], float]  # genome, sequence -> loss
 
@@ -59,7 +61,7 @@ def problem(seed: int, strategy: str) -> tuple[SearchSpace, Budget, list[list[fl
     return space, Budget(rng.randint(low, space.max_cost), "random"), table
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", QUICK)
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_the_budget_is_never_exceeded_and_ties_never_broken(strategy: str, seed: int) -> None:
@@ -79,7 +81,7 @@ def test_the_budget_is_never_exceeded_and_ties_never_broken(strategy: str, seed:
     assert budget.allows(space, search.best)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", QUICK)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_search_killed_at_any_step_resumes_to_the_identical_result(
     strategy: str, seed: int
@@ -222,3 +224,22 @@ def test_each_generation_is_a_line_of_the_log(caplog: pytest.LogCaptureFixture) 
     space = linears(6)
     search = drive(Search(space, Budget.parse(space, bits=3)), lambda genome, s: float(genome[0]))
     assert len(search.history) == sum("generation" in r.message for r in caplog.records)
+
+
+def test_baselines_that_are_not_tried_here_are_the_knapsack_over_other_losses() -> None:
+    others = set(STRATEGIES) - set(QUICK) - {"brute_force"}
+    assert others == {name for name, table in TABLES.items() if table}
+    assert {STRATEGIES[name][0] for name in others} == {knapsack}
+
+
+def test_brute_force_finds_the_best_plan_within_the_budget() -> None:
+    space = linears(3)
+    rng = Random(1)
+    table = random_table(rng, space)
+    search = Search(space, Budget(90, "90 bits"), strategy="brute_force", n_sequences=2)
+    found = drive(search, lambda genome, _: total_loss(space, table, genome)).best
+    within = [genome for genome in all_genomes(space) if space.cost(genome) <= 90]
+    assert search.report["plans"] == len(within)
+    assert found == min(within, key=lambda genome: total_loss(space, table, genome))
+    with pytest.raises(ValueError, match="up to 27 plans"):
+        Search(space, Budget(90, "90 bits"), strategy="brute_force", plans=8)
