@@ -211,7 +211,7 @@ def test_single_drops_are_measured_once(home: Path) -> None:
     same["work"] = str(home / "single")
     job = Job(recipe(home, **same))
     table = job.tables.of("evolve", job.build())
-    (path,) = (home / "single" / "scores").glob("drops-kl-*.json")
+    (path,) = (home / "single" / "scores").glob("drops-*.json")
     kept = json.loads(path.read_text())
     assert len(kept) == 6 and min(kept.values()) > 0
     path.write_text(json.dumps(dict.fromkeys(kept, 7.0)))
