@@ -1,0 +1,170 @@
+"""What refinement is worth: KL, perplexity and CPU seconds of plans before and after, same bytes.
+
+    python tests/benchmarks/refine.py .cache/SmolLM2-135M-Instruct \
+        --data calibration.txt --test wiki.test.raw --bits 2.8 3.3 --modes fast best \
+        --plans uniform knapsack --out refine.json
+
+The plans come from the level store that tests/benchmarks/quality.py leaves in --work. Every row
+is evaluated in one pass over the same windows, so differences between rows are paired. Blocks
+that are finished are kept in --work: a run that was stopped goes on, and reports the CPU seconds
+of what it did itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hf_evopress.block_tuning import Tuning
+from hf_evopress.data import tokenize_file
+from hf_evopress.evaluate import compare_many
+from hf_evopress.fingerprint import text_fingerprint
+from hf_evopress.finish import settings_of
+from hf_evopress.job import Job
+from hf_evopress.pipeline import best_uniform, find_plan
+from hf_evopress.recipe import Recipe
+from hf_evopress.refine import Settings, refine
+from hf_evopress.sensitivity import load_moments
+from hf_evopress.store import LevelStore
+
+
+def main() -> None:
+    words = arguments()
+    functions: dict[str, Any] = {}
+    about: dict[str, dict[str, Any]] = {}
+    job = None
+    for bits in words.bits:
+        job = share(Job(recipe(words, bits)), job)
+        store = LevelStore(f"{words.work}/store") if words.as_is else job.build()
+        for kind in words.plans:
+            levels, stored = plan_of(kind, job, store)
+            if levels is None:
+                print(f"no uniform plan fits {bits} bits")
+                continue
+            for mode in ("none", *words.modes):
+                name = f"{kind} {bits} {mode}"
+                start = time.process_time()
+                states = refined(job, store, levels, mode, words)
+                about[name] = {
+                    "bits_per_weight": stored,
+                    "cpu_seconds": round(time.process_time() - start),
+                }
+                functions[name] = partial(job.evaluator(states).logits, levels)
+                print(name, about[name], flush=True)
+    assert job is not None
+    tokens = tokenize_file(words.test, job.tokenizer)
+    reports = compare_many(
+        functions, job.model, tokens, window=words.window, max_windows=words.windows
+    )
+    rows = []
+    print("\n| plan | stored bits | perplexity | KL (nats) | same top-1 | CPU s |")
+    print("|---|---|---|---|---|---|")
+    for name, report in reports.items():
+        row = {
+            "plan": name,
+            **about[name],
+            "perplexity": report.perplexity,
+            "kl_nats": report.kl_nats,
+            "kl_windows": list(report.kl_windows),
+            "top1_agreement": report.top1_agreement,
+        }
+        rows.append(row)
+        print(
+            f"| {name} | {row['bits_per_weight']:.3f} | {report.perplexity:.2f} | "
+            f"{report.kl_nats:.4f} | {report.top1_agreement:.1%} | {row['cpu_seconds']} |"
+        )
+    if words.out:
+        Path(words.out).write_text(json.dumps({"settings": vars(words), "rows": rows}, indent=1))
+
+
+def refined(job: Job, store: Any, levels: Any, mode: str, words: argparse.Namespace) -> Any:
+    """Return the states of levels after `mode`, from the files of an earlier run if any."""
+    if mode == "none":
+        return store
+    ours = settings_of(job).tuning
+    tuning = Tuning(
+        steps=words.steps,
+        batch=words.batch,
+        code_rate=words.code_rate,
+        float_rate=words.float_rate,
+        bfloat16=ours.bfloat16,
+    )
+    settings = Settings(mode, tuple(words.alphas), tuning)
+    name = text_fingerprint(repr(settings), str(words.sequences), str(sorted(levels.items())))
+    return refine(
+        job.model,
+        store,
+        levels,
+        job.tokens["calibration"][: words.sequences],
+        job.tokens["heldout"],
+        Path(words.work) / "refined" / name,
+        settings=settings,
+        moments=partial(load_moments, words.work),
+        progress=lambda *done: print(*done, f"{time.process_time():.0f} CPU s", flush=True),
+    )
+
+
+def plan_of(kind: str, job: Job, store: Any) -> tuple[Any, float]:
+    if kind != "uniform":
+        plan = find_plan(job, store)
+        return dict(plan.levels), plan.budget["bits_per_weight"]
+    found = best_uniform(job)
+    if found is None:
+        return None, 0.0
+    return job.levels(found[1]), job.space.bits_per_weight(found[1])
+
+
+def share(job: Job, other: Job | None) -> Job:
+    """Return `job` with the model and tokens that another job of the same recipe has loaded."""
+    if other is not None:
+        job.__dict__.update({k: other.__dict__[k] for k in ("model", "tokens", "tokenizer")})
+    return job
+
+
+def recipe(words: argparse.Namespace, bits: float) -> Recipe:
+    counts = {"calibration": words.calibration, "search": words.search, "heldout": 2, "test": 0}
+    return Recipe.from_dict(
+        {
+            "model": words.model,
+            "work": words.work,
+            "budget": {"bits": bits},
+            **({"levels": words.level} if words.level else {}),
+            "data": {"sources": [words.data], "seq_len": words.seq_len, **counts},
+            "search": {"strategy": "knapsack"},
+        }
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True, help="calibration text")
+    parser.add_argument("--test", required=True, help="evaluation text")
+    parser.add_argument("--work", default="demo/quality.work")
+    parser.add_argument("--as-is", action="store_true", help="take the store in --work unchecked")
+    parser.add_argument("--bits", type=float, nargs="+", default=[3.3])
+    parser.add_argument("--plans", nargs="+", default=["knapsack"], help="uniform, knapsack")
+    parser.add_argument("--modes", nargs="+", default=["fast", "best"])
+    parser.add_argument("--alphas", type=float, nargs="+", default=list(Settings().alphas))
+    tuning = Tuning()
+    parser.add_argument("--steps", type=int, default=tuning.steps)
+    parser.add_argument("--batch", type=int, default=tuning.batch)
+    parser.add_argument("--code-rate", type=float, default=tuning.code_rate)
+    parser.add_argument("--float-rate", type=float, default=tuning.float_rate)
+    parser.add_argument("--sequences", type=int, default=None, help="of calibration, to refine on")
+    parser.add_argument("--level", nargs="+", help="the menu; default: the package's")
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--calibration", type=int, default=52)
+    parser.add_argument("--search", type=int, default=16)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=10)
+    parser.add_argument("--out")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
