@@ -110,7 +110,8 @@ def sparsity(bench: Bench) -> Iterator[Found]:
     for share in bench.words.at:
         job = bench.job({"sparsity": share})
         store = job.build()
-        for strategy in ("uniform", "owl", "layer_error", "knapsack"):
+        yield from uniform(f"sparsity {share}", job, store)
+        for strategy in ("owl", "layer_error", "knapsack"):
             yield bench.found(f"sparsity {share}: {strategy}", job, store, strategy)
         yield bench.found(f"sparsity {share}: searched", job, store)
 
@@ -119,9 +120,10 @@ def lowrank(bench: Bench) -> Iterator[Found]:
     for share in bench.words.at:
         job = bench.job({"sparsity": share}, families=["lowrank"])
         store = job.build()
-        for strategy in ("uniform", "knapsack"):
-            yield bench.found(f"ranks, {1 - share:g} of values: {strategy}", job, store, strategy)
-        yield bench.found(f"ranks, {1 - share:g} of values: searched", job, store)
+        name = f"ranks, {1 - share:g} of values"
+        yield from uniform(name, job, store)
+        yield bench.found(f"{name}: knapsack", job, store, "knapsack")
+        yield bench.found(f"{name}: searched", job, store)
 
 
 def joint(bench: Bench) -> Iterator[Found]:
@@ -135,10 +137,15 @@ def joint(bench: Bench) -> Iterator[Found]:
             starts = [job.genome(part.levels) for part in parts] if name == "everything" else []
             parts.append(bench.found(f"{bits} bits: {name}", job, store, starts=starts))
             yield parts[-1]
-        if (uniform := best_uniform(job)) is not None:
-            level, genome = uniform
-            rate = job.space.bits_per_weight(genome)
-            yield Found(f"{bits} bits: {level}", job, store, job.levels(genome), rate)
+        yield from uniform(f"{bits} bits", job, store)
+
+
+def uniform(budget: str, job: Job, store: LevelStore) -> Iterator[Found]:
+    """Yield the dearest uniform plan within the budget, if there is one."""
+    if (found := best_uniform(job)) is not None:
+        name, genome = found
+        bits = job.space.bits_per_weight(genome)
+        yield Found(f"{budget}: {name}", job, store, job.levels(genome), bits)
 
 
 def monotone(bench: Bench) -> None:
