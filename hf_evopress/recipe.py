@@ -115,6 +115,34 @@ class Search:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """An EoRA adapter for the finished model, written to OUT-eora."""
+
+    sources: tuple[str, ...] = ()  # text of the task; none: that of `data`
+    rank: int | None = None  # the same for every layer
+    size: str | None = None  # bytes of the file, such as 8MB: ranks are chosen to fit it best
+    error: float | None = None  # share of its output that each layer may get wrong
+    prefix: bool = False  # make up for the errors of earlier layers as well
+    calibration: int = 64  # sequences
+
+    def __post_init__(self) -> None:
+        said = [k for k in ("rank", "size", "error") if getattr(self, k) is not None]
+        if len(said) != 1:
+            raise ValueError(f"an adapter needs one of rank, size or error; got {said or 'none'}")
+        if self.size is not None:
+            parse_size(self.size)
+        _at_least(self, 1, "calibration")
+
+
+@dataclass(frozen=True)
+class Tune:
+    """A training run on the finished model, written to OUT-tuned."""
+
+    sources: tuple[str, ...] = ()  # text to train on; none: that of `data`
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of `hf-evopress tune`
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What to compress, with what, to which size, and where to.
 
@@ -138,6 +166,8 @@ class Recipe:
     forbid: Mapping[str, str] = field(default_factory=dict)  # glob -> glob of levels
     search: Search = field(default_factory=Search)
     refine: str = "none"  # fast: levels anew along the compressed prefix; best: tuned as well
+    adapter: Adapter | None = None
+    tune: Tune | None = None
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)

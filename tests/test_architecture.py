@@ -26,7 +26,7 @@ LAYERS = (
     "config compress_on_load quantizer",
     "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer "
     "export/ evaluate size report plots cards hub html_report published",
-    "problem tables job finish pipeline refine_plan front repair tune",
+    "problem tables job finish pipeline refine_plan front repair tune follow_up",
     "cli/ __main__",
 )
 # Heavy or optional: imported inside the function that needs them.

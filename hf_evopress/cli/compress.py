@@ -43,6 +43,7 @@ from .options import (
     bits_of,
     recipe_of,
 )
+from .tune import show_follow_up
 
 if TYPE_CHECKING:
     from ..job import Job
@@ -256,9 +257,19 @@ def _front(words: dict[str, Any], out: str) -> None:
 def _run(recipe: Recipe, test: str | None) -> None:
     from ..pipeline import compress as run_line
 
+    if recipe.adapter is not None or recipe.tune is not None:
+        from ..follow_up import check_follow_up
+
+        check_follow_up(recipe)
     with bars() as progress:
         result = run_line(recipe, test=test, progress=progress)
     show_result(result)
+    if recipe.adapter is not None or recipe.tune is not None:
+        from ..follow_up import follow_up
+
+        with bars() as progress:
+            made = follow_up(recipe, result.folder, progress=progress)
+        show_follow_up(made)
 
 
 def show_result(result: Result) -> None:

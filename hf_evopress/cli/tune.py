@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -73,9 +74,7 @@ def adapt(
 
     The result is an ordinary PEFT LoRA adapter; no training, one pass over the text.
     """
-    from ..adapters import read_adapter
     from ..repair import adapt as run
-    from ..resources import format_size
 
     with bars() as progress:
         folder = run(
@@ -93,14 +92,7 @@ def adapt(
             seed=seed,
             progress=progress,
         )
-    adapter = read_adapter(folder)
-    ranks = sorted(adapter.ranks.values())
-    console.print(
-        f"adapter written to {folder}: {len(ranks)} layers, ranks {ranks[0]} to {ranks[-1]}, "
-        f"{format_size(adapter.size_bytes)}",
-        markup=False,
-        soft_wrap=True,
-    )
+    _show_adapter(folder)
 
 
 def tune(
@@ -194,6 +186,28 @@ def merge(
             progress=progress,
         )
     _show_merged(result, against)
+
+
+def show_follow_up(made: dict[str, Any]) -> None:
+    """Print what a recipe did after its model was made."""
+    if "adapter" in made:
+        _show_adapter(made["adapter"])
+    if "tune" in made:
+        _show_tuned(made["tune"])
+
+
+def _show_adapter(folder: Path) -> None:
+    from ..adapters import read_adapter
+    from ..resources import format_size
+
+    adapter = read_adapter(folder)
+    ranks = sorted(adapter.ranks.values())
+    console.print(
+        f"adapter written to {folder}: {len(ranks)} layers, ranks {ranks[0]} to {ranks[-1]}, "
+        f"{format_size(adapter.size_bytes)}",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _show_tuned(result: Tuned) -> None:
