@@ -52,7 +52,8 @@ def main() -> None:
 
 def measure(step: str, depth: int, folder: Path, words: argparse.Namespace) -> float:
     """Return the peak memory in MB of a fresh process that does one step."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_evopress.pipeline"])  # imported once, for all
     answers: Any = context.Queue()
     process = context.Process(target=work, args=(step, depth, str(folder), words, answers))
     process.start()
