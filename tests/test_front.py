@@ -172,7 +172,7 @@ def test_levels_can_be_looked_at_token_by_token(
 
 
 def test_a_sum_of_fitnesses_is_what_the_command_line_searches_for(
-    home: Path, tmp_path: Path
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["search", str(home / "dense"), "--work", str(home / "work2"), "--bits", "3.2"]
     words += ["--data", str(home / "text.txt"), "--out", str(tmp_path / "plan.json")]
@@ -182,3 +182,4 @@ def test_a_sum_of_fitnesses_is_what_the_command_line_searches_for(
         main([*words, "--fitness", "kl*0.5 + perplexity*0.5"])
     assert exit.value.code == 0
     assert Plan.load(tmp_path / "plan.json").search["fitness"] == "kl*0.5 + perplexity*0.5"
+    assert "against knapsack: " in capsys.readouterr().out

@@ -188,6 +188,7 @@ def search(
     \b
     hf-evopress search MODEL --work smol.work --data text.txt --bits 2.8 --out plan-2.8.json
     hf-evopress search MODEL --work smol.work --data text.txt --bits 2.5:4.5 --out front
+    torchrun --nproc-per-node 2 -m hf_evopress search MODEL ...      the same plan, sooner
     """
     words = {**locals(), "out": None}
     if bits is not None and ":" in bits:
@@ -201,6 +202,12 @@ def search(
         plan = find_plan(job, job.build())
     path = plan.save(out) if job.ranks.is_first else out
     console.print(plan.summary(), markup=False)
+    for name, found in plan.search.get("against", {}).items():
+        console.print(
+            f"against {name}: {found['difference']:+.4f} +- {found['stderr']:.4f} nats per token "
+            f"on {found['sequences']} held-out sequences",
+            markup=False,
+        )
     console.print(f"plan written to {path}", markup=False)
 
 
