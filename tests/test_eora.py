@@ -212,6 +212,27 @@ def test_models_quantised_by_others_are_repaired_too(
     assert kl(dense, fixed, unseen) < 0.8 * kl(dense, stock, unseen)
 
 
+@pytest.mark.slow
+def test_a_bitsandbytes_model_is_repaired(
+    tiny_model: Any, text_tokens: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_model().save_pretrained(tmp_path / "dense")
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    nf4 = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense",
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, **settings),
+        device_map="cpu",
+        dtype=torch.float32,
+    )
+    tokens, unseen = text_tokens(8, 64), text_tokens(2, 64, seed=5)
+    eora(nf4, tiny_model(), tokens, tmp_path / "adapter", rank=16)
+    before = kl(tiny_model(), nf4, unseen)
+    assert kl(tiny_model(), load_adapter(nf4, tmp_path / "adapter"), unseen) < 0.5 * before
+
+
 def test_layers_without_error_get_no_factors(dense: Any, tokens: Tensor, tmp_path: Path) -> None:
     model = copy.deepcopy(dense)
     levels = {u.name: LEVEL if "q_proj" in u.name else "dense" for u in find_units(model)}
