@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import compose
 from .level import Level
@@ -176,8 +177,15 @@ class CompressedLinear(nn.Linear):
         W = self._expanded() if "expanded_weight" in self._buffers else None
         if W is not None and W.dtype == input.dtype:
             return F.linear(input, W, self._fixed_bias())
-        run = compose.operator(self.level, self.state, self.bias, self.shape, input.dtype)
-        return run(input)
+        trains = torch.is_grad_enabled() and any(t.requires_grad for t in self.state.values())
+        if trains and not torch.compiler.is_compiling():
+            # the graph from scales to the dense weight would take twice a dense layer's memory
+            kept: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(self._run, input, **kept)
+        return self._run(input)
+
+    def _run(self, x: Tensor) -> Tensor:
+        return compose.operator(self.level, self.state, self.bias, self.shape, x.dtype)(x)
 
     def expand(self) -> None:
         """Compute the dense weight and keep it beside the packed tensors, which alone are saved.

@@ -78,6 +78,29 @@ def test_scales_that_are_trained_still_get_their_gradient() -> None:
     assert grad is not None and bool((grad != 0).any())
 
 
+def test_training_scales_keeps_no_dense_weight_either() -> None:
+    packed = layer("rtn:bits=4,group_size=32")
+    scales = packed.get_parameter("scales")
+    packed.register_parameter("scales", nn.Parameter(scales.float()))
+    kept: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    x = torch.randn(2, 64)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = packed(x)
+    assert max(kept, default=0) < 24 * 64
+    y.pow(2).sum().backward()
+    got = packed.get_parameter("scales").grad
+    copy = packed.get_parameter("scales").detach().clone().requires_grad_()
+    state = {**packed.state, "scales": copy}
+    W = compose.decompress(packed.level, state, packed.shape, torch.float32)
+    F.linear(x, W, packed.bias).pow(2).sum().backward()
+    assert got is not None and torch.allclose(got, copy.grad)  # type: ignore[arg-type]
+
+
 def test_autocast_and_bfloat16_inputs_give_gradients_in_their_own_dtype() -> None:
     W = torch.randn(4, 8)
     x = torch.randn(3, 8, requires_grad=True)
