@@ -28,6 +28,7 @@ from .pareto import ParetoSettings, pareto
 from .plugins import did_you_mean
 from .rounds import Losses, Round, Run, Strategy
 from .space import Genome, SearchSpace, Table
+from .swap import SwapSettings, swap
 
 __all__ = ["STRATEGIES", "Losses", "Round", "Search"]
 
@@ -39,6 +40,7 @@ STRATEGIES: dict[str, tuple[Callable[[Run, Any], Strategy], type]] = {
     "random": (best_of_random, RandomSettings),
     "pareto": (pareto, ParetoSettings),
     "brute_force": (brute_force, BruteForceSettings),
+    "swap": (swap, SwapSettings),
     # Published baselines: the knapsack, over the losses that TABLES names.
     "layer_error": (knapsack, KnapsackSettings),
     "owl": (knapsack, KnapsackSettings),

@@ -18,7 +18,7 @@ NAME = "hf_evopress"
 # for every module in that folder; the first row knows names, levels and integers, never torch.
 LAYERS = (
     "level patterns plugins resources after_import hub_errors plan_repo card_template plan_push plan genes "
-    "space budget drop_counts knapsack pareto paired mixture search_log surrogate rounds evopress_search evolve "
+    "space budget drop_counts knapsack pareto paired mixture search_log surrogate rounds evopress_search swap evolve "
     "baselines search recipe recipe_schema",
     "checksums linalg packing recompute grid codes obs sparse methods/ compose menu layers",
     "ranks data token_cache units sub_blocks dropped fingerprint stream calibrate sensitivity store stitch "
@@ -26,7 +26,7 @@ LAYERS = (
     "config compress_on_load quantizer",
     "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer "
     "export/ evaluate size report plots cards hub html_report published",
-    "problem tables job finish pipeline refine_plan front repair tune follow_up",
+    "problem tables reporting job finish pipeline refine_plan front repair tune follow_up",
     "cli/ __main__",
 )
 # Heavy or optional: imported inside the function that needs them.

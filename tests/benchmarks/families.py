@@ -61,9 +61,9 @@ class Bench:
     def job(self, budget: Mapping[str, float], strategy: str = "evolve", **more: Any) -> Job:
         words = self.words
         counts = {"calibration": words.calibration, "search": words.search, "heldout": 2, "test": 0}
-        settings: dict[str, Any] = {}
-        if strategy == "evolve":
-            settings = {"generations": words.generations, "tokens": words.tokens}
+        settings: dict[str, Any] = {"generations": words.generations}
+        if words.tokens:
+            settings["tokens"] = words.tokens
         recipe = {
             "model": words.model,
             "work": words.work,
@@ -98,7 +98,7 @@ class Bench:
 
 def drops(bench: Bench) -> Iterator[Found]:
     for share in bench.words.at:
-        job = bench.job({"drop": share}, drop={"tokens": bench.words.drop_tokens})
+        job = bench.job({"drop": share}, "swap", drop={"tokens": bench.words.drop_tokens})
         store = job.build()
         rivals = [bench.found(f"{share:.1%}: {s}", job, store, s) for s in DEPTH]
         yield from rivals
@@ -163,7 +163,7 @@ def monotone(bench: Bench) -> None:
     cost = {g.units[0]: row[0] for g, row in zip(job.space.genes, table, strict=True)}
     worst = sorted(cost, key=lambda name: -cost[name])[: words.pairs_of]
     evaluator = job.evaluator(store)
-    found_on, confirmed_on = (max(2, n // words.seq_len) for n in words.tokens)
+    found_on, confirmed_on = (max(2, n // words.seq_len) for n in words.tokens or (2048, 8192))
     first, rest = range(found_on), range(found_on, found_on + confirmed_on)
     pairs = list(combinations(worst, 2))
     plans = [{name: DROP} for name in worst] + [dict.fromkeys(pair, DROP) for pair in pairs]
@@ -255,7 +255,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--at", type=float, nargs="+", default=[])
     parser.add_argument("--work", default="demo/families.work")
     parser.add_argument("--generations", type=int, default=8)
-    parser.add_argument("--tokens", type=int, nargs=2, default=[2048, 8192])
+    parser.add_argument("--tokens", type=int, nargs="+", help="of the strategy's rounds")
     parser.add_argument("--drop-tokens", type=int, default=2048)
     parser.add_argument("--pairs-of", type=int, default=12)
     parser.add_argument("--seq-len", type=int, default=512)
