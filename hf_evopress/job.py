@@ -36,6 +36,7 @@ from .plan import Plan
 from .problem import pose
 from .ranks import start
 from .recipe import Recipe
+from .reporting import Reports
 from .resources import atomic_write
 from .search import Search
 from .search_log import ENDING, SearchLog
@@ -62,12 +63,14 @@ class Job:
         recipe: Recipe,
         *,
         fitness: Fitness | None = None,
+        report_to: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
         self.recipe, self.ranks = recipe, start()
         self.fitness = fitness if fitness is not None else fitness_of(recipe.search.fitness)
         self._fitness_words = recipe.search.fitness if fitness is None else repr(fitness)
         self.progress = progress if self.ranks.is_first else None
+        self.reports = Reports(report_to if self.ranks.is_first else (), self.work)
         if recipe.out is not None:
             check_target(recipe.out)
         self.config = _dense_config(recipe)

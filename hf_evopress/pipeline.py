@@ -69,16 +69,18 @@ def compress(
     window: int = 2048,
     max_windows: int | None = 10,
     fitness: Fitness | None = None,
+    report_to: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Result:
     """Return the model of `recipe`, compressed, written to its folder, reloaded and measured.
 
     test: a text file for the figures, in windows of `window` tokens; by default sequences of the
     recipe's own data that neither calibration nor search has seen. fitness: what to minimise,
-    where the recipe's words cannot say it. Of several processes all search, the first writes.
+    where the recipe's words cannot say it. report_to: as of transformers' Trainer, such as
+    tensorboard. Of several processes all search, the first writes.
     """
     seconds = _Clock()
-    job = Job(recipe, fitness=fitness, progress=progress)
+    job = Job(recipe, fitness=fitness, report_to=report_to, progress=progress)
     if recipe.out is None:
         raise ValueError("say where to write the model: out in the recipe, or --out FOLDER")
     unseen, window = unseen_tokens(job, test, window)
@@ -128,6 +130,10 @@ def run_search(
         _tell(job, search, asked.stage)
         search.tell(evaluator.losses(plans, asked.sequences))
         job.keep(search)
+        if strategy is None:
+            job.reports.update(search.history)
+    if strategy is None:
+        job.reports.close()
     return search
 
 

@@ -133,11 +133,17 @@ def test_a_range_that_makes_no_sense_is_refused(
 
 
 def test_each_generation_is_in_the_log_and_in_the_plan(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"generations": 2, "tokens": [256, 256]}
     job = Job(recipe(home, settings=settings))
+    sent: list[Any] = []
+    monkeypatch.setattr(job.reports, "update", lambda history: sent.append(len(history)))
     plan = find_plan(job, job.build())
+    assert sent and sent[-1] == len(plan.search["history"])
     log = max((home / "work" / "search").glob("*.jsonl"), key=lambda p: p.stat().st_mtime)
     written = [{k: v for k, v in row.items() if k != "time"} for row in read_log(log)]
     assert written == [dict(row) for row in plan.search["history"]]

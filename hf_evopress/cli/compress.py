@@ -29,6 +29,7 @@ from .options import (
     Pin,
     Ratio,
     RefineMode,
+    ReportTo,
     Revision,
     SearchPool,
     Seed,
@@ -177,6 +178,7 @@ def search(
     compare: Compare = None,
     fitness: FitnessWords = "kl",
     generations: Generations = None,
+    report_to: ReportTo = None,
     seed: Seed = 0,
     seq_len: SeqLen = 1024,
     calibration: Calibration = 56,
@@ -198,7 +200,7 @@ def search(
     from ..pipeline import find_plan
 
     with bars() as progress:
-        job = Job(recipe, progress=progress)
+        job = Job(recipe, report_to=report_to or (), progress=progress)
         plan = find_plan(job, job.build())
     path = plan.save(out) if job.ranks.is_first else out
     console.print(plan.summary(), markup=False)
@@ -254,7 +256,7 @@ def _front(words: dict[str, Any], out: str) -> None:
 
     check_front_target(out)
     with bars() as progress:
-        job = Job(recipe, progress=progress)
+        job = Job(recipe, report_to=words["report_to"] or (), progress=progress)
         plans = find_front(job, job.build())
     if job.ranks.is_first:
         save_front(plans, out)

@@ -89,7 +89,7 @@ Forbid = Annotated[
 Strategy = Annotated[
     str,
     typer.Option(
-        help="evolve (ours), evopress (as published), knapsack, uniform, random, brute_force, "
+        help="evolve (ours), evopress (as published), knapsack, uniform, random, brute_force, swap, "
         "layer_error; of sparsity owl; of drops block_influence, window, drop_perplexity."
     ),
 ]
@@ -104,6 +104,10 @@ FitnessWords = Annotated[
         help="What the search minimises: a name, or a sum such as 'kl*0.7 + perplexity*0.3'; "
         "see hf-evopress list.",
     ),
+]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(help="Show the generations in tensorboard, trackio, wandb, ... Repeat."),
 ]
 Generations = Annotated[int | None, typer.Option(help="Generations of the search.")]
 RefineMode = Annotated[
