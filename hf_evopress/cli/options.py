@@ -89,8 +89,8 @@ Forbid = Annotated[
 Strategy = Annotated[
     str,
     typer.Option(
-        help="evolve (ours), evopress (as published), knapsack, uniform, random, brute_force, swap, "
-        "layer_error; of sparsity owl; of drops block_influence, window, drop_perplexity."
+        help="evolve (ours), evopress (as published), knapsack, uniform, random, brute_force, "
+        "layer_error; of sparsity owl; of drops swap, block_influence, window, drop_perplexity."
     ),
 ]
 Compare = Annotated[
