@@ -17,15 +17,16 @@ NAME = "hf_evopress"
 # A module imports from rows above and from its own row, without cycles. A name with `/` stands
 # for every module in that folder; the first row knows names, levels and integers, never torch.
 LAYERS = (
-    "level patterns plugins resources after_import hub_errors plan_repo card_template plan_push plan genes "
-    "space budget drop_counts knapsack pareto paired mixture search_log surrogate rounds evopress_search swap evolve "
-    "baselines search recipe recipe_schema",
+    "level patterns plugins resources after_import hub_errors plan_repo card_template plan_push "
+    "plan genes space budget drop_counts knapsack pareto paired mixture search_log surrogate "
+    "rounds evopress_search swap evolve baselines search recipe recipe_schema",
     "checksums linalg packing recompute grid codes obs sparse methods/ compose menu layers",
-    "ranks data token_cache units sub_blocks dropped fingerprint stream calibrate sensitivity store stitch "
-    "fitness/ objective head evaluator scores diagnose patching asymmetric two_streams rounding block_tuning refined refine",
+    "ranks data token_cache units sub_blocks dropped fingerprint stream calibrate sensitivity "
+    "store stitch fitness/ objective head evaluator scores diagnose patching asymmetric "
+    "two_streams rounding block_tuning refined refine",
     "config compress_on_load quantizer",
-    "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer "
-    "export/ evaluate size report plots cards hub html_report published",
+    "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer export/ "
+    "evaluate size report plots cards hub html_report published",
     "problem tables reporting job finish pipeline refine_plan front repair tune follow_up",
     "cli/ __main__",
 )
