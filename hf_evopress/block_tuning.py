@@ -150,7 +150,7 @@ def _forwards(model: nn.Module, tuned: Mapping[str, TunedLevel]) -> dict[str, An
     return {unit: _forward(model.get_submodule(unit), level) for unit, level in tuned.items()}
 
 
-def _forward(module: nn.Module, level: TunedLevel) -> Callable[[Tensor], Tensor]:
+def _forward(module: Any, level: TunedLevel) -> Callable[[Tensor], Tensor]:
     fix = compose.bias_fix(level.level, level.start)
     bias = module.bias if fix is None else fix if module.bias is None else module.bias + fix
     weight = level.weight()

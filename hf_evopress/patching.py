@@ -49,7 +49,7 @@ def patched(model: nn.Module, forwards: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         for name, module in modules.items():
-            if saved[name] is not None:
-                module.forward = saved[name]
+            if (forward := saved[name]) is not None:
+                module.forward = forward
             elif "forward" in module.__dict__:
                 del module.forward
