@@ -46,7 +46,7 @@ $(MODEL)/config.json: | venv
 	$(PY) tests/fetch_demo.py text $@
 
 demo: venv $(MODEL)/config.json $(DATA)
-	$(VENV)/bin/hf-evopress compress $(MODEL) --bits $(BITS) --data $(DATA) \
+	$(VENV)/bin/hf-evopress compress $(MODEL) --bits $(BITS) --data $(DATA) --generations 2 \
 	    $(if $(TEST),--test $(TEST)) --out $(OUT)
 	$(VENV)/bin/hf-evopress show $(OUT) --plot $(OUT).png > /dev/null
 	@echo "checkpoint: $(OUT)  heat map: $(OUT).png"
