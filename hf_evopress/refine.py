@@ -137,17 +137,20 @@ def _finish(
         if value < least:
             best, least = states, value
     if settings.mode == "best":
-        tuned = {
-            unit: TunedLevel(level, best[unit], store.units[unit].shape, _weight(model, unit))
-            for unit, level in coded.items()
-        }
+        start = dict(best)
+
+        def fresh() -> dict[str, TunedLevel]:
+            return {
+                unit: TunedLevel(x, start[unit], store.units[unit].shape, _weight(model, unit))
+                for unit, x in coded.items()
+            }
+
         with patched(model, dropped):
-            states, _, value = tune_block(
-                model, run, tuned, loss, sets["gram"], heldout, settings.tuning
+            tuned, _, value = tune_block(
+                model, run, fresh, loss, sets["gram"], heldout, settings.tuning
             )
         notes["tuned"] = value
-        if value < least:
-            best = states
+        best = tuned or best
     return best, notes
 
 
