@@ -77,11 +77,15 @@ def finish(
 
 def settings_of(job: Job) -> Settings:
     """Return the settings that a job's recipe asks for."""
-    has_bfloat16 = job.model.device.type != "cpu" or bool(
-        torch.cpu.get_capabilities().get("avx512_bf16")
-    )
-    tuning = Tuning(seed=job.recipe.data.seed, bfloat16=has_bfloat16)
+    tuning = Tuning(seed=job.recipe.data.seed, bfloat16=has_bfloat16(job))
     return Settings(job.recipe.refine, tuning=tuning)
+
+
+def has_bfloat16(job: Job) -> bool:
+    """Return whether the job's device multiplies in bfloat16, not only stores it."""
+    if job.model.device.type != "cpu":
+        return True
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def _loss(job: Job, store: LevelStore, plan: Plan, sequences: Sequence[int]) -> float:

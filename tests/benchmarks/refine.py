@@ -23,7 +23,7 @@ from hf_evopress.block_tuning import Tuning
 from hf_evopress.data import tokenize_file
 from hf_evopress.evaluate import compare_many
 from hf_evopress.fingerprint import text_fingerprint
-from hf_evopress.finish import settings_of
+from hf_evopress.finish import has_bfloat16
 from hf_evopress.job import Job
 from hf_evopress.pipeline import best_uniform, find_plan
 from hf_evopress.recipe import Recipe
@@ -85,13 +85,12 @@ def refined(job: Job, store: Any, levels: Any, mode: str, words: argparse.Namesp
     """Return the states of levels after `mode`, from the files of an earlier run if any."""
     if mode == "none":
         return store
-    ours = settings_of(job).tuning
     tuning = Tuning(
         steps=words.steps,
         batch=words.batch,
         code_rate=words.code_rate,
         float_rate=words.float_rate,
-        bfloat16=ours.bfloat16,
+        bfloat16=has_bfloat16(job),
     )
     settings = Settings(mode, tuple(words.alphas), tuning)
     name = text_fingerprint(repr(settings), str(words.sequences), str(sorted(levels.items())))
