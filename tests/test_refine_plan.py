@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ def home(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     folder = tmp_path_factory.mktemp("home")
-    trained_llama.to(torch.bfloat16).save_pretrained(folder / "dense")  # type: ignore[operator]
-    trained_llama.float()
+    dense = copy.deepcopy(trained_llama).to(torch.bfloat16)  # others share the original
+    dense.save_pretrained(folder / "dense")  # type: ignore[operator]
     byte_tokenizer.save_pretrained(folder / "dense")
     (folder / "text.txt").write_text(structured_text(900, seed=5))
     return folder

@@ -87,7 +87,9 @@ def main(arguments: list[str] | None = None, *, name: str = "hf-evopress") -> No
     except (ValueError, TypeError, LookupError, OSError, ImportError, RuntimeError) as error:
         if "--debug" in words:
             raise
-        error_console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        error_console.print(
+            f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(2 if isinstance(error, (ValueError, TypeError, LookupError)) else 1)
     sys.exit(code or 0)
 
