@@ -148,6 +148,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # transformers keeps one client, with the endpoint of its first use
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
         monkeypatch.setattr("time.sleep", lambda seconds: None)  # retries without the waiting
         # for other processes, which read these before they import the client
         environment = {"HF_ENDPOINT": server.url, "HF_TOKEN": server.token, "HF_HOME": str(home)}
