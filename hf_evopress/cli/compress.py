@@ -112,7 +112,7 @@ def run(
     """Do what a recipe says; `compress` writes the recipe of each run into its folder.
 
     \b
-    hf-evopress run recipes/smollm2-135m.yaml budget.bits=2.8 out=smol-2.8bit
+    hf-evopress run smollm2-135m-3.3bit budget.bits=2.8 out=smol-2.8bit
     """
     _run(Recipe.load(recipe, override or ()), test)
 
