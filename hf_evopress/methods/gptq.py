@@ -2,7 +2,7 @@
 
 Frantar et al. 2022 (arXiv:2210.17323), without reordering, with four changes. Measured on
 SmolLM2-135M, group 64: the Hessian gives the attention sink its due and is damped more (`sink`,
-`damp`: KL at 3 bits 2.39 -> 0.75 at 0.05 and 0.1, less at the defaults of `linalg`); group ranges are searched for the least
+`damp`: KL at 3 bits 2.39 -> 0.75 with 0.05 and 0.1); group ranges are searched for the least
 loss, (w - w_hat)^2 / U_ii^2 summed over inputs (`clip`: KL 0.308 -> 0.247 at 3 bits and 1.78 ->
 1.23 at 2 against a search for the least |w - w_hat|^2.4); scales come from weights that carry
 every error so far; they are rounded to their stored dtype first.
