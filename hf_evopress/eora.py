@@ -5,8 +5,8 @@ metric of the layer's inputs. Closed form in `methods.lowrank`: no inverse of th
 nested in the rank, position 0 given its due. Inputs are those of the *compressed* model whose
 earlier blocks are already repaired, on text of the user's task.
 
-Works for any transformers model whose quantised linear layers answer to an input, not only for
-evopress checkpoints: what a layer computes says what its weight is.
+Works for any transformers model whose quantised linear layers say what their weight is, or answer
+to an input, not only for evopress checkpoints: see `foreign`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .adapters import Factors, base_fingerprint, check_target, write_adapter
 from .asymmetric import CrossMoment, Shift, shifted_weight
 from .calibrate import Progress, check_tokens, distinct_inputs, first_tokens, unit_inputs
 from .eora_ranks import ErrorCurve, ranks_for_size
-from .layers import CompressedLinear
+from .foreign import check_readable, dense_weight
 from .level import Level
 from .linalg import Stats
 from .methods.lowrank import FLOATS, Metric
@@ -128,6 +128,7 @@ class Walk:
         check_tokens(tokens, dense.get_input_embeddings().weight.shape[0])
         self.compressed, self.dense, self.prefix, self.sink = compressed, dense, prefix, sink
         self.units = shared_units(compressed, dense)
+        check_readable(compressed)
         self.sets = {"gram": tokens, "sink": first_tokens(tokens, 64)[:, None]}
         self.progress = progress
 
@@ -236,7 +237,7 @@ class Walk:
     def _residual(self, unit: Unit, stats: Stats, shift: Shift | None) -> Residual:
         W = self.dense.get_submodule(unit.name).weight.detach().float()
         module = self.compressed.get_submodule(unit.name)
-        W_hat = dequantized_weight(module, unit.shape, self.compressed.dtype)
+        W_hat = dense_weight(module, unit.shape, self.compressed.dtype)
         target = W if shift is None else shifted_weight(W, stats, shift, sink=self.sink)
         return Residual(W, target - W_hat.to(W.device), stats)
 
@@ -259,27 +260,6 @@ def shared_units(compressed: nn.Module, dense: nn.Module) -> list[Unit]:
                 "one; give the dense model that the compressed one was made from"
             )
     return units
-
-
-@torch.no_grad()
-def dequantized_weight(module: nn.Module, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Return the weight (out, in) float32 that a linear layer of any make multiplies by.
-
-    Read off where it is stored as such; otherwise, for bitsandbytes, GPTQ, AWQ, quanto, torchao
-    and the like, it is the layer's answer to the unit vectors in `dtype`.
-    """
-    weight = getattr(module, "weight", None)
-    is_plain = type(weight) in (Tensor, nn.Parameter) or isinstance(module, CompressedLinear)
-    if is_plain and isinstance(weight, Tensor) and weight.is_floating_point():
-        if tuple(weight.shape) != shape:
-            raise ValueError(f"a weight of shape {tuple(weight.shape)} is not of shape {shape}")
-        return weight.detach().float()
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
-    units = torch.eye(shape[1], dtype=dtype, device=device)
-    answer = module(units) - module(torch.zeros_like(units[:1]))
-    if tuple(answer.shape) != (shape[1], shape[0]):
-        raise ValueError(f"{type(module).__name__} is no linear layer of shape {shape}")
-    return answer.T.float()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .eora import attached, eora
 from .evaluate import Report, compare_many
 from .export.base import check_target as check_model_target
 from .export.base import whole_folder
+from .foreign import check_package, check_readable
 from .lord import from_peft
 from .merge import merge_adapter
 from .quantizer import register_with_transformers
@@ -50,15 +51,17 @@ def adapt(
 ) -> Path:
     """Return `out` with the EoRA adapter of the compressed `model` on the text in `data`.
 
+    model: of ours, or of any quantizer in `foreign`; a folder, a Hub name, or a GGUF file in one.
     dense: the model that it was compressed from, by default the one its plan names. With `size`
     ranks are shared out by what errors cost the model (`sensitivity_tokens`; 0: by their size).
     """
     check_target(out)
     source = load(model)
-    base = load(dense or dense_name(source, model))
-    tokens = load_tokens(
-        list(data), tokenizer_of(model), n_sequences=n_sequences, seq_len=seq_len, seed=seed
-    )
+    dense = dense or dense_name(source, model)
+    check_readable(source)
+    base = load(dense)
+    words = tokenizer_of(dense if _gguf_file(model) else model)  # a GGUF file's is a translation
+    tokens = load_tokens(list(data), words, n_sequences=n_sequences, seq_len=seq_len, seed=seed)
     request: dict[str, Any] = {"rank": rank, "size": size, "error": error, "prefix": prefix}
     with tempfile.TemporaryDirectory(prefix="evopress-") as folder:
         moments = None
@@ -160,17 +163,42 @@ def _measure(
 
 
 def load(name: str, *, dtype: Any = None) -> Any:
-    """Return the model called `name`, in float32 on a CPU and bfloat16 on a GPU unless told."""
+    """Return the model called `name`, in float32 on a CPU and bfloat16 on a GPU unless told.
+
+    A name ending in .gguf is that of a file, in a folder or in a Hub repository.
+    """
     register_with_transformers()
     has_gpu = torch.cuda.is_available()
     dtype = dtype or (torch.bfloat16 if has_gpu else torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval().requires_grad_(False)
-    return model.to("cuda") if has_gpu else model
+    where, file = _gguf_file(name) or (name, {})
+    if not file:
+        check_package(where)
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **file)
+    model = model.eval().requires_grad_(False)
+    is_placed = model.device.type == "cuda"  # by its quantizer
+    return model.to("cuda") if has_gpu and not is_placed else model
 
 
 def tokenizer_of(name: str) -> Any:
     """Return the tokenizer in a model's folder or repository."""
-    return AutoTokenizer.from_pretrained(name)
+    where, file = _gguf_file(name) or (name, {})
+    return AutoTokenizer.from_pretrained(where, **file)
+
+
+def _gguf_file(name: str) -> tuple[str, dict[str, str]] | None:
+    """Return where transformers finds a GGUF file, and the file; None for another name."""
+    if not name.endswith(".gguf"):
+        return None
+    path = Path(name)
+    if path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    owner, _, rest = name.partition("/")
+    repo, _, file = rest.partition("/")
+    if not (owner and repo and file):
+        raise FileNotFoundError(
+            f"there is no GGUF file {name}; give its path, or OWNER/REPOSITORY/FILE.gguf on the Hub"
+        )
+    return f"{owner}/{repo}", {"gguf_file": file}
 
 
 def dense_name(compressed: Any, name: str) -> str:

@@ -13,9 +13,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_evopress.adapters import load_adapter, read_adapter, write_adapter
-from hf_evopress.eora import Walk, dequantized_weight, eora
+from hf_evopress.eora import Walk, eora
 from hf_evopress.eora_ranks import ErrorCurve, ranks_for_size
 from hf_evopress.fitness.kl import KL
+from hf_evopress.foreign import dense_weight
 from hf_evopress.methods.lowrank import Metric
 from hf_evopress.plan import Plan
 from hf_evopress.quantizer import attach
@@ -189,10 +190,10 @@ class Int8Linear(nn.Module):
 def test_any_quantised_layer_is_read_through_its_answers() -> None:
     linear = nn.Linear(16, 8)
     other = Int8Linear(linear)
-    W = dequantized_weight(other, (8, 16), torch.float32)
+    W = dense_weight(other, (8, 16), torch.float32)
     assert torch.allclose(W, other.codes * other.scale, atol=1e-6)
     with pytest.raises(ValueError, match="no linear layer"):
-        dequantized_weight(other, (9, 16), torch.float32)
+        dense_weight(other, (9, 16), torch.float32)
 
 
 def test_models_quantised_by_others_are_repaired_too(
@@ -210,27 +211,6 @@ def test_models_quantised_by_others_are_repaired_too(
         stock.get_submodule(unit.name).weight.data = module.codes * module.scale
     fixed = PeftModel.from_pretrained(copy.deepcopy(stock), tmp_path)
     assert kl(dense, fixed, unseen) < 0.8 * kl(dense, stock, unseen)
-
-
-@pytest.mark.slow
-def test_a_bitsandbytes_model_is_repaired(
-    tiny_model: Any, text_tokens: Any, tmp_path: Path
-) -> None:
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    tiny_model().save_pretrained(tmp_path / "dense")
-    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
-    nf4 = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "dense",
-        quantization_config=BitsAndBytesConfig(load_in_4bit=True, **settings),
-        device_map="cpu",
-        dtype=torch.float32,
-    )
-    tokens, unseen = text_tokens(8, 64), text_tokens(2, 64, seed=5)
-    eora(nf4, tiny_model(), tokens, tmp_path / "adapter", rank=16)
-    before = kl(tiny_model(), nf4, unseen)
-    assert kl(tiny_model(), load_adapter(nf4, tmp_path / "adapter"), unseen) < 0.5 * before
 
 
 def test_layers_without_error_get_no_factors(dense: Any, tokens: Tensor, tmp_path: Path) -> None:

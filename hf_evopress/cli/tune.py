@@ -72,7 +72,9 @@ def adapt(
     \b
     hf-evopress adapt smol-3.3bit --rank 32 --data task.txt --out smol-3.3bit-eora
 
-    The result is an ordinary PEFT LoRA adapter; no training, one pass over the text.
+    The result is an ordinary PEFT LoRA adapter; no training, one pass over the text. MODEL may
+    be of another quantizer, with --dense: bitsandbytes, GPTQ, AWQ, compressed-tensors, torchao,
+    FP8, or the path of a GGUF file. HQQ is refused, as transformers cannot load it.
     """
     from ..repair import adapt as run
 
