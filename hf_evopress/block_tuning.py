@@ -38,10 +38,16 @@ class Tuning:
     batch: int = 1  # sequences per step
     code_rate: float = 0.015  # of one code, falling linearly to 0
     float_rate: float = 2e-3
+    zero_rate: float = 0.03  # of one code; a zero point moves when it has gone half of one
     looks: int = 5  # how often the held-out loss is measured
     attempts: int = 3  # each at a fifth of the rates, where the one before improved nothing
     bfloat16: bool = False  # multiply in bfloat16: 2 to 3 times faster where the CPU has it
     seed: int = 0
+
+    @property
+    def rates(self) -> tuple[float, float, float]:
+        """Of codes, scales and other floats, zero points."""
+        return self.code_rate, self.float_rate, self.zero_rate
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "looks", "attempts"):
@@ -106,7 +112,7 @@ def tune_block(
     before = best = _heldout(model, run, tuned(), loss, heldout)
     states: dict[str, State] | None = None
     for slower in range(settings.attempts):
-        rates = tuple(r * SLOWER**slower for r in (settings.code_rate, settings.float_rate))
+        rates = [r * SLOWER**slower for r in settings.rates]
         for value, now in _attempt(model, run, tuned(), loss, (train, heldout), settings, rates):
             if value < best:
                 best, states = value, {unit: level.state() for unit, level in now.items()}
@@ -129,6 +135,7 @@ def _attempt(
     groups = [
         {"params": [x for level in tuned.values() for x in level.latents()]},
         {"params": [x for level in tuned.values() for x in level.floats()]},
+        {"params": [x for level in tuned.values() for x in level.moves()]},
     ]
     # Adam: of signs, momentum and signs of momentum it leaves the least held-out loss
     optimizer = torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.95))

@@ -4,7 +4,8 @@ A code is a latent number that is rounded on the way in; its gradient passes the
 unchanged. Signs of gradients move the latents, so that the step size says how many codes may
 change at all, as in SignRound (Cheng et al. 2023, arXiv:2309.05516). There a latent starts at the
 weight in units of its scale; here at the code that GPTQ chose, leaning towards the weight it was
-made from. Zero points stay; scales are rounded to the dtype they are stored in at every step.
+made from. Scales are rounded to the dtype they are stored in at every step, zero points to codes;
+together they are the clip of a group's range. Which weights a sparse level keeps stays as it is.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor
 
 from . import compose
-from .codes import CodedMethod, n_groups, pack_state
+from .codes import pack_state, unpack_grid
 from .grid import round_scale
 from .level import Level
 from .methods.base import Shape, State
 from .packing import unpack
+from .sparse import SparseMethod, pack_sparse, unpack_sparse
 
 LEAN = 0.45  # how far a latent may start from its code, in codes; 0.5 is where the next begins
+CLIPPED = 0.449  # a latent that leans further than this at an end of the range would be beyond it
 
 
 class TunedLevel:
@@ -38,8 +41,9 @@ class TunedLevel:
         self._parts: list[_Codes | _Floats] = []
         left = W
         for part, params, tensors, suffix in compose.terms(level, state):
-            if isinstance(part, CodedMethod):
-                made: _Codes | _Floats = _Codes(tensors, shape, params, suffix, left)
+            if "codes" in tensors:
+                made: _Codes | _Floats = _Codes(part, tensors, shape, params, suffix)
+                made.lean(left)
             else:
                 made = _Floats(part, tensors, shape, params, suffix)
             self._parts.append(made)
@@ -57,6 +61,12 @@ class TunedLevel:
         for part in self._parts:
             yield from part.floats()
 
+    def moves(self) -> Iterator[Tensor]:
+        """Yield how far zero points have moved, in units of one code."""
+        for part in self._parts:
+            if isinstance(part, _Codes):
+                yield from part.moves()
+
     def weight(self) -> Tensor:
         """Return the weight (out, in) float32 with its graph."""
         total = self._parts[0].weight()
@@ -73,63 +83,111 @@ class TunedLevel:
         return {name: made[name] for name in self.start}
 
     def bound(self) -> None:
-        """Bring latents that went beyond the first or last code back to it."""
+        """Bring latents and zero points that went beyond the first or last code back to it."""
         for part in self._parts:
             if isinstance(part, _Codes):
-                with torch.no_grad():
-                    part.latent.clamp_(-LEAN, part.maxq + LEAN)
+                part.bound()
 
 
 class _Codes:
+    """Latent codes, scales and zero points of a term; of a sparse one, of the weights it keeps."""
+
     def __init__(
-        self, state: State, shape: Shape, params: Mapping[str, Any], suffix: str, W: Tensor | None
+        self, part: Any, state: State, shape: Shape, params: Mapping[str, Any], suffix: str
     ) -> None:
-        self.params, self.suffix, self.shape = params, suffix, shape
-        rows, groups = shape[0], n_groups(shape, params["group_size"])
+        self.part, self.params, self.suffix, self.shape = part, params, suffix, shape
         self.maxq = float(2 ** params["bits"] - 1)
         self.dtype = state["scales"].dtype
-        self.scale = state["scales"].float()
-        if params["symmetric"]:
-            self.zero = torch.full_like(self.scale, 2 ** (params["bits"] - 1))
+        scale, zero = unpack_grid(state, shape, **params)
+        self.scale, self.zero = scale.squeeze(-1).float(), zero.squeeze(-1).float()
+        self.mask: Tensor | None = None
+        if isinstance(part, SparseMethod):
+            mask, q = unpack_sparse(state, shape, **params)
+            self.mask = self._grouped(mask)
         else:
-            self.zero = unpack(state["zeros"], params["bits"], rows * groups).view(rows, -1).float()
-        q = unpack(state["codes"], params["bits"], shape[1]).view(rows, groups, -1).float()
-        if W is not None:
-            wish = W.view(rows, groups, -1) / self.scale[..., None] + self.zero[..., None]
-            q = q + (wish - q).clamp(-LEAN, LEAN)
-        self.latent = q.requires_grad_()
+            q = unpack(state["codes"], params["bits"], shape[1])
+        self.latent = self._grouped(q).float()
         self.change = torch.zeros_like(self.scale, requires_grad=True)
+        self.move = torch.zeros_like(self.zero, requires_grad=not params["symmetric"])
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.scale.shape[1], -1))
+
+    def lean(self, W: Tensor | None) -> None:
+        """Let the latents begin between their codes and W (out, in), the weight they stand for."""
+        if W is not None:
+            wish = self._grouped(W) / self.scale[..., None] + self.zero[..., None]
+            self.latent = self.latent + (wish - self.latent).clamp(-LEAN, LEAN)
+        self.latent.requires_grad_()
 
     def floats(self) -> Iterator[Tensor]:
         yield self.change
+
+    def moves(self) -> Iterator[Tensor]:
+        if self.move.requires_grad:
+            yield self.move
+
+    def bound(self) -> None:
+        with torch.no_grad():
+            low, high = -self.zero, self.maxq - self.zero  # a zero point is one of the codes
+            self.move.copy_(self.move.clamp(low - LEAN, high + LEAN))
+            shift = self._shift()[..., None]
+            self.latent.copy_(self.latent.clamp(-LEAN - shift, self.maxq + LEAN - shift))
+
+    def _shift(self) -> Tensor:
+        return torch.minimum(torch.maximum(self.move.round(), -self.zero), self.maxq - self.zero)
 
     def _scale(self) -> Tensor:
         scale = self.scale * self.change.exp()
         return scale + (round_scale(scale.detach(), self.dtype) - scale).detach()
 
     def weight(self) -> Tensor:
-        made = _Rounded.apply(self.latent, self._scale(), self.zero, self.maxq)
+        made = _Rounded.apply(
+            self.latent, self._scale(), self.zero, self.move, self._shift().detach(), self.maxq
+        )
+        made = made if self.mask is None else made * self.mask
         return made.view(self.shape)
 
+    @torch.no_grad()
     def state(self) -> State:
-        q = self.latent.round().clamp(0.0, self.maxq).view(self.shape)
-        return pack_state(q, self._scale(), self.zero, **self.params)
+        shift = self._shift()
+        q = (self.latent.round() + shift[..., None]).clamp(0.0, self.maxq).view(self.shape)
+        grid = self._scale(), self.zero + shift
+        if self.mask is None:
+            return pack_state(q, *grid, **self.params)
+        return pack_sparse(self.mask.view(self.shape), q, grid, **self.params)
 
 
 class _Rounded(torch.autograd.Function):
-    """(round(latent) - zero) * scale; the gradient passes as if nothing were rounded."""
+    """(code - zero point) * scale with code = round(latent) + shift inside 0 .. maxq.
+
+    The gradient passes the rounding unchanged. A zero point that moves takes the codes with it,
+    so that only weights at an end of the range see it: those have its gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, scale: Tensor, zero: Tensor, maxq: float) -> Tensor:
-        levels = latent.round().clamp_(0.0, maxq).sub_(zero[..., None])
-        ctx.save_for_backward(levels, scale)
+    def forward(
+        ctx: Any,
+        latent: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        move: Tensor,
+        shift: Tensor,
+        maxq: float,
+    ) -> Tensor:
+        here = latent + shift[..., None] if shift.any() else latent
+        levels = here.round().clamp_(0.0, maxq).sub_((zero + shift)[..., None])
+        ends = ((here < -CLIPPED) | (here > maxq + CLIPPED)) if move.requires_grad else None
+        ctx.save_for_backward(levels, scale, ends)
         return levels * scale[..., None]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        levels, scale = ctx.saved_tensors
+        levels, scale, ends = ctx.saved_tensors
         (gradient,) = gradients
-        return gradient * scale[..., None], (gradient * levels).sum(-1), None, None
+        moved = None if ends is None else -(gradient * ends).sum(-1) * scale
+        by_latent = gradient * scale[..., None]
+        return by_latent, (gradient * levels).sum(-1), None, moved, None, None
 
 
 class _Floats:

@@ -219,6 +219,13 @@ def pack_sparse(
     return state | {"codes": codes} | pack_grid(*grids, **params)
 
 
+def unpack_sparse(state: State, shape: Shape, **params: Any) -> tuple[Tensor, Tensor]:
+    """Return which weights are kept, (out, in) bool, and their codes (out, in), 0 elsewhere."""
+    mask = _mask(state, slice(None), shape, params)
+    kept = unpack(state["codes"], params["bits"], n_kept(shape, params))
+    return mask, torch.zeros_like(mask, dtype=kept.dtype).masked_scatter(mask, kept)
+
+
 def to_stored(W: Tensor, dtype: str) -> Tensor:
     """Return W in the dtype of stored values; weights too large for it become its largest."""
     most = torch.finfo(SCALE_DTYPES[dtype]).max

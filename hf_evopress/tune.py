@@ -8,6 +8,7 @@ from the last one.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from .data import load_tokens, tokenize_file
 from .distill import Sequences, Targets, precompute_targets
 from .export.base import check_target as check_model_target
 from .fingerprint import claim
+from .kappa import FILE as KAPPA
 from .kappa import kappa_targets
 from .plugins import did_you_mean
 from .repair import load, local_folder, perplexity_of, save_checkpoint, tokenizer_of
@@ -124,7 +126,7 @@ def tune(
         seed=settings.seed,
     )
     dataset = _dataset(settings, tokens, work, progress)
-    made = prepared(load(model), settings)
+    made = prepared(load(model), settings, kappa_file=_kappa_file(model, work))
     measures = {
         name: perplexity_of(made, tokenize_file(path, tokenizer_of(model)), window)
         for name, path in (tests or {}).items()
@@ -144,8 +146,11 @@ def tune(
     return Tuned(Path(out), losses, n_trained, after)
 
 
-def prepared(model: Any, settings: Tuning) -> Any:
-    """Return `model`, or a PeftModel around it, with what `settings` trains made trainable."""
+def prepared(model: Any, settings: Tuning, *, kappa_file: Path | None = None) -> Any:
+    """Return `model`, or a PeftModel around it, with what `settings` trains made trainable.
+
+    kappa_file: where condition numbers are kept, for a target of kappa:SHARE.
+    """
     if settings.kinds:
         make_tunable(model, settings.kinds)
         return model
@@ -159,7 +164,7 @@ def prepared(model: Any, settings: Tuning) -> Any:
             task_type="CAUSAL_LM",
             r=settings.rank,
             lora_alpha=settings.alpha or 2 * settings.rank,
-            target_modules=_targets(model, settings.target),
+            target_modules=_targets(model, settings.target, kappa_file),
             **ADAPTERS[settings.train],
         )
         made = get_peft_model(model, config)
@@ -170,10 +175,16 @@ def prepared(model: Any, settings: Tuning) -> Any:
     return made
 
 
-def _targets(model: Any, target: str) -> list[str]:
+def _kappa_file(model: str, work: Path) -> Path:
+    """Return a file beside the plan, or in the work folder if the model's is not to be written."""
+    folder = Path(model)
+    return (folder if folder.is_dir() and os.access(folder, os.W_OK) else work) / KAPPA
+
+
+def _targets(model: Any, target: str, kappa_file: Path | None) -> list[str]:
     """Return the full names of the layers that `target` describes."""
     if target.startswith("kappa:"):
-        return kappa_targets(model, _share(target))
+        return kappa_targets(model, _share(target), cache=kappa_file)
     names = [unit.name for unit in find_units(model)]
     if target == "all-linear":
         return names
@@ -221,6 +232,7 @@ def _trainer(model: Any, settings: Tuning, dataset: Any, work: Path) -> Trainer:
         logging_steps=1,
         seed=settings.seed,
         bf16=settings.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused on a CPU
         gradient_checkpointing=settings.gradient_checkpointing,
         **(checkpointing if settings.gradient_checkpointing else {}),
         report_to="none",

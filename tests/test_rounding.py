@@ -21,6 +21,7 @@ LEVELS = (
     "lowrank:rank=8,metric=plain",
     "magnitude:sparsity=0.5",
     "magnitude:pattern=2:4,bits=3,group_size=32",
+    "magnitude:sparsity=0.4,bits=3,group_size=16",
 )
 
 
@@ -45,7 +46,7 @@ def test_steps_along_its_gradients_bring_it_closer_and_stay_in_the_format(text: 
     level, state, W = make(text)
     tuned = TunedLevel(level, state, SHAPE, None)
     wish = W + 0.3 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
-    optimizer = torch.optim.Adam([*tuned.latents(), *tuned.floats()], lr=0.02)
+    optimizer = torch.optim.Adam([*tuned.latents(), *tuned.floats(), *tuned.moves()], lr=0.02)
     before = float((tuned.weight().detach() - wish).square().sum())
     for _ in range(40):
         (tuned.weight() - wish).square().sum().backward()  # type: ignore[no-untyped-call]

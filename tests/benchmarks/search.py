@@ -50,10 +50,13 @@ def main() -> None:
     job = None
     for bits in words.bits:
         job = share(Job(recipe(words, bits)), job)
-        store = job.build()
+        store, own = job.build(), job.model.dtype
         job.model.to(getattr(torch, words.dtype))
-        tracks = {name: follow(words, job, store, bits, name) for name in words.runs}
+        pool = job.tokens["search"].reshape(-1, words.pool_len)
+        evaluator = Evaluator(job.model, store, pool, KL())
+        tracks = {name: follow(words, job, store, evaluator, name) for name in words.runs}
         judge(words, job, store, bits, tracks)
+        job.model.to(own)
         show(job, bits, tracks, words.runs[0])
         draw(tracks, out / f"search-{bits}.png")
 
@@ -82,25 +85,24 @@ def recipe(words: argparse.Namespace, bits: float) -> Recipe:
 
 
 def follow(
-    words: argparse.Namespace, job: Job, store: LevelStore, bits: float, name: str
+    words: argparse.Namespace, job: Job, store: LevelStore, evaluator: Evaluator, name: str
 ) -> list[dict[str, Any]]:
     """Return the best plan after each generation, with tokens and seconds spent so far."""
+    bits = job.recipe.budget.bits
     file = Path(words.out) / f"{bits}-{name.replace(' ', '-')}-seed{words.seed}.json"
     kept = json.loads(file.read_text()) if file.is_file() else {"track": [], "seconds": 0.0}
-    pool = job.tokens["search"].reshape(-1, words.pool_len)
     search = Search(
         job.space,
         job.budget,
         strategy=RUNS[name],
         table=job.tables.of("layer_error" if name.startswith("layer") else "evolve", store),
-        n_sequences=len(pool),
+        n_sequences=len(evaluator.tokens),
         seq_len=words.pool_len,
         seed=words.seed,
         **{"evolve": ours(words), "evopress": published(words)}.get(name, {}),
     )
     if "state" in kept:
         search.restore(kept["state"])
-    evaluator = Evaluator(job.model, store, pool, KL())
     track, seconds = kept["track"], kept["seconds"]
     start = time.perf_counter() - seconds
     while True:
