@@ -122,7 +122,13 @@ def merge(
         tokens, held_out = everything[:n_sequences], everything[n_sequences:].flatten()
     if test is not None:
         held_out = tokenize_file(test, tokenizer_of(model))
-    before, after = load(model, dtype="auto"), load(model, dtype="auto")
+    before = load(model, dtype="auto")
+    if _plan(before) is None:
+        raise ValueError(
+            f"{model} has no plan, so there are no packed levels to merge into; PEFT's "
+            "merge_and_unload() merges into dense layers"
+        )
+    after = load(model, dtype="auto")
     if exact:
         after = from_peft(after, factors)
     else:
@@ -172,11 +178,20 @@ def load(name: str, *, dtype: Any = None) -> Any:
     dtype = dtype or (torch.bfloat16 if has_gpu else torch.float32)
     where, file = _gguf_file(name) or (name, {})
     if not file:
+        _check_folder(Path(where))
         check_package(where)
     model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **file)
     model = model.eval().requires_grad_(False)
     is_placed = model.device.type == "cuda"  # by its quantizer
     return model.to("cuda") if has_gpu and not is_placed else model
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "config.json").is_file() and (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} holds a model and an adapter, and transformers would load another model, "
+            f"the base that {CONFIG} names: move {CONFIG} and {WEIGHTS} to a folder of their own"
+        )
 
 
 def tokenizer_of(name: str) -> Any:
@@ -203,10 +218,15 @@ def _gguf_file(name: str) -> tuple[str, dict[str, str]] | None:
 
 def dense_name(compressed: Any, name: str) -> str:
     """Return the model that `compressed` says it was made from."""
-    plan = getattr(getattr(compressed.config, "quantization_config", None), "plan", None)
+    plan = _plan(compressed)
     if plan is None or plan.base_model is None:
         raise ValueError(f"{name} does not say which model it was made from: give --dense MODEL")
     return plan.base_model
+
+
+def _plan(model: Any) -> Any:
+    """Return the plan of a checkpoint of this package, None for any other model."""
+    return getattr(getattr(model.config, "quantization_config", None), "plan", None)
 
 
 def local_folder(name: str) -> Path:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import find_kappa_target_modules
 from torch import nn
 
 from hf_evopress import compose
-from hf_evopress.kappa import kappa_targets
+from hf_evopress.kappa import FILE, condition_numbers, kappa_targets
 from hf_evopress.layers import compress_linear
 from hf_evopress.units import find_units
 
@@ -57,6 +59,36 @@ def test_layers_that_store_nothing_are_left_out(tiny_model: Any) -> None:
     everything = kappa_targets(model, 1.0)
     assert len(everything) == len(find_units(model)) - 2
     assert not any("down_proj" in name for name in everything)
+
+
+def test_numbers_are_those_of_numpy(trained_llama: Any) -> None:
+    numbers = condition_numbers(trained_llama)
+    for name, number in numbers.items():
+        W = trained_llama.get_submodule(name).weight.double().numpy()
+        assert number == pytest.approx(np.linalg.cond(W), rel=1e-3)
+
+
+def test_numbers_are_kept_for_the_same_weights_only(
+    trained_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, file = (
+        packed(copy.deepcopy(trained_llama), {"q_proj": "rtn:bits=8,group_size=32"}),
+        tmp_path / FILE,
+    )
+    targets = kappa_targets(model, 0.3, cache=file)
+    calls: list[nn.Module] = []
+    monkeypatch.setattr("hf_evopress.kappa._kappa", lambda layer: calls.append(layer) or 1.0)
+    assert kappa_targets(model, 0.3, cache=file) == targets == kappa_targets(model, 0.3, cache=file)
+    assert not calls
+    other = packed(copy.deepcopy(trained_llama), {"q_proj": "rtn:bits=4,group_size=32"})
+    kappa_targets(other, 0.3, cache=file)
+    assert len(calls) == len(find_units(other))
+
+
+def test_a_damaged_file_of_numbers_is_named(tiny_model: Any, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("[]")
+    with pytest.raises(ValueError, match=r"kappa\.json is damaged; remove it"):
+        kappa_targets(tiny_model(), cache=tmp_path / FILE)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5, -1.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,28 @@ def test_an_adapter_trains_from_eora_and_beside_it(there: Path, tmp_path: Path) 
     assert not torch.equal(before.factors[name][1].float(), after.factors[name][1].float())
     assert (beside.folder / "adapter_config.json").is_file()
     assert not (beside.folder / "beside").exists()
+
+
+def test_condition_numbers_are_kept_beside_the_plan(there: Path, tmp_path: Path) -> None:
+    settings = Tuning(**{**QUICK, "target": "kappa:0.2"})
+    tune("small", tmp_path / "lora", settings, data=["text.txt"])
+    kept = json.loads((there / "small" / "kappa.json").read_text())["kappa"]
+    smallest = sorted(kept, key=kept.__getitem__)[: len(kept) // 5]
+    assert sorted(read_adapter(tmp_path / "lora").ranks) == sorted(smallest)
+
+
+def test_a_model_and_an_adapter_in_one_folder_are_refused(there: Path, tmp_path: Path) -> None:
+    shutil.copytree(there / "small", tmp_path / "both")
+    (tmp_path / "both" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="both holds a model and an adapter.*of their own"):
+        adapt(str(tmp_path / "both"), tmp_path / "out", data=["text.txt"], dense="dense", rank=2)
+
+
+def test_merging_into_a_model_without_a_plan_is_refused(there: Path, tmp_path: Path) -> None:
+    adapt("small", tmp_path / "a", data=["text.txt"], dense="dense", rank=2, n_sequences=2,
+          seq_len=32)  # fmt: skip
+    with pytest.raises(ValueError, match="dense has no plan.*merge_and_unload"):
+        merge("dense", str(tmp_path / "a"), tmp_path / "out")
 
 
 def test_a_stopped_run_goes_on_and_ends_where_a_straight_one_does(
