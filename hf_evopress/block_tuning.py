@@ -36,7 +36,7 @@ class Tuning:
 
     steps: int = 60
     batch: int = 1  # sequences per step
-    code_rate: float = 0.015  # of one code, falling linearly to 0
+    code_rate: float = 0.03  # of one code, falling linearly to 0
     float_rate: float = 2e-3
     zero_rate: float = 0.03  # of one code; a zero point moves when it has gone half of one
     looks: int = 5  # how often the held-out loss is measured

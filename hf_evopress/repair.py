@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -247,6 +247,6 @@ def save_checkpoint(model: Any, out: str | Path, source: str) -> Path:
     return Path(out)
 
 
-def perplexity_of(model: Any, tokens: Tensor, window: int) -> Callable[[], float]:
-    """Return a function that measures the model's perplexity as it then is."""
-    return lambda: compare_many({"model": model}, None, tokens, window=window)["model"].perplexity
+def perplexity_of(model: Any, tokens: Tensor, window: int) -> float:
+    """Return the perplexity of `model` on tokens (n,), in windows of `window` tokens."""
+    return compare_many({"model": model}, None, tokens, window=window)["model"].perplexity

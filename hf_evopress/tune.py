@@ -2,26 +2,28 @@
 
 With a teacher the loss is the divergence from the dense model (healing), without one the text's
 own (fine-tuning). Trainer does the work; checkpoints go to OUT.work, and the same call goes on
-from the last one.
+from the last one. Floats that a teacher trains are measured on text they did not see, as they are
+stored, and kept only if they are closer to it; the checkpoint takes the bytes it took before.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import AutoConfig, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import activate, check_target, load_adapter
 from .data import load_tokens, tokenize_file
-from .distill import Sequences, Targets, precompute_targets
+from .distill import Sequences, Targets, distillation_loss, precompute_targets
 from .export.base import check_target as check_model_target
 from .fingerprint import claim
 from .kappa import FILE as KAPPA
@@ -32,6 +34,10 @@ from .store import Progress
 from .trainer import DistillationTrainer
 from .tunable import KINDS, check_trainable, make_tunable, settle
 from .units import find_units
+
+logger = logging.getLogger(__name__)
+
+_HELDOUT = "held-out text"
 
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "lora": {},
@@ -47,7 +53,7 @@ class Tuning:
     train: lora, rslora or dora (an adapter), or any of scales, factors, norms and biases, joined
     by commas (the packed model itself). target, of an adapter: all-linear, kappa:SHARE, or last
     parts of module names joined by commas. start: an adapter to train on; beside: one that is
-    active and frozen.
+    active and frozen. heldout: sequences that tell, with a teacher, what the training did.
     """
 
     train: str = "lora"
@@ -64,13 +70,14 @@ class Tuning:
     learning_rate: float | None = None  # by default 2e-4 for adapters, 1e-4 for floats
     seq_len: int = 512
     sequences: int = 256
+    heldout: int = 4
     seed: int = 0
     save_steps: int = 50
     gradient_checkpointing: bool = False
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("rank", "steps", "batch", "accumulate", "sequences", "save_steps"):
+        for key in ("rank", "steps", "batch", "accumulate", "sequences", "heldout", "save_steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be 1 or more, got {getattr(self, key)}")
         for word in self.kinds or ():
@@ -92,12 +99,18 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The adapter or checkpoint that was written, the loss of each step, and perplexities."""
+    """The adapter or checkpoint that was written, the loss of each step, and what it changed.
+
+    perplexity, of each test, and kl, from the teacher on held-out text, are before and after.
+    is_kept: not, where floats trained by a teacher were not closer to it and stayed as they were.
+    """
 
     folder: Path
     losses: tuple[float, ...]
     n_trained: int
-    perplexity: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # before, after
+    perplexity: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    kl: tuple[float, float] | None = None
+    is_kept: bool = True
 
 
 def tune(
@@ -118,32 +131,39 @@ def tune(
     work = Path(f"{out}.work")
     made_from = {"model": model, "data": list(data), **vars(settings)}
     claim(work, {k: v for k, v in made_from.items() if k != "steps"}, what="a training run")
-    tokens = load_tokens(
-        list(data),
-        tokenizer_of(model),
-        n_sequences=settings.sequences,
-        seq_len=settings.seq_len,
-        seed=settings.seed,
-    )
-    dataset = _dataset(settings, tokens, work, progress)
+    dataset, heldout = _datasets(model, data, settings, work, progress)
+    stored = AutoConfig.from_pretrained(model).dtype
     made = prepared(load(model), settings, kappa_file=_kappa_file(model, work))
-    measures = {
-        name: perplexity_of(made, tokenize_file(path, tokenizer_of(model)), window)
+    measures: dict[str, Callable[[Any], float]] = {
+        name: partial(perplexity_of, tokens=tokenize_file(path, tokenizer_of(model)), window=window)
         for name, path in (tests or {}).items()
     }
-    before = {name: measure() for name, measure in measures.items()}
+    if heldout is not None:
+        measures[_HELDOUT] = partial(_divergence, targets=heldout)
+    before = {name: measure(made) for name, measure in measures.items()}
     n_trained = sum(p.numel() for p in made.parameters() if p.requires_grad)
     trainer = _trainer(made, settings, dataset, work)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
     if settings.kinds:
         settle(made)
-    after = {name: (before[name], measure()) for name, measure in measures.items()}
+        own = made.dtype
+        made.to(stored or own).to(own)  # norms and biases too are measured as they are stored
+    after = {name: (before[name], measure(made)) for name, measure in measures.items()}
+    kl = after.pop(_HELDOUT, None)
+    is_kept = not settings.kinds or kl is None or kl[1] < kl[0]
+    if not is_kept:
+        logger.warning(
+            "training did not bring the model closer to its teacher on held-out text (%s) and is "
+            "not kept; more sequences or a lower learning rate may help",
+            kl,
+        )
+        made, after = load(model), {name: (x, x) for name, x in before.items()}
     if settings.kinds:
-        save_checkpoint(made, out, model)
+        save_checkpoint(made.to(stored or made.dtype), out, model)
     else:
         made.save_pretrained(str(out), selected_adapters=["default"])
     losses = tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)
-    return Tuned(Path(out), losses, n_trained, after)
+    return Tuned(Path(out), losses, n_trained, after, kl, is_kept)
 
 
 def prepared(model: Any, settings: Tuning, *, kappa_file: Path | None = None) -> Any:
@@ -209,12 +229,44 @@ def _share(target: str) -> float:
     return share
 
 
-def _dataset(settings: Tuning, tokens: Tensor, work: Path, progress: Progress | None) -> Any:
-    """Return the training set, with the teacher's targets on disk: it leaves memory again."""
+def _datasets(
+    model: str, data: Sequence[str], settings: Tuning, work: Path, progress: Progress | None
+) -> tuple[Any, Targets | None]:
+    """Return the training set and, with a teacher, a held-out one.
+
+    The teacher's targets are on disk: it leaves memory again.
+    """
+    n = settings.sequences
+    tokens = load_tokens(
+        list(data),
+        tokenizer_of(model),
+        n_sequences=n + (settings.heldout if settings.teacher else 0),
+        seq_len=settings.seq_len,
+        seed=settings.seed,
+    )
     if settings.teacher is None:
-        return Sequences(tokens)
+        return Sequences(tokens), None
     teacher = load(settings.teacher)
-    return Targets(precompute_targets(teacher, tokens, work / "targets", progress=progress))
+    parts = {"targets": tokens[:n], "heldout": tokens[n:]}
+    train, heldout = (
+        Targets(precompute_targets(teacher, ids, work / name, progress=progress))
+        for name, ids in parts.items()
+    )
+    return train, heldout
+
+
+@torch.no_grad()
+def _divergence(model: Any, targets: Targets) -> float:
+    """Return the mean KL from the teacher that `targets` are of, in nats per token."""
+    was_training = model.training
+    model.eval()
+    losses = []
+    for i in range(len(targets)):
+        item = {key: value[None].to(model.device) for key, value in targets[i].items()}
+        logits = model(input_ids=item["input_ids"], use_cache=False).logits
+        losses.append(float(distillation_loss(logits, item["target_ids"], item["target_log_p"])))
+    model.train(was_training)
+    return math.fsum(losses) / len(losses)
 
 
 def _trainer(model: Any, settings: Tuning, dataset: Any, work: Path) -> Trainer:

@@ -146,7 +146,7 @@ def test_a_stopped_run_goes_on_and_ends_where_a_straight_one_does(
 def test_healing_saves_an_ordinary_checkpoint_with_the_same_plan(
     there: Path, tmp_path: Path
 ) -> None:
-    settings = Tuning(**QUICK, train="scales,norms", teacher="dense", learning_rate=1e-3)
+    settings = Tuning(**{**QUICK, "steps": 20}, train="scales,norms", teacher="dense")
     healed = tune("small", tmp_path / "healed", settings, data=["text.txt"])
     model = AutoModelForCausalLM.from_pretrained(healed.folder)
     old = AutoModelForCausalLM.from_pretrained("small")
@@ -154,6 +154,38 @@ def test_healing_saves_an_ordinary_checkpoint_with_the_same_plan(
     before, after = compressed_linears(old), compressed_linears(model)
     assert all(torch.equal(m.codes, after[n].codes) for n, m in before.items())
     assert any(not torch.equal(m.scales, after[n].scales) for n, m in before.items())
+    sizes = [(Path(f) / "model.safetensors").stat().st_size for f in ("small", healed.folder)]
+    assert sizes[0] == sizes[1]
+
+
+def test_what_a_teacher_trains_is_measured_as_stored_on_text_it_did_not_see(
+    there: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained("small", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(there / "small" / name, tmp_path / "half" / name)
+    wanted = {**QUICK, "steps": 20, "learning_rate": 1e-3}  # norms of 16 bits take no small steps
+    settings = Tuning(**wanted, train="scales,norms", teacher="dense")
+    healed = tune(str(tmp_path / "half"), tmp_path / "healed", settings, data=["text.txt"])
+    assert healed.is_kept and healed.kl is not None and healed.kl[1] < healed.kl[0]
+    made = AutoModelForCausalLM.from_pretrained(healed.folder, dtype="auto")
+    assert made.dtype == torch.bfloat16
+    norms, old = ({n: p for n, p in m.named_parameters() if "norm" in n} for m in (made, model))
+    assert any(not torch.equal(p, old[n]) for n, p in norms.items())
+    assert {p.dtype for p in norms.values()} == {torch.bfloat16}
+
+
+def test_floats_that_came_no_closer_to_the_teacher_stay_as_they_were(
+    there: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Tuning(**QUICK, train="scales,norms", teacher="dense", learning_rate=10.0)
+    worse = tune("small", tmp_path / "worse", settings, data=["text.txt"])
+    assert not worse.is_kept and worse.kl is not None and worse.kl[1] >= worse.kl[0]
+    assert "not kept" in caplog.text
+    one, two = (AutoModelForCausalLM.from_pretrained(f) for f in ("small", worse.folder))
+    states = [x.state_dict() for x in (one, two)]
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
 
 
 def test_perplexity_is_measured_before_and_after(there: Path, tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
 """What refinement is worth: KL, perplexity and CPU seconds of plans before and after, same bytes.
 
     python tests/benchmarks/refine.py .cache/SmolLM2-135M-Instruct \
-        --data calibration.txt --test wiki.test.raw --bits 2.8 3.3 --modes fast best \
+        --data calibration.txt --test wiki.test.raw --bits 2.8 3.3 --modes fast best+end-to-end \
         --plans uniform knapsack --out refine.json
+
+Modes: fast, best, end-to-end, and fast or best followed by +end-to-end. Plans: uniform, knapsack,
+and folders of plans, such as those that tests/benchmarks/search.py leaves: with the best five of
+a search one sees whether refinement changes their order.
 
 The plans come from the level store that tests/benchmarks/quality.py leaves in --work. Every row
 is evaluated in one pass over the same windows, so differences between rows are paired. Blocks
@@ -19,17 +23,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hf_evopress import tune
 from hf_evopress.block_tuning import Tuning
 from hf_evopress.data import tokenize_file
 from hf_evopress.evaluate import compare_many
+from hf_evopress.export.evopress import EvoPressExport
 from hf_evopress.fingerprint import text_fingerprint
 from hf_evopress.finish import has_bfloat16
 from hf_evopress.job import Job
 from hf_evopress.pipeline import best_uniform, find_plan
+from hf_evopress.plan import Plan
 from hf_evopress.recipe import Recipe
 from hf_evopress.refine import Settings, refine
+from hf_evopress.repair import load
 from hf_evopress.sensitivity import load_moments
 from hf_evopress.store import LevelStore
+
+END_TO_END = "end-to-end"
 
 
 def main() -> None:
@@ -48,12 +58,15 @@ def main() -> None:
             for mode in ("none", *words.modes):
                 name = f"{kind} {bits} {mode}"
                 start = time.process_time()
-                states = refined(job, store, levels, mode, words)
+                blockwise = mode.removesuffix(END_TO_END).rstrip("+") or "none"
+                states = refined(job, store, levels, blockwise, words)
+                functions[name] = partial(job.evaluator(states).logits, levels)
+                if mode.endswith(END_TO_END):
+                    functions[name] = distilled(job, states, levels, words)
                 about[name] = {
                     "bits_per_weight": stored,
                     "cpu_seconds": round(time.process_time() - start),
                 }
-                functions[name] = partial(job.evaluator(states).logits, levels)
                 print(name, about[name], flush=True)
     assert job is not None
     tokens = tokenize_file(words.test, job.tokenizer)
@@ -90,6 +103,7 @@ def refined(job: Job, store: Any, levels: Any, mode: str, words: argparse.Namesp
         batch=words.batch,
         code_rate=words.code_rate,
         float_rate=words.float_rate,
+        zero_rate=words.zero_rate,
         bfloat16=has_bfloat16(job),
     )
     settings = Settings(mode, tuple(words.alphas), tuning)
@@ -107,7 +121,34 @@ def refined(job: Job, store: Any, levels: Any, mode: str, words: argparse.Namesp
     )
 
 
+def distilled(job: Job, states: Any, levels: Any, words: argparse.Namespace) -> Any:
+    """Return the model of these states after distillation of its floats, from its checkpoint."""
+    settings = tune.Tuning(
+        train="scales,factors,norms" if any("lowrank" in str(x) for x in levels.values())
+        else "scales,norms",
+        teacher=words.model,
+        steps=words.distil_steps,
+        batch=1,
+        seq_len=words.seq_len,
+        sequences=words.calibration,
+        bf16=has_bfloat16(job),
+    )  # fmt: skip
+    made_from = (str(getattr(states, "refined", "")), str(sorted(levels.items())), repr(settings))
+    folder = Path(words.work) / "distilled" / text_fingerprint(*made_from)
+    if not (folder / "config.json").is_file():
+        source = Path(f"{folder}.source")
+        if not (source / "config.json").is_file():
+            plan, tokenizer = job.plan(levels), job.tokenizer
+            EvoPressExport().save(job.load_model(), plan, states.state, source, tokenizer=tokenizer)
+        done = tune.tune(str(source), folder, settings, data=[words.data])
+        print("held-out KL", done.kl, "kept" if done.is_kept else "not kept", flush=True)
+    return load(str(folder))
+
+
 def plan_of(kind: str, job: Job, store: Any) -> tuple[Any, float]:
+    if Path(kind).is_dir():
+        levels = dict(Plan.load(kind).levels)
+        return levels, job.space.bits_per_weight(job.space.genome(levels))
     if kind != "uniform":
         plan = find_plan(job, store)
         return dict(plan.levels), plan.budget["bits_per_weight"]
@@ -153,7 +194,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=tuning.steps)
     parser.add_argument("--batch", type=int, default=tuning.batch)
     parser.add_argument("--code-rate", type=float, default=tuning.code_rate)
+    parser.add_argument("--zero-rate", type=float, default=tuning.zero_rate)
     parser.add_argument("--float-rate", type=float, default=tuning.float_rate)
+    parser.add_argument("--distil-steps", type=int, default=100, help="of end-to-end")
     parser.add_argument("--sequences", type=int, default=None, help="of calibration, to refine on")
     parser.add_argument("--level", nargs="+", help="the menu; default: the package's")
     parser.add_argument("--seq-len", type=int, default=1024)

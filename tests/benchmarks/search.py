@@ -7,7 +7,8 @@ uniform, a knapsack on relative layer errors, a knapsack on sensitivities, the p
 search and ours share one store, one pool of search text and one text to judge on, which none of
 them sees. Every search is followed: its best plan after each generation is judged. Figures are
 the KL on the teacher's top 256 tokens and one bucket for the rest, a lower bound of the full KL.
-Each search is kept in OUT after each round, so that a run that was stopped goes on.
+Each search is kept in OUT after each round, so that a run that was stopped goes on; its best plans
+are in OUT/plans, and tests/benchmarks/refine.py takes them.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def main() -> None:
         evaluator = Evaluator(job.model, store, pool, KL())
         tracks = {name: follow(words, job, store, evaluator, name) for name in words.runs}
         judge(words, job, store, bits, tracks)
+        keep_plans(job, bits, tracks, out / "plans")
         job.model.to(own)
         show(job, bits, tracks, words.runs[0])
         draw(tracks, out / f"search-{bits}.png")
@@ -164,6 +166,17 @@ def judge(
             row["kl"] = sum(row["windows"]) / len(row["windows"])
         nll = known["nll"][json.dumps(tuple(track[-1]["genome"]))]
         track[-1]["perplexity"] = math.exp(sum(nll) / len(nll))
+
+
+def keep_plans(
+    job: Job, bits: float, tracks: dict[str, list[dict[str, Any]]], folder: Path
+) -> None:
+    """Write each distinct plan of each track, with its loss here: the last is the final one."""
+    for name, track in tracks.items():
+        distinct = {tuple(row["genome"]): row for row in track}
+        for number, (genome, row) in enumerate(distinct.items()):
+            plan = job.plan(job.levels(genome), results={"kl_nats": row["kl"]})
+            plan.save(folder / f"{bits}-{name.replace(' ', '-')}-{number}")
 
 
 def show(job: Job, bits: float, tracks: dict[str, list[dict[str, Any]]], first: str) -> None:
