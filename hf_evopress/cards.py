@@ -17,7 +17,7 @@ from . import compose
 from .card_template import hub_base, level_counts, measured_on, protocol, render, results_rows
 from .plan import Plan
 from .plan_repo import INDEX_NAME, TAG, plan_rows, read_index
-from .recipe import Recipe
+from .recipe import REFINE, Recipe
 from .resources import atomic_write
 
 CARD = "README.md"
@@ -98,6 +98,7 @@ def model_card(folder: Path, plan: Plan, recipe: Recipe | None, *, name: str) ->
         protocol=protocol(rows),
         text=measured_on(plan.to_dict()),
         against=against(plan.search),
+        refined=refined(plan.results),
         counts=level_counts({u: str(v) for u, v in plan.items()}, plan.shapes),
         needs_data=any(compose.needs_stats(compose.normalize(v)) for v in plan.values()),
         parts=_parts(plan),
@@ -167,6 +168,15 @@ def against(search: Mapping[str, Any]) -> list[tuple[str, float, float, int]]:
         for name, row in found.items()
         if isinstance(row, Mapping) and all(isinstance(row.get(k), (int, float)) for k in keys)
     ]
+
+
+def refined(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return mode, losses before and after, and is_kept of a finished plan, else None."""
+    found = results.get("refined")
+    if not isinstance(found, Mapping) or found.get("mode") not in (*REFINE, "end-to-end"):
+        return None
+    told = all(isinstance(found.get(key), float) for key in ("before", "after"))
+    return found if told else None
 
 
 def portable(recipe: Recipe | None) -> str | None:

@@ -77,13 +77,13 @@ def finish(
 
 def settings_of(job: Job) -> Settings:
     """Return the settings that a job's recipe asks for."""
-    tuning = Tuning(seed=job.recipe.data.seed, bfloat16=has_bfloat16(job))
+    tuning = Tuning(seed=job.recipe.data.seed, bfloat16=has_bfloat16(job.model.device))
     return Settings(job.recipe.refine, tuning=tuning)
 
 
-def has_bfloat16(job: Job) -> bool:
-    """Return whether the job's device multiplies in bfloat16, not only stores it."""
-    if job.model.device.type != "cpu":
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device multiplies in bfloat16, not only stores it."""
+    if device.type != "cpu":
         return True
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 

@@ -42,8 +42,9 @@ class TunedLevel:
         left = W
         for part, params, tensors, suffix in compose.terms(level, state):
             if "codes" in tensors:
-                made: _Codes | _Floats = _Codes(part, tensors, shape, params, suffix)
-                made.lean(left)
+                codes = _Codes(part, tensors, shape, params, suffix)
+                codes.lean(left)
+                made: _Codes | _Floats = codes
             else:
                 made = _Floats(part, tensors, shape, params, suffix)
             self._parts.append(made)

@@ -27,7 +27,8 @@ LAYERS = (
     "config compress_on_load quantizer",
     "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer export/ "
     "evaluate size report plots cards hub html_report published",
-    "problem tables reporting job finish pipeline refine_plan front repair tune follow_up",
+    "problem tables reporting job finish pipeline refine_plan front repair tune end_to_end "
+    "follow_up",
     "cli/ __main__",
 )
 # Heavy or optional: imported inside the function that needs them.

@@ -78,6 +78,16 @@ def test_measured_rows_are_in_the_table_with_their_protocol(folder: Path) -> Non
     assert "On 20,480 tokens in non-overlapping windows of 2,048 of wiki.test.raw." in text
 
 
+def test_a_finished_plan_says_what_finishing_gave(folder: Path) -> None:
+    notes = {"mode": "best", "before": 0.4237, "after": 0.3906, "is_kept": True}
+    text = card(folder, plan(results={"refined": notes}))
+    assert "mode best), at the same bytes: loss 0.4237\n  before, 0.3906 after" in text
+    assert "not kept" not in text
+    assert "so not kept" in card(folder, plan(results={"refined": {**notes, "is_kept": False}}))
+    odd = {**notes, "mode": "<script>"}
+    assert "script" not in card(folder, plan(results={"refined": odd}))
+
+
 def test_what_was_not_measured_is_left_out(folder: Path) -> None:
     some = {name: {"perplexity": row["perplexity"]} for name, row in ROWS.items()}
     text = card(folder, plan(results={"evaluation": some}))

@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_evopress import pipeline
 from hf_evopress.cli import main
+from hf_evopress.end_to_end import refine_end_to_end
 from hf_evopress.plan import Plan
 from hf_evopress.recipe import Recipe
 from hf_evopress.refine_plan import refine_plan
@@ -114,6 +115,30 @@ def test_the_command_refines_a_compressed_model(
     assert not ended.value.code, capsys.readouterr().err
     assert pipeline.UNREFINED in capsys.readouterr().out
     assert abs(stored_bytes(home / "by") - stored_bytes(plain.folder)) < 20_000  # card and plan
+
+
+def test_the_command_refines_a_compressed_model_end_to_end(
+    home: Path, plain: pipeline.Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["refine", plain.folder, "--mode", "end-to-end", "--data", home / "text.txt"]
+    small = ["--calibration", "24", "--seq-len", "64", "--steps", "20"]
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, words), *small, "--test", str(home / "text.txt"), "--out", str(home / "e")])
+    assert not ended.value.code, capsys.readouterr().err
+    assert pipeline.UNREFINED in capsys.readouterr().out
+    old, new = Plan.load(plain.folder), Plan.load(home / "e")
+    assert new.levels == old.levels and "end-to-end" in (home / "e" / "README.md").read_text()
+    notes, rows = new.results["refined"], new.results["evaluation"]
+    assert notes["is_kept"] and notes["after"] < notes["before"]
+    assert rows["searched"]["kl_nats"] < rows[pipeline.UNREFINED]["kl_nats"]
+    sizes = [(f / "model.safetensors").stat().st_size for f in (plain.folder, home / "e")]
+    assert sizes[0] == sizes[1]
+
+
+def test_end_to_end_takes_a_compressed_model_only(home: Path, plain: pipeline.Result) -> None:
+    for model in (home / "dense", plain.folder / "evopress_plan.json"):
+        with pytest.raises(ValueError, match="refines a compressed model.*hf-evopress apply"):
+            refine_end_to_end(str(model), home / "not", data=[str(home / "text.txt")])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ def refine(
         str,
         typer.Option(
             help="fast: levels made anew on what the compressed layers before them produce; "
-            "best: codes and scales of each block tuned by gradients as well."
+            "best: codes and scales of each block tuned by gradients as well; end-to-end: scales, "
+            "factors and norms of a compressed model learn from the dense one."
         ),
     ] = "best",
     model: Annotated[
@@ -33,6 +34,7 @@ def refine(
     seed: Seed = 0,
     seq_len: SeqLen = 1024,
     calibration: Calibration = 56,
+    steps: Annotated[int, typer.Option(help="Training steps of mode end-to-end.")] = 200,
     revision: Revision = None,
 ) -> None:
     """Finish a plan: tune its levels block by block against the dense model; bytes stay.
@@ -41,11 +43,31 @@ def refine(
     hf-evopress refine plan.json --data text.txt --out smol-3.3bit-refined
     hf-evopress refine smol-3.3bit --mode fast --data text.txt --out smol-3.3bit-refined
 
+    hf-evopress refine smol-3.3bit --mode end-to-end --data text.txt --out smol-3.3bit-distilled
+
     `compress --refine best` does the same at the end of a search, from the search's own levels.
-    Stop it with Ctrl-C at any time; the same command goes on at the next block.
+    The modes go together: end-to-end after best. Stop it with Ctrl-C at any time; the same
+    command goes on at the next block, or from the last checkpoint in OUT.work.
     """
+    from ..end_to_end import MODE, refine_end_to_end
     from ..refine_plan import refine_plan
 
+    if mode == MODE:
+        with bars() as progress:
+            result = refine_end_to_end(
+                plan,
+                out,
+                dense=model,
+                data=data or (),
+                steps=steps,
+                test=test,
+                seed=seed,
+                seq_len=seq_len,
+                n_sequences=calibration,
+                progress=progress,
+            )
+        show_result(result)
+        return
     with bars() as progress:
         result = refine_plan(
             plan,

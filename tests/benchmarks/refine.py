@@ -104,7 +104,7 @@ def refined(job: Job, store: Any, levels: Any, mode: str, words: argparse.Namesp
         code_rate=words.code_rate,
         float_rate=words.float_rate,
         zero_rate=words.zero_rate,
-        bfloat16=has_bfloat16(job),
+        bfloat16=has_bfloat16(job.model.device),
     )
     settings = Settings(mode, tuple(words.alphas), tuning)
     name = text_fingerprint(repr(settings), str(words.sequences), str(sorted(levels.items())))
@@ -131,7 +131,7 @@ def distilled(job: Job, states: Any, levels: Any, words: argparse.Namespace) -> 
         batch=1,
         seq_len=words.seq_len,
         sequences=words.calibration,
-        bf16=has_bfloat16(job),
+        bf16=has_bfloat16(job.model.device),
     )  # fmt: skip
     made_from = (str(getattr(states, "refined", "")), str(sorted(levels.items())), repr(settings))
     folder = Path(words.work) / "distilled" / text_fingerprint(*made_from)

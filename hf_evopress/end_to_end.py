@@ -1,0 +1,127 @@
+"""Finish a compressed model as a whole: distil it from the dense one, at no extra byte.
+
+Scales, low-rank factors and norms learn from the dense model's predictions while codes stay: the
+continuous half ("V step") of PV-Tuning (Malinovskii et al. 2024, arXiv:2405.14852). It takes a
+backward pass through the whole model, where `refine` needs one block at a time, and sees what no
+block by itself can: which errors the rest of the model makes up for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from .cards import write_card
+from .data import tokenize_file
+from .evaluate import compare_many
+from .finish import has_bfloat16
+from .pipeline import UNREFINED, Result, Row, figures, generate
+from .plan import Plan
+from .repair import dense_name, load, tokenizer_of
+from .size import model_size, stored_bytes
+from .store import Progress
+from .tune import Tuning, tune
+
+MODE = "end-to-end"
+KINDS = "scales,factors,norms"
+
+
+def refine_end_to_end(
+    model: str,
+    out: str | Path,
+    *,
+    data: Sequence[str],
+    dense: str | None = None,
+    steps: int = 200,
+    test: str | None = None,
+    window: int = 2048,
+    max_windows: int | None = 10,
+    n_sequences: int = 56,
+    seq_len: int = 1024,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Return the compressed `model` after `steps` of distillation, written to `out`, measured.
+
+    dense: the teacher, by default the model that the plan names. data: text to learn from, of
+    which four sequences are held out: the model stays as it was unless they say it is closer.
+    test: text for the final figures. A stopped run goes on from its last checkpoint, in OUT.work.
+    """
+    _check_compressed(model)
+    before = load(model)
+    dense = dense or dense_name(before, model)
+    start = time.perf_counter()
+    settings = Tuning(
+        train=KINDS,
+        teacher=dense,
+        steps=steps,
+        batch=1,
+        seq_len=seq_len,
+        sequences=n_sequences,
+        seed=seed,
+        bf16=has_bfloat16(before.device),
+    )
+    done = tune(model, out, settings, data=data, progress=progress)
+    assert done.kl is not None  # a teacher was given
+    notes = {
+        "mode": MODE,
+        "steps": steps,
+        "fitness": "kl",
+        "before": done.kl[0],
+        "after": done.kl[1],
+        "is_kept": done.is_kept,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    after = load(str(out))
+    plan = Plan.load(out)
+    plan = plan.replace(results={**plan.results, "refined": notes})
+    rows: tuple[Row, ...] = ()
+    if test is not None:
+        rows = _rows(before, after, load(dense), model, out, test, window, max_windows, progress)
+        plan = plan.replace(results={**plan.results, **figures(rows), "text": Path(test).name})
+    plan.save(out)
+    write_card(out, plan)
+    return Result(Path(out), plan, rows, generate(tokenizer_of(str(out)), after))
+
+
+def _rows(
+    before: Any,
+    after: Any,
+    dense: Any,
+    model: str,
+    out: str | Path,
+    test: str,
+    window: int,
+    max_windows: int | None,
+    progress: Progress | None,
+) -> tuple[Row, ...]:
+    models = {"dense": dense, "searched": after, UNREFINED: before}
+    reports = compare_many(
+        models,
+        dense,
+        tokenize_file(test, tokenizer_of(str(out))),
+        window=min(window, after.config.max_position_embeddings),
+        max_windows=max_windows,
+        progress=progress,
+    )
+    shapes = Plan.load(out).shapes
+    bits = model_size(after, shapes=shapes).bits_per_weight
+    size = stored_bytes(out)
+    stored = {"dense": (16.0, sum(2 * p.numel() for p in dense.parameters()))}
+    return tuple(Row(name, *stored.get(name, (bits, size)), reports[name]) for name in models)
+
+
+def _check_compressed(model: str) -> None:
+    """Raise ValueError, before anything is loaded, for a plan or a dense model."""
+    way_out = "apply the plan first (hf-evopress apply), or take mode fast or best"
+    if Path(model).is_file() or (
+        Path(model).is_dir() and not (Path(model) / "config.json").is_file()
+    ):
+        raise ValueError(f"end-to-end refines a compressed model, and {model} is none: {way_out}")
+    config = AutoConfig.from_pretrained(model)
+    if getattr(config, "quantization_config", None) is None:
+        raise ValueError(f"end-to-end refines a compressed model, and {model} is dense: {way_out}")
