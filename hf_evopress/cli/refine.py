@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,37 +52,21 @@ def refine(
     from ..end_to_end import MODE, refine_end_to_end
     from ..refine_plan import refine_plan
 
-    if mode == MODE:
-        with bars() as progress:
-            result = refine_end_to_end(
-                plan,
-                out,
-                dense=model,
-                data=data or (),
-                steps=steps,
-                test=test,
-                seed=seed,
-                seq_len=seq_len,
-                n_sequences=calibration,
-                progress=progress,
-            )
-        show_result(result)
-        return
+    common: dict[str, Any] = {
+        "data": data or (),
+        "test": test,
+        "seed": seed,
+        "seq_len": seq_len,
+        "n_sequences": calibration,
+    }
     with bars() as progress:
-        result = refine_plan(
-            plan,
-            out,
-            mode=mode,
-            model=model,
-            data=data or (),
-            test=test,
-            work=work,
-            seed=seed,
-            seq_len=seq_len,
-            n_sequences=calibration,
-            revision=revision,
-            progress=progress,
-        )
+        common["progress"] = progress
+        if mode == MODE:
+            result = refine_end_to_end(plan, out, dense=model, steps=steps, **common)
+        else:
+            result = refine_plan(
+                plan, out, mode=mode, model=model, work=work, revision=revision, **common
+            )
     show_result(result)
 
 
