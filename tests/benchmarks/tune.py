@@ -87,6 +87,7 @@ def resume(words: argparse.Namespace) -> dict[str, Any]:
             *(sys.executable, "-m", "hf_evopress", "tune", str(base), "--out", str(out)),
             *("--data", texts["train"], "--steps", "60", "--batch", str(words.batch)),
             *("--seq-len", str(words.seq_len), "--sequences", str(words.sequences)),
+            *(["--bf16"] if words.bf16 else []),
         ]
         if name == "killed":
             process = subprocess.Popen(command)
@@ -156,6 +157,7 @@ def settings(words: argparse.Namespace, **changes: Any) -> Tuning:
         "seq_len": words.seq_len,
         "sequences": words.sequences,
         "save_steps": words.steps,
+        "bf16": words.bf16,
     }
     return Tuning(**{**common, **changes})
 
@@ -224,6 +226,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
