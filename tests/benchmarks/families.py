@@ -21,6 +21,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_evopress.data import tokenize_file
 from hf_evopress.evaluate import compare_many
 from hf_evopress.job import Job
@@ -83,8 +85,10 @@ class Bench:
         self, name: str, job: Job, store: LevelStore, strategy: str | None = None, **more: Any
     ) -> Found:
         """Return the plan of a strategy, of the recipe's own without one."""
-        start = time.process_time()
+        start, own = time.process_time(), job.model.dtype
+        job.model.to(getattr(torch, self.words.dtype))
         search = run_search(job, store, strategy, **more)
+        job.model.to(own)
         about = {
             "evaluated_tokens": search.run.evaluated_tokens,
             "cpu_seconds": round(time.process_time() - start, 1),
@@ -254,6 +258,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", required=True, help="evaluation text")
     parser.add_argument("--at", type=float, nargs="+", default=[])
     parser.add_argument("--work", default="demo/families.work")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
+                        help="to search in; bfloat16 is twice as fast on some CPUs")  # fmt: skip
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--tokens", type=int, nargs="+", help="of the strategy's rounds")
     parser.add_argument("--drop-tokens", type=int, default=2048)
