@@ -83,6 +83,7 @@ class Job:
             self.problem,
             recipe,
             self.work,
+            fitness=(self._fitness_words, self.fitness),
             model=lambda: self.model,
             tokens=lambda: self.tokens["search"],
         )

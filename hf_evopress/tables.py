@@ -20,6 +20,7 @@ from typing import Any
 from .calibrate import load_stats
 from .evaluator import Evaluator
 from .fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
+from .fitness.base import Fitness
 from .objective import fitness_of
 from .problem import Problem
 from .recipe import Recipe
@@ -33,7 +34,8 @@ from .store import LevelStore
 class Tables:
     """The tables of one problem; model and tokens are looked at only where nothing is kept yet.
 
-    tokens: the search sequences (n, seq_len), of which the first are used.
+    fitness: in words, and what it is. tokens: the search sequences (n, seq_len), of which the
+    first are used.
     """
 
     def __init__(
@@ -42,11 +44,12 @@ class Tables:
         recipe: Recipe,
         work: Path,
         *,
+        fitness: tuple[str, Fitness],
         model: Callable[[], Any],
         tokens: Callable[[], Any],
     ) -> None:
         self.problem, self.recipe, self.work = problem, recipe, work
-        self._model, self._tokens = model, tokens
+        self._fitness, self._model, self._tokens = fitness, model, tokens
 
     def of(self, strategy: str, store: LevelStore) -> Table | None:
         """Return the table that a strategy chooses by, None where there is none to be had."""
@@ -62,7 +65,7 @@ class Tables:
     def _sensitivity(self, store: LevelStore) -> Table | None:
         if self.problem.units and not self.recipe.search.sensitivity_tokens:
             return None
-        drops = self._drops(store, self.recipe.search.fitness)
+        drops = self._drops(store, *self._fitness)
         return self._rows(lambda u, x: store.scores(u, x)["sensitivity_nats"], drops)
 
     def _error(self, store: LevelStore) -> Table:
@@ -79,7 +82,7 @@ class Tables:
         return self._rows(_no_levels, found)
 
     def _perplexity(self, store: LevelStore) -> Table:
-        return self._rows(_no_levels, self._drops(store, "perplexity"))
+        return self._rows(_no_levels, self._drops(store, "perplexity", fitness_of("perplexity")))
 
     def _window(self, store: LevelStore) -> Table:
         size = max(count.at_least for count in self.problem.space.counts)
@@ -133,18 +136,18 @@ class Tables:
             for gene in self.problem.space.genes
         ]
 
-    def _drops(self, store: LevelStore, fitness: str) -> Mapping[str, float]:
-        """Return sub-block -> loss when it alone is dropped."""
+    def _drops(self, store: LevelStore, words: str, fitness: Fitness) -> Mapping[str, float]:
+        """Return sub-block -> loss, which `words` describe, when it alone is dropped."""
         names = list(self.problem.added.options)
         if not names:
             return {}
 
         def measure() -> dict[str, float]:
             tokens = self._sample()
-            evaluator = Evaluator(self._model(), store, tokens, fitness_of(fitness))
+            evaluator = Evaluator(self._model(), store, tokens, fitness)
             return single_drops(evaluator, names, range(len(tokens)))
 
-        return self._kept(f"drops-{text_fingerprint(fitness)}", measure)
+        return self._kept(f"drops-{text_fingerprint(words)}", measure)
 
     def _sample(self) -> Any:
         tokens = self._tokens()

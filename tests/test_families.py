@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_evopress import pipeline
 from hf_evopress.dropped import dropped_modules
+from hf_evopress.fitness.task import Task
 from hf_evopress.job import Job
 from hf_evopress.recipe import Recipe
 from hf_evopress.size import stored_bytes
@@ -205,6 +206,13 @@ def test_a_baseline_of_another_task_is_refused(home: Path, strategy: str, reason
     job = Job(recipe(home, budget={"bits": 3}, levels=QUANT))
     with pytest.raises(ValueError, match=reason):
         job.search(job.build(), strategy)
+
+
+def test_single_drops_are_measured_by_a_cost_of_the_users_own(home: Path) -> None:
+    asked = recipe(home, budget={"drop": 0.34}, drop={"tokens": 128})
+    sevens = Job(asked, fitness=Task(lambda dense, compressed, labels: 7.0))
+    table = sevens.tables.of("evolve", sevens.build())
+    assert table == [[7.0, 0.0]] * 6
 
 
 def test_single_drops_are_measured_once(home: Path) -> None:
