@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +113,21 @@ def trained_llama() -> nn.Module:
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
     return model.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def home(
+    trained_llama: nn.Module,
+    byte_tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A folder of the test file's own: a model in dense/ with its tokenizer, and text.txt."""
+    folder = tmp_path_factory.mktemp("home")
+    dense = copy.deepcopy(trained_llama).to(torch.bfloat16)  # others share the original
+    dense.save_pretrained(folder / "dense")  # type: ignore[operator]
+    byte_tokenizer.save_pretrained(folder / "dense")
+    (folder / "text.txt").write_text(make_structured_text(900, seed=5))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from hf_evopress.cli import main
 from hf_evopress.plan import Plan
 
 SMALL = ["--seq-len", "64", "--calibration", "16", "--search-pool", "16"]
 LEVELS = [x for b in (2, 3, 4) for x in ("--level", f"gptq:bits={b},group_size=32")]
-
-
-@pytest.fixture(scope="module")
-def home(
-    trained_llama: nn.Module,
-    byte_tokenizer: Any,
-    structured_text: Callable[..., str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    folder = tmp_path_factory.mktemp("cli")
-    dense = copy.deepcopy(trained_llama).to(torch.bfloat16)  # others share the original
-    dense.save_pretrained(folder / "dense")  # type: ignore[operator]
-    byte_tokenizer.save_pretrained(folder / "dense")
-    (folder / "text.txt").write_text(structured_text(900, seed=5))
-    return folder
 
 
 @pytest.fixture

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_evopress import pipeline
@@ -24,22 +21,6 @@ QUANT = [f"gptq:bits={b},group_size=32" for b in (2, 4)]
 RESIDUAL = [f"gptq:bits=2,group_size=32 + lowrank:rank={r},factors=int8" for r in (4, 8)]
 JOINT_SPARSE = ["sparsegpt:sparsity=0.5,bits=4,group_size=32"]
 DROPS = {"kinds": ["attention", "mlp"], "tokens": 128}
-
-
-@pytest.fixture(scope="module")
-def home(
-    trained_llama: nn.Module,
-    byte_tokenizer: Any,
-    structured_text: Callable[..., str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """A folder with a dense model, its tokenizer and a text."""
-    folder = tmp_path_factory.mktemp("families")
-    dense = copy.deepcopy(trained_llama).to(torch.bfloat16)  # others share the original
-    dense.save_pretrained(folder / "dense")  # type: ignore[operator]
-    byte_tokenizer.save_pretrained(folder / "dense")
-    (folder / "text.txt").write_text(structured_text(800, seed=5))
-    return folder
 
 
 def recipe(home: Path, **changes: Any) -> Recipe:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from hf_evopress.cli import main
 from hf_evopress.fitness.task import Task
@@ -20,22 +16,6 @@ from hf_evopress.plan import Plan
 from hf_evopress.plan_repo import list_plans
 from hf_evopress.recipe import Recipe
 from hf_evopress.search_log import read_log
-
-
-@pytest.fixture(scope="module")
-def home(
-    trained_llama: nn.Module,
-    byte_tokenizer: Any,
-    structured_text: Callable[..., str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """A folder with a dense model, its tokenizer and a text."""
-    folder = tmp_path_factory.mktemp("home")
-    dense = copy.deepcopy(trained_llama).to(torch.bfloat16)  # others share the original
-    dense.save_pretrained(folder / "dense")  # type: ignore[operator]
-    byte_tokenizer.save_pretrained(folder / "dense")
-    (folder / "text.txt").write_text(structured_text(600, seed=5))
-    return folder
 
 
 def recipe(home: Path, **search: Any) -> Recipe:

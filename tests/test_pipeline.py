@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_evopress
@@ -21,26 +18,8 @@ from hf_evopress.plan import Plan
 from hf_evopress.recipe import Recipe
 from hf_evopress.size import stored_bytes
 
-Folder = Path
 
-
-@pytest.fixture(scope="module")
-def home(
-    trained_llama: nn.Module,
-    byte_tokenizer: Any,
-    structured_text: Callable[..., str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Folder:
-    """A folder with a dense model, its tokenizer and a text."""
-    folder = tmp_path_factory.mktemp("home")
-    dense = copy.deepcopy(trained_llama).to(torch.bfloat16)  # others share the original
-    dense.save_pretrained(folder / "dense")  # type: ignore[operator]
-    byte_tokenizer.save_pretrained(folder / "dense")
-    (folder / "text.txt").write_text(structured_text(800, seed=5))
-    return folder
-
-
-def recipe(home: Folder, out: str, **changes: Any) -> Recipe:
+def recipe(home: Path, out: str, **changes: Any) -> Recipe:
     values: dict[str, Any] = {
         "model": str(home / "dense"),
         "out": str(home / out),
@@ -64,7 +43,7 @@ def recipe(home: Folder, out: str, **changes: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def result(home: Folder) -> pipeline.Result:
+def result(home: Path) -> pipeline.Result:
     return pipeline.compress(recipe(home, "out"))
 
 
@@ -82,7 +61,7 @@ def test_the_checkpoint_is_no_larger_than_declared(result: pipeline.Result) -> N
 
 
 def test_the_reloaded_model_gives_the_logits_that_were_scored(
-    home: Folder, result: pipeline.Result
+    home: Path, result: pipeline.Result
 ) -> None:
     job = Job(recipe(home, "out"))
     evaluator = job.evaluator(job.build())
@@ -111,7 +90,7 @@ def test_the_folder_holds_plan_recipe_and_figures(result: pipeline.Result) -> No
 
 
 def test_the_same_recipe_gives_the_same_plan_byte_for_byte(
-    home: Folder, result: pipeline.Result
+    home: Path, result: pipeline.Result
 ) -> None:
     again = pipeline.compress(recipe(home, "again", work=str(home / "work2")))
     assert again.plan.levels == result.plan.levels
@@ -121,7 +100,7 @@ def test_the_same_recipe_gives_the_same_plan_byte_for_byte(
 
 
 def test_a_search_that_is_stopped_goes_on_to_the_same_plan(
-    home: Folder, result: pipeline.Result, monkeypatch: pytest.MonkeyPatch
+    home: Path, result: pipeline.Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = recipe(home, "x", budget={"bits": 3.1})
     job = Job(changed)
@@ -145,7 +124,7 @@ def test_a_search_that_is_stopped_goes_on_to_the_same_plan(
 
 
 def test_another_budget_reuses_statistics_and_levels(
-    home: Folder, result: pipeline.Result, monkeypatch: pytest.MonkeyPatch
+    home: Path, result: pipeline.Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("levels were made again")
@@ -155,16 +134,14 @@ def test_another_budget_reuses_statistics_and_levels(
     assert pipeline.find_plan(job, job.build()).budget["bits_per_weight"] <= 4.0
 
 
-def test_every_strategy_makes_a_plan_within_the_budget(
-    home: Folder, result: pipeline.Result
-) -> None:
+def test_every_strategy_makes_a_plan_within_the_budget(home: Path, result: pipeline.Result) -> None:
     for strategy in ("evopress", "knapsack", "uniform", "random"):
         search = {"strategy": strategy, "sensitivity_tokens": 512}
         job = Job(recipe(home, "x", search=search, budget={"bits": 3.8}))
         assert pipeline.find_plan(job, job.build()).budget["bits_per_weight"] <= 3.8
 
 
-def test_ties_and_pins_hold_in_the_plan(home: Folder, result: pipeline.Result) -> None:
+def test_ties_and_pins_hold_in_the_plan(home: Path, result: pipeline.Result) -> None:
     changed = recipe(
         home,
         "x",
@@ -195,33 +172,33 @@ def test_ties_and_pins_hold_in_the_plan(home: Folder, result: pipeline.Result) -
     ],
 )
 def test_bad_recipes_fail_before_any_weight_is_loaded(
-    home: Folder, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
+    home: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
 ) -> None:
     monkeypatch.setattr(Job, "load_model", lambda self: pytest.fail("weights were loaded"))
     with pytest.raises(ValueError, match=words):
         Job(recipe(home, "bad", **changes))
 
 
-def test_a_compressed_model_is_refused_as_a_start(home: Folder, result: pipeline.Result) -> None:
+def test_a_compressed_model_is_refused_as_a_start(home: Path, result: pipeline.Result) -> None:
     with pytest.raises(ValueError, match=r"already compressed \(evopress\)"):
         Job(recipe(home, "bad", model=str(result.folder)))
 
 
-def test_a_folder_with_other_files_is_not_replaced(home: Folder) -> None:
+def test_a_folder_with_other_files_is_not_replaced(home: Path) -> None:
     (home / "mine").mkdir()
     (home / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match="it would be replaced"):
         Job(recipe(home, "mine"))
 
 
-def test_a_text_that_is_too_short_says_how_much_is_needed(home: Folder) -> None:
+def test_a_text_that_is_too_short_says_how_much_is_needed(home: Path) -> None:
     (home / "short.txt").write_text("too short")
     data = {"sources": [str(home / "short.txt")], "seq_len": 64}
     with pytest.raises(ValueError, match="token"):
         pipeline.compress(recipe(home, "short", data=data))
 
 
-def test_a_plan_is_applied_without_a_search(home: Folder, result: pipeline.Result) -> None:
+def test_a_plan_is_applied_without_a_search(home: Path, result: pipeline.Result) -> None:
     result.plan.save(home / "plan.json")
     folder = pipeline.apply_plan(
         str(home / "plan.json"), home / "applied", data=[str(home / "text.txt")],
@@ -235,7 +212,7 @@ def test_a_plan_is_applied_without_a_search(home: Folder, result: pipeline.Resul
 
 
 def test_evaluate_measures_the_folder_against_the_dense_model(
-    home: Folder, result: pipeline.Result
+    home: Path, result: pipeline.Result
 ) -> None:
     measured = pipeline.evaluate_model(
         str(result.folder), str(home / "text.txt"), against=str(home / "dense"), window=64,

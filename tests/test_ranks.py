@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import multiprocessing
 import os
@@ -10,14 +9,12 @@ import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from torch import nn
 
 from hf_evopress.ranks import ALONE, Ranks, start
 
@@ -57,22 +54,6 @@ Path(out).write_text(plan.to_json())
 """
 
 
-@pytest.fixture(scope="module")
-def home(
-    trained_llama: nn.Module,
-    byte_tokenizer: Any,
-    structured_text: Callable[..., str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    folder = tmp_path_factory.mktemp("home")
-    dense = copy.deepcopy(trained_llama).to(torch.bfloat16)  # others share the original
-    dense.save_pretrained(folder / "dense")  # type: ignore[operator]
-    byte_tokenizer.save_pretrained(folder / "dense")
-    (folder / "text.txt").write_text(structured_text(300, seed=5))
-    (folder / "worker.py").write_text(WORKER)
-    return folder
-
-
 def run(home: Path, work: str, world: int, *, dies: int = -1) -> tuple[list[int | None], list[str]]:
     """Return exit codes and plans of `world` processes that do one job together."""
     recipe = {
@@ -83,6 +64,7 @@ def run(home: Path, work: str, world: int, *, dies: int = -1) -> tuple[list[int 
     }
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_evopress.pipeline"])
+    (home / "worker.py").write_text(WORKER)
     known = {"world": world, "port": _free_port(), "recipe": recipe, "dies": dies}
     outs = [home / f"{work}-{world}-{rank}.json" for rank in range(world)]
     processes = [

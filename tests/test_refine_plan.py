@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from hf_evopress import pipeline
 from hf_evopress.cli import main
@@ -21,21 +16,6 @@ from hf_evopress.size import stored_bytes
 
 LEVEL = "gptq:bits=2,group_size=32"
 DATA = {"seq_len": 64, "calibration": 24, "search": 16, "heldout": 4, "test": 12}
-
-
-@pytest.fixture(scope="module")
-def home(
-    trained_llama: nn.Module,
-    byte_tokenizer: Any,
-    structured_text: Callable[..., str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    folder = tmp_path_factory.mktemp("home")
-    dense = copy.deepcopy(trained_llama).to(torch.bfloat16)  # others share the original
-    dense.save_pretrained(folder / "dense")  # type: ignore[operator]
-    byte_tokenizer.save_pretrained(folder / "dense")
-    (folder / "text.txt").write_text(structured_text(900, seed=5))
-    return folder
 
 
 def recipe(home: Path, out: str, refine: str) -> Recipe:

@@ -128,6 +128,7 @@ def distilled(job: Job, states: Any, levels: Any, words: argparse.Namespace) -> 
         else "scales,norms",
         teacher=words.model,
         steps=words.distil_steps,
+        learning_rate=words.distil_lr,
         batch=1,
         seq_len=words.seq_len,
         sequences=words.calibration,
@@ -197,6 +198,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--zero-rate", type=float, default=tuning.zero_rate)
     parser.add_argument("--float-rate", type=float, default=tuning.float_rate)
     parser.add_argument("--distil-steps", type=int, default=100, help="of end-to-end")
+    parser.add_argument("--distil-lr", type=float, help="learning rate of end-to-end")
     parser.add_argument("--sequences", type=int, default=None, help="of calibration, to refine on")
     parser.add_argument("--level", nargs="+", help="the menu; default: the package's")
     parser.add_argument("--seq-len", type=int, default=1024)
