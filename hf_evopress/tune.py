@@ -121,17 +121,20 @@ def tune(
     data: Sequence[str],
     tests: Mapping[str, str] | None = None,
     window: int = 512,
+    targets: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Tuned:
     """Return what training `model` on the text in `data` gave, written to `out`.
 
-    tests: name -> text file; perplexities before and after are measured on them.
+    tests: name -> text file; perplexities before and after are measured on them. targets: where
+    the teacher's predictions are kept, by default with the checkpoints; runs on the same text can
+    share them.
     """
     (check_model_target if settings.kinds else check_target)(out)
     work = Path(f"{out}.work")
     made_from = {"model": model, "data": list(data), **vars(settings)}
     claim(work, {k: v for k, v in made_from.items() if k != "steps"}, what="a training run")
-    dataset, heldout = _datasets(model, data, settings, work, progress)
+    dataset, heldout = _datasets(model, data, settings, Path(targets or work), progress)
     stored = AutoConfig.from_pretrained(model).dtype
     made = prepared(load(model), settings, kappa_file=_kappa_file(model, work))
     measures: dict[str, Callable[[Any], float]] = {
@@ -230,7 +233,7 @@ def _share(target: str) -> float:
 
 
 def _datasets(
-    model: str, data: Sequence[str], settings: Tuning, work: Path, progress: Progress | None
+    model: str, data: Sequence[str], settings: Tuning, where: Path, progress: Progress | None
 ) -> tuple[Any, Targets | None]:
     """Return the training set and, with a teacher, a held-out one.
 
@@ -249,7 +252,7 @@ def _datasets(
     teacher = load(settings.teacher)
     parts = {"targets": tokens[:n], "heldout": tokens[n:]}
     train, heldout = (
-        Targets(precompute_targets(teacher, ids, work / name, progress=progress))
+        Targets(precompute_targets(teacher, ids, where / name, progress=progress))
         for name, ids in parts.items()
     )
     return train, heldout

@@ -167,8 +167,13 @@ def test_what_a_teacher_trains_is_measured_as_stored_on_text_it_did_not_see(
         shutil.copy(there / "small" / name, tmp_path / "half" / name)
     wanted = {**QUICK, "steps": 20, "learning_rate": 1e-3}  # norms of 16 bits take no small steps
     settings = Tuning(**wanted, train="scales,norms", teacher="dense")
-    healed = tune(str(tmp_path / "half"), tmp_path / "healed", settings, data=["text.txt"])
+    healed = tune(
+        str(tmp_path / "half"), tmp_path / "healed", settings, data=["text.txt"],
+        targets=tmp_path / "teacher",
+    )  # fmt: skip
+    assert (tmp_path / "teacher" / "targets" / "index.json").is_file()
     assert healed.is_kept and healed.kl is not None and healed.kl[1] < healed.kl[0]
+    assert not (tmp_path / "healed.work" / "targets").exists()
     made = AutoModelForCausalLM.from_pretrained(healed.folder, dtype="auto")
     assert made.dtype == torch.bfloat16
     norms, old = ({n: p for n, p in m.named_parameters() if "norm" in n} for m in (made, model))

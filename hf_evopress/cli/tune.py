@@ -120,6 +120,10 @@ def tune(
         bool, typer.Option(help="Less memory, a third more time.")
     ] = False,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16.")] = False,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Folder for the teacher's predictions, for other runs to use as well."),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Train a compressed model on a text, or let it learn from its dense model.
@@ -138,7 +142,9 @@ def tune(
     settings = Tuning(**{k: words[k] for k in Tuning.__dataclass_fields__ if k in words})
     with bars() as progress:
         tests = {path: path for path in test or ()}
-        result = run(model, out, settings, data=data, tests=tests, progress=progress)
+        result = run(
+            model, out, settings, data=data, tests=tests, targets=targets, progress=progress
+        )
     _show_tuned(result)
 
 
@@ -217,6 +223,11 @@ def _show_tuned(result: Tuned) -> None:
         console.print(
             f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} in {len(result.losses)} "
             f"steps, {result.n_trained:,} parameters trained"
+        )
+    if result.kl is not None:
+        end = "" if result.is_kept else ": not lower, so the model is as it was"
+        console.print(
+            f"KL from the teacher on held-out text {result.kl[0]:.4f} -> {result.kl[1]:.4f}{end}"
         )
     if result.perplexity:
         rows = [(name, f"{a:.2f}", f"{b:.2f}") for name, (a, b) in result.perplexity.items()]

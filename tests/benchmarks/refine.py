@@ -5,7 +5,7 @@
         --plans uniform knapsack --out refine.json
 
 Modes: fast, best, end-to-end, and fast or best followed by +end-to-end. Plans: uniform, knapsack,
-and folders of plans, such as those that tests/benchmarks/search.py leaves: with the best five of
+and files of plans, such as those that tests/benchmarks/search.py leaves: with the best five of
 a search one sees whether refinement changes their order.
 
 The plans come from the level store that tests/benchmarks/quality.py leaves in --work. Every row
@@ -141,13 +141,14 @@ def distilled(job: Job, states: Any, levels: Any, words: argparse.Namespace) -> 
         if not (source / "config.json").is_file():
             plan, tokenizer = job.plan(levels), job.tokenizer
             EvoPressExport().save(job.load_model(), plan, states.state, source, tokenizer=tokenizer)
-        done = tune.tune(str(source), folder, settings, data=[words.data])
+        kept = Path(words.work) / "targets"
+        done = tune.tune(str(source), folder, settings, data=[words.data], targets=kept)
         print("held-out KL", done.kl, "kept" if done.is_kept else "not kept", flush=True)
     return load(str(folder))
 
 
 def plan_of(kind: str, job: Job, store: Any) -> tuple[Any, float]:
-    if Path(kind).is_dir():
+    if kind not in ("uniform", "knapsack"):
         levels = dict(Plan.load(kind).levels)
         return levels, job.space.bits_per_weight(job.space.genome(levels))
     if kind != "uniform":

@@ -176,7 +176,7 @@ def keep_plans(
         distinct = {tuple(row["genome"]): row for row in track}
         for number, (genome, row) in enumerate(distinct.items()):
             plan = job.plan(job.levels(genome), results={"kl_nats": row["kl"]})
-            plan.save(folder / f"{bits}-{name.replace(' ', '-')}-{number}")
+            plan.save(folder / f"{bits}-{name.replace(' ', '-')}-{number}.json")
 
 
 def show(job: Job, bits: float, tracks: dict[str, list[dict[str, Any]]], first: str) -> None:
