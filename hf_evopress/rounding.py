@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import compose
 from .codes import pack_state, unpack_grid
@@ -107,9 +107,9 @@ class _Codes:
             self.mask = self._grouped(mask)
         else:
             q = unpack(state["codes"], params["bits"], shape[1])
-        self.latent = self._grouped(q).float()
-        self.change = torch.zeros_like(self.scale, requires_grad=True)
-        self.move = torch.zeros_like(self.zero, requires_grad=not params["symmetric"])
+        self.latent: Tensor = self._grouped(q).float()
+        self.change = nn.Parameter(torch.zeros_like(self.scale))
+        self.move = nn.Parameter(torch.zeros_like(self.zero), not params["symmetric"])
 
     def _grouped(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.scale.shape[1], -1))
@@ -119,7 +119,7 @@ class _Codes:
         if W is not None:
             wish = self._grouped(W) / self.scale[..., None] + self.zero[..., None]
             self.latent = self.latent + (wish - self.latent).clamp(-LEAN, LEAN)
-        self.latent.requires_grad_()
+        self.latent = nn.Parameter(self.latent)
 
     def floats(self) -> Iterator[Tensor]:
         yield self.change
@@ -206,7 +206,7 @@ class _Floats:
                 if tensor.is_floating_point() and name != "bias_fix":
                     rms = tensor.float().square().mean().sqrt()
                     self.size[name] = rms.clamp(min=torch.finfo(torch.float32).tiny)
-                    self.change[name] = torch.zeros(tensor.shape, requires_grad=True)
+                    self.change[name] = nn.Parameter(torch.zeros(tensor.shape))
 
     def floats(self) -> Iterator[Tensor]:
         yield from self.change.values()

@@ -1,30 +1,37 @@
-"""Train the float parameters of a packed model itself: scales, factors, norms, biases.
+"""Train the parameters of a packed model itself: scales, factors, norms, biases, and codes.
 
-The codes stay as they are, so the model keeps its plan and its size. Packed floats have 16 bits,
-too few for small steps, and are float32 while they are trained; `settle` rounds them back.
+The model keeps its plan and its size. Packed floats have 16 bits, too few for small steps, and are
+float32 while they are trained; `settle` rounds them back. Codes stay as they are unless they are
+asked for: then layers are LatentLinears meanwhile, which train the floats beside them as well.
 Norms and biases keep the model's dtype: load the model in float32 to train them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import compose
+from .latent_layers import latent_linears, make_latent, pack_latent
 from .layers import CompressedLinear, compressed_linears
 from .plugins import did_you_mean
 
-KINDS = ("scales", "factors", "norms", "biases")
+KINDS = ("codes", "scales", "factors", "norms", "biases")
 
 
-def make_tunable(model: nn.Module, kinds: Sequence[str] = ("scales", "norms")) -> list[str]:
+def make_tunable(
+    model: nn.Module,
+    kinds: Sequence[str] = ("scales", "norms"),
+    *,
+    dense: Mapping[str, Tensor] | None = None,
+) -> list[str]:
     """Return the names of the parameters that are trained from now on, all others are frozen.
 
-    kinds: any of scales (of codes), factors (A and B of low-rank terms), norms, biases. Call
-    `settle` before the model is saved for use.
+    kinds: any of codes, scales (of codes), factors (A and B of low-rank terms), norms, biases.
+    dense: layer -> dense weight (out, in), for codes. Call `settle` before the model is saved.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -33,6 +40,10 @@ def make_tunable(model: nn.Module, kinds: Sequence[str] = ("scales", "norms")) -
             )
     model.requires_grad_(False)
     names = []
+    if "codes" in kinds:
+        make_latent(model, dense)
+        layers = latent_linears(model).items()
+        names = [f"{layer}.{name}" for layer, of in layers for name, _ in of.named_parameters()]
     for layer_name, layer, name in _packed_floats(model, kinds):
         value = layer.get_parameter(name).detach().float()
         layer.register_parameter(name, nn.Parameter(value, requires_grad=True))
@@ -52,7 +63,8 @@ def make_tunable(model: nn.Module, kinds: Sequence[str] = ("scales", "norms")) -
 
 
 def settle(model: nn.Module) -> None:
-    """Round packed floats to the dtype that their level stores, and stop training them."""
+    """Pack what was trained as the levels store it, and stop training."""
+    pack_latent(model)
     for layer in compressed_linears(model).values():
         expected = compose.empty(layer.level, layer.shape, layer.weight_dtype)
         for name, like in expected.items():

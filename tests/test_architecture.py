@@ -25,8 +25,8 @@ LAYERS = (
     "store stitch fitness/ objective head evaluator scores diagnose patching asymmetric "
     "two_streams rounding block_tuning refined refine foreign",
     "config compress_on_load quantizer",
-    "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer export/ "
-    "evaluate size report plots cards hub html_report published",
+    "peft_layers adapters lord eora eora_ranks merge kappa distill latent_layers tunable trainer "
+    "export/ evaluate size report plots cards hub html_report published",
     "problem tables reporting job finish pipeline refine_plan front repair tune end_to_end "
     "follow_up",
     "cli/ __main__",
