@@ -3,14 +3,14 @@
 While a model is distilled, a LatentLinear stands in for each compressed layer: its weight is made
 of latent codes, scales, zero points and other floats (`rounding`), all of which have gradients.
 `settle` packs what they have become into the compressed layer, which takes its place again.
-Straight-through rounding of all codes at once is the discrete half of what PV-Tuning (Malinovskii
-et al. 2024, arXiv:2405.14852) alternates; here a step moves a latent by a small part of a code, so
-that few codes change in any one step.
+Codes change where the gradient is large and stays so: a latent moves in proportion to its share
+of its layer's gradient, and half a code is far for most. PV-Tuning (Malinovskii et al. 2024,
+arXiv:2405.14852) limits the codes that change in a step to the same end. An optimizer that gives
+all latents steps of one size, as Adam does, flips them in masses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,16 +24,21 @@ from .rounding import TunedLevel
 
 # Steps of each kind, as multiples of the learning rate: latents and zero points count in codes,
 # floats relative to their own size, norms and biases are what they are.
-CODE_STEPS, ZERO_STEPS, FLOAT_STEPS = 100.0, 100.0, 20.0
+CODE_STEPS, FLOAT_STEPS = 100.0, 20.0
+MOMENTUM = 0.9
 
 
 class LatentLinear(nn.Module):
-    """x (..., in) -> (..., out) by latent codes, which lean towards W (out, in) if it is known."""
+    """x (..., in) -> (..., out) by latent codes that begin in the middle of their codes.
 
-    def __init__(self, layer: CompressedLinear, W: Tensor | None) -> None:
+    They do not lean towards the dense weights, as they do where one block is tuned: GPTQ moved a
+    good part of the codes away from those, and all of them would change back within a few steps.
+    """
+
+    def __init__(self, layer: CompressedLinear) -> None:
         super().__init__()
         self._held = (layer,)  # not a child: its packed tensors are neither trained nor saved
-        self.tuned = TunedLevel(layer.level, layer.state, layer.shape, W)
+        self.tuned = TunedLevel(layer.level, layer.state, layer.shape, None)
         self.latents = nn.ParameterList(self.tuned.latents())
         self.floats = nn.ParameterList(self.tuned.floats())
         self.zeros = nn.ParameterList(self.tuned.moves())
@@ -51,16 +56,12 @@ class LatentLinear(nn.Module):
         return layer
 
 
-def make_latent(model: nn.Module, dense: Mapping[str, Tensor] | None = None) -> list[str]:
-    """Return the names of the layers that were replaced by LatentLinears.
-
-    dense: name of a layer -> its dense weight (out, in).
-    """
+def make_latent(model: nn.Module) -> list[str]:
+    """Return the names of the layers that were replaced by LatentLinears."""
     names = []
     for name, layer in compressed_linears(model).items():
         if any(key.partition("_")[0] == "codes" for key in layer.state):
-            W = None if dense is None else dense[name].float()
-            model.set_submodule(name, LatentLinear(layer, W))
+            model.set_submodule(name, LatentLinear(layer))
             names.append(name)
     setattr(model, IN_TRAINING, True)
     return names
@@ -78,17 +79,36 @@ def pack_latent(model: nn.Module) -> None:
     setattr(model, IN_TRAINING, False)
 
 
-def parameter_groups(model: nn.Module, rate: float) -> list[dict[str, Any]]:
-    """Return the groups of an optimizer, each with the step that suits its kind."""
-    layers = latent_linears(model).values()
-    kinds = [
-        (CODE_STEPS, [p for layer in layers for p in layer.latents]),
-        (ZERO_STEPS, [p for layer in layers for p in layer.zeros]),
-        (FLOAT_STEPS, [p for layer in layers for p in layer.floats]),
-    ]
-    known = {id(p) for _, of in kinds for p in of}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    return [{"params": of, "lr": rate * times} for times, of in [*kinds, (1.0, others)] if of]
+class CodesAndFloats(torch.optim.AdamW):
+    """AdamW for floats; for latents, momentum over gradients of root mean square 1 per layer."""
+
+    def __init__(self, model: nn.Module, rate: float) -> None:
+        layers = latent_linears(model).values()
+        codes = [p for layer in layers for p in (*layer.latents, *layer.zeros)]
+        floats = [p for layer in layers for p in layer.floats]
+        known = {id(p) for p in (*codes, *floats)}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+        groups: list[dict[str, Any]] = [
+            {"params": codes, "lr": rate * CODE_STEPS, "codes": True},
+            {"params": floats, "lr": rate * FLOAT_STEPS, "codes": False},
+            {"params": others, "lr": rate, "codes": False},
+        ]
+        super().__init__([g for g in groups if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        latent = [(g, p) for g in self.param_groups if g["codes"] for p in g["params"]]
+        for group, p in latent:
+            if p.grad is None:
+                continue
+            size = p.grad.square().mean().sqrt().clamp(min=torch.finfo(p.dtype).tiny)
+            state = self.state[p]
+            if not state:  # AdamW looks for a step in every state that it reads back
+                state.update(momentum=torch.zeros_like(p), step=torch.tensor(0.0))
+            state["momentum"].lerp_(p.grad / size, 1 - MOMENTUM)
+            p.sub_(state["momentum"], alpha=group["lr"])
+            p.grad = None  # Adam passes it over
+        return super().step(closure)
 
 
 class KeepInRange(TrainerCallback):

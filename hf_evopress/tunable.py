@@ -8,11 +8,11 @@ Norms and biases keep the model's dtype: load the model in float32 to train them
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import compose
 from .latent_layers import latent_linears, make_latent, pack_latent
@@ -22,16 +22,11 @@ from .plugins import did_you_mean
 KINDS = ("codes", "scales", "factors", "norms", "biases")
 
 
-def make_tunable(
-    model: nn.Module,
-    kinds: Sequence[str] = ("scales", "norms"),
-    *,
-    dense: Mapping[str, Tensor] | None = None,
-) -> list[str]:
+def make_tunable(model: nn.Module, kinds: Sequence[str] = ("scales", "norms")) -> list[str]:
     """Return the names of the parameters that are trained from now on, all others are frozen.
 
     kinds: any of codes, scales (of codes), factors (A and B of low-rank terms), norms, biases.
-    dense: layer -> dense weight (out, in), for codes. Call `settle` before the model is saved.
+    Call `settle` before the model is saved for use.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -41,7 +36,7 @@ def make_tunable(
     model.requires_grad_(False)
     names = []
     if "codes" in kinds:
-        make_latent(model, dense)
+        make_latent(model)
         layers = latent_linears(model).items()
         names = [f"{layer}.{name}" for layer, of in layers for name, _ in of.named_parameters()]
     for layer_name, layer, name in _packed_floats(model, kinds):

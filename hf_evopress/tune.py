@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -29,8 +28,7 @@ from .export.base import check_target as check_model_target
 from .fingerprint import claim
 from .kappa import FILE as KAPPA
 from .kappa import kappa_targets
-from .latent_layers import KeepInRange, parameter_groups
-from .layers import compressed_linears
+from .latent_layers import CodesAndFloats, KeepInRange
 from .plugins import did_you_mean
 from .repair import load, local_folder, perplexity_of, save_checkpoint, tokenizer_of
 from .store import Progress
@@ -178,7 +176,7 @@ def prepared(model: Any, settings: Tuning, *, kappa_file: Path | None = None) ->
     kappa_file: where condition numbers are kept, for a target of kappa:SHARE.
     """
     if settings.kinds:
-        make_tunable(model, settings.kinds, dense=_dense_weights(model, settings))
+        make_tunable(model, settings.kinds)
         return model
     from peft import LoraConfig, get_peft_model
 
@@ -199,14 +197,6 @@ def prepared(model: Any, settings: Tuning, *, kappa_file: Path | None = None) ->
         activate(made, ["default", "beside"], train=["default"])
     check_trainable(made)
     return made
-
-
-def _dense_weights(model: Any, settings: Tuning) -> Mapping[str, Tensor] | None:
-    """Return the teacher's weights of the compressed layers, where codes are trained."""
-    if "codes" not in (settings.kinds or ()) or settings.teacher is None:
-        return None
-    teacher = load(settings.teacher)
-    return {name: teacher.get_submodule(name).weight for name in compressed_linears(model)}
 
 
 def _kappa_file(model: str, work: Path) -> Path:
@@ -309,8 +299,7 @@ def _trainer(model: Any, settings: Tuning, dataset: Any, work: Path) -> Trainer:
         model.enable_input_require_grads()
     more: dict[str, Any] = {}
     if "codes" in (settings.kinds or ()):
-        groups = parameter_groups(model, args.learning_rate)
-        more["optimizers"] = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95)), None
+        more["optimizers"] = CodesAndFloats(model, args.learning_rate), None
         more["callbacks"] = [KeepInRange(model)]
     if settings.teacher is not None:
         more["task_weight"] = settings.task_weight

@@ -161,8 +161,8 @@ def test_healing_saves_an_ordinary_checkpoint_with_the_same_plan(
 def test_codes_learn_from_the_teacher_and_a_stopped_run_goes_on(
     there: Path, tmp_path: Path
 ) -> None:
-    wanted = {**QUICK, "steps": 12, "save_steps": 6, "train": "codes,scales,norms"}
-    settings = Tuning(**wanted, teacher="dense")
+    wanted = {**QUICK, "steps": 12, "save_steps": 6, "learning_rate": 1e-3}
+    settings = Tuning(**wanted, train="codes,scales,norms", teacher="dense")
     healed = tune("small", tmp_path / "a", settings, data=["text.txt"])
     assert healed.is_kept and healed.kl is not None and healed.kl[1] < healed.kl[0]
     model = AutoModelForCausalLM.from_pretrained(healed.folder)

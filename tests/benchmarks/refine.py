@@ -124,8 +124,7 @@ def refined(job: Job, store: Any, levels: Any, mode: str, words: argparse.Namesp
 def distilled(job: Job, states: Any, levels: Any, words: argparse.Namespace) -> Any:
     """Return the model of these states after distillation of its floats, from its checkpoint."""
     settings = tune.Tuning(
-        train="scales,factors,norms" if any("lowrank" in str(x) for x in levels.values())
-        else "scales,norms",
+        train=words.distil_train,
         teacher=words.model,
         steps=words.distil_steps,
         learning_rate=words.distil_lr,
@@ -199,6 +198,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--zero-rate", type=float, default=tuning.zero_rate)
     parser.add_argument("--float-rate", type=float, default=tuning.float_rate)
     parser.add_argument("--distil-steps", type=int, default=100, help="of end-to-end")
+    parser.add_argument("--distil-train", default="scales,factors,norms", help="codes,... too")
     parser.add_argument("--distil-lr", type=float, help="learning rate of end-to-end")
     parser.add_argument("--sequences", type=int, default=None, help="of calibration, to refine on")
     parser.add_argument("--level", nargs="+", help="the menu; default: the package's")
