@@ -51,8 +51,8 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
 class Tuning:
     """What is trained and how.
 
-    train: lora, rslora or dora (an adapter), or any of scales, factors, norms and biases, joined
-    by commas (the packed model itself). target, of an adapter: all-linear, kappa:SHARE, or last
+    train: lora, rslora or dora (an adapter), or any of codes, scales, factors, norms and biases,
+    joined by commas (the packed model itself). target, of an adapter: all-linear, kappa:SHARE, or last
     parts of module names joined by commas. start: an adapter to train on; beside: one that is
     active and frozen. heldout: sequences that tell, with a teacher, what the training did.
     """
