@@ -52,9 +52,9 @@ class Tuning:
     """What is trained and how.
 
     train: lora, rslora or dora (an adapter), or any of codes, scales, factors, norms and biases,
-    joined by commas (the packed model itself). target, of an adapter: all-linear, kappa:SHARE, or last
-    parts of module names joined by commas. start: an adapter to train on; beside: one that is
-    active and frozen. heldout: sequences that tell, with a teacher, what the training did.
+    joined by commas (the packed model itself). target, of an adapter: all-linear, kappa:SHARE, or
+    last parts of module names joined by commas. start: an adapter to train on; beside: one that
+    is active and frozen. heldout: sequences that tell, with a teacher, what the training did.
     """
 
     train: str = "lora"
