@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_evopress
 from hf_evopress import pipeline
+from hf_evopress.adapters import load_adapter
 from hf_evopress.recipe import Recipe
+from hf_evopress.repair import adapt
 from hf_evopress.size import stored_bytes
 
 CACHE = Path(__file__).parent.parent / ".cache"
@@ -21,6 +26,22 @@ pytestmark = [
     pytest.mark.model,
     pytest.mark.skipif(not MODEL.is_dir(), reason="no model: run `make demo-model` first"),
 ]
+
+
+STOCK = """
+import sys
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+dense, adapter, ids, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+model = PeftModel.from_pretrained(model, adapter).eval()
+assert "hf_evopress" not in sys.modules
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor([[int(i) for i in ids.split(",")]])).logits
+save_file({"logits": logits.contiguous()}, out)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +101,25 @@ def test_generation_and_chat_template_work_after_a_reload(result: pipeline.Resul
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=8, do_sample=False)
     assert out.shape[1] > ids["input_ids"].shape[1]
+
+
+def test_stock_peft_reads_an_adapter_of_ours_on_a_dense_copy(
+    result: pipeline.Result, tmp_path: Path
+) -> None:
+    """In a process that never imports the package: the same logits as on the packed model."""
+    eora = adapt(
+        str(result.folder), tmp_path / "eora", data=[str(TEXT)], dense=str(MODEL), rank=8,
+        n_sequences=2, seq_len=256,
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_pretrained(result.folder, dtype=torch.float32).eval()
+    ids = list(range(100, 130))
+    with torch.no_grad():
+        plain = model(input_ids=torch.tensor([ids])).logits
+        ours = load_adapter(model, eora)(input_ids=torch.tensor([ids])).logits
+    dense: Any = AutoModelForCausalLM.from_pretrained(result.folder, dtype=torch.float32)
+    dense.dequantize().save_pretrained(tmp_path / "dense")
+    where = [str(tmp_path / "dense"), str(eora), ",".join(map(str, ids)), str(tmp_path / "logits")]
+    subprocess.run([sys.executable, "-c", STOCK, *where], check=True, cwd=tmp_path)
+    stock = load_file(tmp_path / "logits")["logits"]
+    torch.testing.assert_close(stock, ours, atol=1e-3, rtol=1e-3)
+    assert float((plain - ours).abs().max()) > 0.1
