@@ -16,7 +16,6 @@ from .level import Level
 from .methods.base import Shape, State
 from .plan import Plan
 
-IN_TRAINING = "_evopress_in_training"  # of a model whose compressed layers are away meanwhile
 _READ_ONLY = (
     "the weight of a compressed layer is computed from its packed tensors, so a change to it "
     "would be lost; call model.dequantize() first and change (or merge into) the dense model"
@@ -114,7 +113,7 @@ class CompressedLinear(nn.Linear):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         layer = cls.empty(level, shape, bias, dtype=dtype)
-        layer.take(state)
+        layer._take(state)
         return layer
 
     @classmethod
@@ -131,8 +130,7 @@ class CompressedLinear(nn.Linear):
         dtype = dtype or (torch.get_default_dtype() if bias is None else bias.dtype)
         return cls(level, shape, compose.empty(level, shape, dtype), bias, dtype=dtype)
 
-    def take(self, state: State) -> None:
-        """Hold `state` from now on; raises ValueError unless it is one of the level."""
+    def _take(self, state: State) -> None:
         if sorted(state) != list(self._state_names):
             raise ValueError(
                 f"level '{self.level}' stores {', '.join(self._state_names)}; "

@@ -23,7 +23,6 @@ from .dropped import (
     sentinel_keys,
 )
 from .layers import (
-    IN_TRAINING,
     CompressedLinear,
     compressed_linears,
     expand_linears,
@@ -201,8 +200,8 @@ class EvoPressQuantizer(HfQuantizer):
         header: without hf_evopress, transformers would load the folder with random weights and
         a mere warning; a weight of the wrong shape makes it an error.
         """
-        if getattr(model, "_hf_peft_config_loaded", False) or getattr(model, IN_TRAINING, False):
-            return None, {}  # only the adapter, or a checkpoint of training, is written
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # only the adapter is written
         self.quantization_config.plan = _with_merged(model, _plan_of(self.quantization_config))
         state = model.state_dict()
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})

@@ -1,8 +1,7 @@
-"""Train the parameters of a packed model itself: scales, factors, norms, biases, and codes.
+"""Train the float parameters of a packed model itself: scales, factors, norms, biases.
 
-The model keeps its plan and its size. Packed floats have 16 bits, too few for small steps, and are
-float32 while they are trained; `settle` rounds them back. Codes stay as they are unless they are
-asked for: then layers are LatentLinears meanwhile, which train the floats beside them as well.
+The codes stay as they are, so the model keeps its plan and its size. Packed floats have 16 bits,
+too few for small steps, and are float32 while they are trained; `settle` rounds them back.
 Norms and biases keep the model's dtype: load the model in float32 to train them.
 """
 
@@ -15,18 +14,17 @@ import torch
 from torch import nn
 
 from . import compose
-from .latent_layers import latent_linears, make_latent, pack_latent
 from .layers import CompressedLinear, compressed_linears
 from .plugins import did_you_mean
 
-KINDS = ("codes", "scales", "factors", "norms", "biases")
+KINDS = ("scales", "factors", "norms", "biases")
 
 
 def make_tunable(model: nn.Module, kinds: Sequence[str] = ("scales", "norms")) -> list[str]:
     """Return the names of the parameters that are trained from now on, all others are frozen.
 
-    kinds: any of codes, scales (of codes), factors (A and B of low-rank terms), norms, biases.
-    Call `settle` before the model is saved for use.
+    kinds: any of scales (of codes), factors (A and B of low-rank terms), norms, biases. Call
+    `settle` before the model is saved for use.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -35,10 +33,6 @@ def make_tunable(model: nn.Module, kinds: Sequence[str] = ("scales", "norms")) -
             )
     model.requires_grad_(False)
     names = []
-    if "codes" in kinds:
-        make_latent(model)
-        layers = latent_linears(model).items()
-        names = [f"{layer}.{name}" for layer, of in layers for name, _ in of.named_parameters()]
     for layer_name, layer, name in _packed_floats(model, kinds):
         value = layer.get_parameter(name).detach().float()
         layer.register_parameter(name, nn.Parameter(value, requires_grad=True))
@@ -58,8 +52,7 @@ def make_tunable(model: nn.Module, kinds: Sequence[str] = ("scales", "norms")) -
 
 
 def settle(model: nn.Module) -> None:
-    """Pack what was trained as the levels store it, and stop training."""
-    pack_latent(model)
+    """Round packed floats to the dtype that their level stores, and stop training them."""
     for layer in compressed_linears(model).values():
         expected = compose.empty(layer.level, layer.shape, layer.weight_dtype)
         for name, like in expected.items():

@@ -28,7 +28,6 @@ from .export.base import check_target as check_model_target
 from .fingerprint import claim
 from .kappa import FILE as KAPPA
 from .kappa import kappa_targets
-from .latent_layers import CodesAndFloats, KeepInRange
 from .plugins import did_you_mean
 from .repair import load, local_folder, perplexity_of, save_checkpoint, tokenizer_of
 from .store import Progress
@@ -51,8 +50,8 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
 class Tuning:
     """What is trained and how.
 
-    train: lora, rslora or dora (an adapter), or any of codes, scales, factors, norms and biases,
-    joined by commas (the packed model itself). target, of an adapter: all-linear, kappa:SHARE, or
+    train: lora, rslora or dora (an adapter), or any of scales, factors, norms and biases, joined
+    by commas (the packed model itself). target, of an adapter: all-linear, kappa:SHARE, or
     last parts of module names joined by commas. start: an adapter to train on; beside: one that
     is active and frozen. heldout: sequences that tell, with a teacher, what the training did.
     """
@@ -297,11 +296,8 @@ def _trainer(model: Any, settings: Tuning, dataset: Any, work: Path) -> Trainer:
     )
     if settings.gradient_checkpointing and not settings.kinds:
         model.enable_input_require_grads()
-    more: dict[str, Any] = {}
-    if "codes" in (settings.kinds or ()):
-        more["optimizers"] = CodesAndFloats(model, args.learning_rate), None
-        more["callbacks"] = [KeepInRange(model)]
     if settings.teacher is not None:
-        more["task_weight"] = settings.task_weight
-        return DistillationTrainer(model, args, train_dataset=dataset, **more)
-    return Trainer(model, args, train_dataset=dataset, **more)
+        return DistillationTrainer(
+            model, args, train_dataset=dataset, task_weight=settings.task_weight
+        )
+    return Trainer(model, args, train_dataset=dataset)

@@ -25,7 +25,7 @@ LAYERS = (
     "store stitch fitness/ objective head evaluator scores diagnose patching asymmetric "
     "two_streams rounding block_tuning refined refine foreign",
     "config compress_on_load quantizer",
-    "peft_layers adapters lord eora eora_ranks merge kappa distill latent_layers tunable trainer "
+    "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer "
     "export/ evaluate size report plots cards hub html_report published",
     "problem tables reporting job finish pipeline refine_plan front repair tune end_to_end "
     "follow_up",

@@ -158,25 +158,6 @@ def test_healing_saves_an_ordinary_checkpoint_with_the_same_plan(
     assert sizes[0] == sizes[1]
 
 
-def test_codes_learn_from_the_teacher_and_a_stopped_run_goes_on(
-    there: Path, tmp_path: Path
-) -> None:
-    wanted = {**QUICK, "steps": 12, "save_steps": 6, "learning_rate": 1e-3}
-    settings = Tuning(**wanted, train="codes,scales,norms", teacher="dense")
-    healed = tune("small", tmp_path / "a", settings, data=["text.txt"])
-    assert healed.is_kept and healed.kl is not None and healed.kl[1] < healed.kl[0]
-    model = AutoModelForCausalLM.from_pretrained(healed.folder)
-    old = AutoModelForCausalLM.from_pretrained("small")
-    pairs = zip(compressed_linears(old).values(), compressed_linears(model).values(), strict=True)
-    assert any(not torch.equal(x.codes, y.codes) for x, y in pairs)
-    tune("small", tmp_path / "b", settings, data=["text.txt"])
-    for file in (tmp_path / "b").iterdir():
-        file.unlink()
-    resumed = tune("small", tmp_path / "b", settings, data=["text.txt"])
-    again = AutoModelForCausalLM.from_pretrained(resumed.folder).state_dict()
-    assert all(torch.equal(x, again[name]) for name, x in model.state_dict().items())
-
-
 def test_what_a_teacher_trains_is_measured_as_stored_on_text_it_did_not_see(
     there: Path, tmp_path: Path
 ) -> None:

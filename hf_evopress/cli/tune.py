@@ -29,7 +29,7 @@ Train = Annotated[
     str,
     typer.Option(
         help="lora, rslora or dora: an adapter. Any of scales,factors,norms,biases: the model's "
-        "own floats, and codes: its codes too; plan and size stay."
+        "own floats; its codes, plan and size stay."
     ),
 ]
 Target = Annotated[

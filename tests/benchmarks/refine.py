@@ -198,7 +198,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--zero-rate", type=float, default=tuning.zero_rate)
     parser.add_argument("--float-rate", type=float, default=tuning.float_rate)
     parser.add_argument("--distil-steps", type=int, default=100, help="of end-to-end")
-    parser.add_argument("--distil-train", default="scales,factors,norms", help="codes,... too")
+    parser.add_argument(
+        "--distil-train", default="scales,factors,norms", help="as of hf-evopress tune"
+    )
     parser.add_argument("--distil-lr", type=float, help="learning rate of end-to-end")
     parser.add_argument("--sequences", type=int, default=None, help="of calibration, to refine on")
     parser.add_argument("--level", nargs="+", help="the menu; default: the package's")
