@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from .cards import write_card
@@ -21,7 +23,7 @@ from .evaluate import compare_many
 from .finish import has_bfloat16
 from .pipeline import UNREFINED, Result, Row, figures, generate
 from .plan import Plan
-from .repair import dense_name, load, tokenizer_of
+from .repair import load, tokenizer_of
 from .size import model_size, stored_bytes
 from .store import Progress
 from .tune import Tuning, tune
@@ -51,9 +53,11 @@ def refine_end_to_end(
     which four sequences are held out: the model stays as it was unless they say it is closer.
     test: text for the final figures. A stopped run goes on from its last checkpoint, in OUT.work.
     """
-    _check_compressed(model)
-    before = load(model)
-    dense = dense or dense_name(before, model)
+    window = min(window, _check_compressed(model))
+    dense = dense or Plan.from_pretrained(model).base_model
+    if dense is None:
+        raise ValueError(f"{model} does not say which model it was made from: give --model DENSE")
+    unseen = None if test is None else _unseen(test, model, window)
     start = time.perf_counter()
     settings = Tuning(
         train=KINDS,
@@ -63,7 +67,7 @@ def refine_end_to_end(
         seq_len=seq_len,
         sequences=n_sequences,
         seed=seed,
-        bf16=has_bfloat16(before.device),
+        bf16=has_bfloat16(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     )
     done = tune(model, out, settings, data=data, progress=progress)
     assert done.kl is not None  # a teacher was given
@@ -80,33 +84,35 @@ def refine_end_to_end(
     plan = Plan.load(out)
     plan = plan.replace(results={**plan.results, "refined": notes})
     rows: tuple[Row, ...] = ()
-    if test is not None:
-        rows = _rows(before, after, load(dense), model, out, test, window, max_windows, progress)
+    if test is not None and unseen is not None:
+        rows = _rows(load(dense), load(model), after, out, unseen, window, max_windows, progress)
         plan = plan.replace(results={**plan.results, **figures(rows), "text": Path(test).name})
     plan.save(out)
     write_card(out, plan)
     return Result(Path(out), plan, rows, generate(tokenizer_of(str(out)), after))
 
 
+def _unseen(test: str, model: str, window: int) -> Tensor:
+    """Return the tokens of a test text; too short a one raises ValueError before any training."""
+    tokens = tokenize_file(test, tokenizer_of(model))
+    if len(tokens) < window:
+        raise ValueError(f"{test} has {len(tokens)} tokens, one window needs {window}")
+    return tokens
+
+
 def _rows(
+    dense: Any,
     before: Any,
     after: Any,
-    dense: Any,
-    model: str,
     out: str | Path,
-    test: str,
+    tokens: Tensor,
     window: int,
     max_windows: int | None,
     progress: Progress | None,
 ) -> tuple[Row, ...]:
     models = {"dense": dense, "searched": after, UNREFINED: before}
     reports = compare_many(
-        models,
-        dense,
-        tokenize_file(test, tokenizer_of(str(out))),
-        window=min(window, after.config.max_position_embeddings),
-        max_windows=max_windows,
-        progress=progress,
+        models, dense, tokens, window=window, max_windows=max_windows, progress=progress
     )
     shapes = Plan.load(out).shapes
     bits = model_size(after, shapes=shapes).bits_per_weight
@@ -115,8 +121,8 @@ def _rows(
     return tuple(Row(name, *stored.get(name, (bits, size)), reports[name]) for name in models)
 
 
-def _check_compressed(model: str) -> None:
-    """Raise ValueError, before anything is loaded, for a plan or a dense model."""
+def _check_compressed(model: str) -> int:
+    """Return the context of a compressed model; ValueError, at once, for a plan or a dense one."""
     way_out = "apply the plan first (hf-evopress apply), or take mode fast or best"
     if Path(model).is_file() or (
         Path(model).is_dir() and not (Path(model) / "config.json").is_file()
@@ -125,3 +131,4 @@ def _check_compressed(model: str) -> None:
     config = AutoConfig.from_pretrained(model)
     if getattr(config, "quantization_config", None) is None:
         raise ValueError(f"end-to-end refines a compressed model, and {model} is dense: {way_out}")
+    return int(config.get_text_config(decoder=True).max_position_embeddings)

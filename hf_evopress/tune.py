@@ -134,12 +134,13 @@ def tune(
     work = Path(f"{out}.work")
     made_from = {"model": model, "data": list(data), **vars(settings)}
     claim(work, {k: v for k, v in made_from.items() if k != "steps"}, what="a training run")
+    # a missing text is an error now, not after the teacher's pass
+    texts = {name: tokenize_file(path, tokenizer_of(model)) for name, path in (tests or {}).items()}
     dataset, heldout = _datasets(model, data, settings, Path(targets or work), progress)
     stored = AutoConfig.from_pretrained(model).dtype
     made = prepared(load(model), settings, kappa_file=_kappa_file(model, work))
     measures: dict[str, Callable[[Any], float]] = {
-        name: partial(perplexity_of, tokens=tokenize_file(path, tokenizer_of(model)), window=window)
-        for name, path in (tests or {}).items()
+        name: partial(perplexity_of, tokens=tokens, window=window) for name, tokens in texts.items()
     }
     if heldout is not None:
         measures[_HELDOUT] = partial(_divergence, targets=heldout)

@@ -119,6 +119,11 @@ def test_end_to_end_takes_a_compressed_model_only(home: Path, plain: pipeline.Re
     for model in (home / "dense", plain.folder / "evopress_plan.json"):
         with pytest.raises(ValueError, match="refines a compressed model.*hf-evopress apply"):
             refine_end_to_end(str(model), home / "not", data=[str(home / "text.txt")])
+    with pytest.raises(FileNotFoundError):  # before any training
+        refine_end_to_end(
+            str(plain.folder), home / "not", data=[str(home / "text.txt")], test="nowhere.txt"
+        )
+    assert not (home / "not.work").exists()
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,6 @@ def refine(
     \b
     hf-evopress refine plan.json --data text.txt --out smol-3.3bit-refined
     hf-evopress refine smol-3.3bit --mode fast --data text.txt --out smol-3.3bit-refined
-
     hf-evopress refine smol-3.3bit --mode end-to-end --data text.txt --out smol-3.3bit-distilled
 
     `compress --refine best` does the same at the end of a search, from the search's own levels.
@@ -52,6 +51,8 @@ def refine(
     from ..end_to_end import MODE, refine_end_to_end
     from ..refine_plan import refine_plan
 
+    if mode == MODE:
+        _refuse({"--work": work, "--revision": revision})
     common: dict[str, Any] = {
         "data": data or (),
         "test": test,
@@ -68,6 +69,12 @@ def refine(
                 plan, out, mode=mode, model=model, work=work, revision=revision, **common
             )
     show_result(result)
+
+
+def _refuse(given: dict[str, str | None]) -> None:
+    """Raise an error that names the options which mode end-to-end would pass over."""
+    if named := [option for option, value in given.items() if value]:
+        raise typer.BadParameter(f"mode end-to-end takes no {' and no '.join(named)}: leave it out")
 
 
 COMMANDS = {"refine": refine}
