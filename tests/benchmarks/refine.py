@@ -130,7 +130,7 @@ def distilled(job: Job, states: Any, levels: Any, words: argparse.Namespace) -> 
         learning_rate=words.distil_lr,
         batch=1,
         seq_len=words.seq_len,
-        sequences=words.calibration,
+        sequences=words.distil_sequences or words.calibration,
         bf16=has_bfloat16(job.model.device),
     )  # fmt: skip
     made_from = (str(getattr(states, "refined", "")), str(sorted(levels.items())), repr(settings))
@@ -202,6 +202,7 @@ def arguments() -> argparse.Namespace:
         "--distil-train", default="scales,factors,norms", help="as of hf-evopress tune"
     )
     parser.add_argument("--distil-lr", type=float, help="learning rate of end-to-end")
+    parser.add_argument("--distil-sequences", type=int, help="to learn from; as many as calibrated")
     parser.add_argument("--sequences", type=int, default=None, help="of calibration, to refine on")
     parser.add_argument("--level", nargs="+", help="the menu; default: the package's")
     parser.add_argument("--seq-len", type=int, default=1024)
