@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .grid import dequantize
-from .methods.base import Method, Param, Shape, State
+from .methods.base import Grid, Method, Param, Shape, State
 from .packing import pack, packed_bytes, unpack
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -63,6 +63,10 @@ class CodedMethod(Method):
         for start in range(0, rows, step):
             W[start : start + step] = of_rows(slice(start, start + step))
         return W
+
+    def codes(self, state: State, shape: Shape, **params: Any) -> Grid:
+        q = unpack(state["codes"], params["bits"], shape[1])
+        return q, *unpack_grid(state, shape, **params)
 
     def empty(self, shape: Shape, dtype: torch.dtype, **params: Any) -> State:
         width = packed_bytes(shape[1], params["bits"])

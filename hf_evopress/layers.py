@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +14,7 @@ from . import compose
 from .level import Level
 from .methods.base import Shape, State
 from .plan import Plan
+from .runtimes import PACKED, RUNTIMES, Runtime
 
 _READ_ONLY = (
     "the weight of a compressed layer is computed from its packed tensors, so a change to it "
@@ -69,11 +69,8 @@ class CompressedLinear(nn.Linear):
     that are stored in the dtype of the model (low-rank factors). Tensors whose dtype is part
     of the level, such as scales, keep it: a cast scale would be another weight.
 
-    After `expand()` there is a dense copy of the weight as well, and calls take the time of a
-    dense layer.
+    After `prepare()` it also holds what a runtime computes with, and calls are faster.
     """
-
-    expanded_weight: Tensor | None
 
     def __init__(
         self,
@@ -90,7 +87,9 @@ class CompressedLinear(nn.Linear):
         self.weight_dtype = dtype or (torch.get_default_dtype() if bias is None else bias.dtype)
         self._is_hf_initialized = True  # transformers must not draw a new random weight
         self._state_names = tuple(sorted(state))
-        self._expanded_from: list[tuple[int, int]] = []
+        self._runtime: Runtime | None = None
+        self._made: tuple[str, ...] = ()
+        self._made_of: list[tuple[int, int]] = []
         for name in self._state_names:
             self.register_parameter(name, nn.Parameter(state[name], requires_grad=False))
         self.register_parameter("bias", bias)
@@ -174,9 +173,10 @@ class CompressedLinear(nn.Linear):
         super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
-        W = self._expanded() if "expanded_weight" in self._buffers else None
-        if W is not None and W.dtype == input.dtype:
-            return F.linear(input, W, self._fixed_bias())
+        if self._runtime is not None:
+            made = self._prepared()
+            if made is not None and self._runtime.takes(input, made):
+                return self._runtime.run(input, made, self.level, self.state, self.shape, self.bias)
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in self.state.values())
         if trains and not torch.compiler.is_compiling():
             # the graph from scales to the dense weight would take twice a dense layer's memory
@@ -187,38 +187,40 @@ class CompressedLinear(nn.Linear):
     def _run(self, x: Tensor) -> Tensor:
         return compose.operator(self.level, self.state, self.bias, self.shape, x.dtype)(x)
 
-    def expand(self) -> None:
-        """Compute the dense weight and keep it beside the packed tensors, which alone are saved.
+    def prepare(self, runtime: str) -> None:
+        """Make and keep what `runtime` computes with, beside the packed tensors.
 
-        Takes out * in numbers of `weight_dtype` more memory. It is computed again after a change
-        of the packed tensors; while those have a gradient, and for inputs of another dtype, the
-        weight is computed at each call as before.
+        The latter alone are saved. It is made anew after a change of the packed tensors; while
+        those have a gradient, and for inputs that the runtime does not take, the weight is
+        computed at each call as before.
         """
-        self._check_loaded("expand")
-        self.register_buffer("expanded_weight", None, persistent=False)
-        self._expanded()
+        if runtime not in RUNTIMES:
+            raise ValueError(f"no runtime {runtime!r}; known: {', '.join(RUNTIMES)}")
+        self._check_loaded(f"prepare runtime {runtime!r} of")
+        self._forget()
+        self._runtime = RUNTIMES[runtime]
+        self._prepared()
 
-    def _expanded(self) -> Tensor | None:
+    def _prepared(self) -> State | None:
+        """Return what the runtime made of the packed tensors as they are now, if it can."""
         tensors = list(self.state.values())
-        if any(tensor.requires_grad or tensor.is_meta for tensor in tensors):
+        if self._runtime is None or any(t.requires_grad or t.is_meta for t in tensors):
             return None
         # a change in place, such as load_state_dict, counts a version up
         made_of = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        if self.expanded_weight is None or made_of != self._expanded_from:
+        if made_of != self._made_of:
+            self._forget()
             with torch.no_grad():
-                self.expanded_weight = compose.decompress(
-                    self.level, self.state, self.shape, self.weight_dtype
-                )
-            self._expanded_from = made_of
-        return self.expanded_weight
+                made = self._runtime.make(self.level, self.state, self.shape, self.weight_dtype)
+            for name, tensor in made.items():
+                self.register_buffer(f"made_{name}", tensor, persistent=False)
+            self._made, self._made_of = tuple(made), made_of
+        return {name: getattr(self, f"made_{name}") for name in self._made}
 
-    def _fixed_bias(self) -> Tensor | None:
-        """Return the bias that goes with the dense weight."""
-        fix = compose.bias_fix(self.level, self.state)
-        if fix is None:
-            return self.bias
-        fix = fix.to(self.weight_dtype)
-        return fix if self.bias is None else self.bias + fix
+    def _forget(self) -> None:
+        for name in self._made:
+            delattr(self, f"made_{name}")
+        self._made, self._made_of = (), []
 
     def _check_loaded(self, action: str) -> None:
         if any(tensor.is_meta for tensor in self.state.values()):
@@ -256,9 +258,9 @@ class CompressedLinear(nn.Linear):
                 return out
             return tensor.to(out.device)
 
+        self._forget()  # a cast copy is not the packed weight in the new dtype
         super()._apply(move, recurse)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-        self._expanded_from = []  # a cast copy is not the packed weight in the new dtype
         return self
 
     def extra_repr(self) -> str:
@@ -376,10 +378,12 @@ def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
 
 
-def expand_linears(model: nn.Module) -> None:
-    """Give every CompressedLinear of `model` a dense copy of its weight, for dense speed."""
+def prepare_linears(model: nn.Module, runtime: str) -> None:
+    """Let every CompressedLinear of `model` make what `runtime` computes with."""
+    if runtime == PACKED:
+        return
     for layer in compressed_linears(model).values():
-        layer.expand()
+        layer.prepare(runtime)
 
 
 def restore_linears(model: nn.Module, *, dtype: torch.dtype | None = None) -> None:

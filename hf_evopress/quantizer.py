@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 from . import compose
-from .checksums import checksum, file_shapes, verify_files
+from .checksums import checksum, verify_files
 from .config import QUANT_METHOD, EvoPressConfig
 from .dropped import (
-    dropped_modules,
-    dropped_units,
     replace_dropped,
     restore_zero,
     sentinel_keys,
@@ -25,13 +23,15 @@ from .dropped import (
 from .layers import (
     CompressedLinear,
     compressed_linears,
-    expand_linears,
     planned_levels,
+    prepare_linears,
     resolve_units,
     restore_linears,
 )
 from .level import DENSE, Level
+from .loading_checks import check_levels_match, check_loaded, check_shapes, on_cpu
 from .plan import Plan
+from .runtimes import check_runtime
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ class EvoPressQuantizer(HfQuantizer):
         self, model: Any, *, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
+        check_runtime(config.runtime, model.dtype)
         plan = _plan_of(config)
         levels = planned_levels(model, plan)
         if not self.pre_quantized:
@@ -112,7 +113,7 @@ class EvoPressQuantizer(HfQuantizer):
             shape = (linear.out_features, linear.in_features)
             layer = CompressedLinear.empty(level, shape, linear.bias, dtype=linear.weight.dtype)
             model.set_submodule(name, layer)
-        _check_shapes(model, files)
+        check_shapes(model, files)
         _ignore_keys(model, [f"{name}.weight" for name in levels])
 
     def _prepare_compression(self, model: Any, plan: Plan, levels: dict[str, Level]) -> None:
@@ -164,7 +165,7 @@ class EvoPressQuantizer(HfQuantizer):
             stitch = import_module("hf_evopress.stitch")
             stitch.compress_model(model, _plan_of(config), self._tokens)
             self._tokens = None
-        _check_loaded(model, _plan_of(config))
+        check_loaded(model, _plan_of(config))
         for layer in compressed_linears(model).values():
             for tensor in layer.state.values():
                 tensor.requires_grad_(False)  # the loader gives every float tensor a gradient
@@ -173,8 +174,8 @@ class EvoPressQuantizer(HfQuantizer):
             restore_linears(model)
             restore_zero(model)
             self.remove_quantization_config(model)
-        elif config.runtime == "expanded":
-            expand_linears(model)
+        else:
+            prepare_linears(model, config.runtime)
         return model
 
     def remove_quantization_config(self, model: Any) -> None:
@@ -206,7 +207,7 @@ class EvoPressQuantizer(HfQuantizer):
         state = model.state_dict()
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         self.quantization_config.checksums = {
-            name: _checksum(_on_cpu(model, name, tensor))
+            name: _checksum(on_cpu(model, name, tensor))
             for name, tensor in state.items()
             if name not in tied and tensor.numel()
         }
@@ -243,7 +244,7 @@ def attach(model: Any, plan: Plan) -> EvoPressQuantizer:
     After it, save_pretrained writes a checkpoint that from_pretrained loads, and dequantize()
     works. Raises ValueError where layers and plan disagree. Returns `model.hf_quantizer`.
     """
-    _check_levels_match(model, plan)
+    check_levels_match(model, plan)
     config = EvoPressConfig(plan)
     quantizer = EvoPressQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
@@ -310,83 +311,6 @@ def _ignore_keys(model: Any, keys: list[str]) -> None:
     }
     known = model._keys_to_ignore_on_load_unexpected or set()
     model._keys_to_ignore_on_load_unexpected = set(known) | patterns
-
-
-def _check_shapes(model: Any, files: Sequence[str]) -> None:
-    """Raise ValueError that names packed tensors that have another shape in the files.
-
-    transformers reports some of them, reads others from disk as they are, and draws random
-    numbers for the rest if it is told to ignore mismatches.
-    """
-    prefix = f"{model.base_model_prefix}."
-    expected = {
-        f"{path.removeprefix(prefix)}.{name}": tuple(tensor.shape)
-        for path, layer in compressed_linears(model).items()
-        for name, tensor in layer.named_parameters(recurse=False)
-    }
-    wrong = [
-        f"{name} is {shape}, not {expected[key]}"
-        for file in files
-        for name, shape in file_shapes(file).items()
-        if (key := name.removeprefix(prefix)) in expected and shape != expected[key]
-    ]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} packed tensors in the checkpoint do not have the shape of their "
-            f"level: {'; '.join(wrong[:8])}; download or export it again"
-        )
-
-
-def _check_loaded(model: Any, plan: Plan) -> None:
-    """Raise ValueError that names packed tensors that the checkpoint did not bring."""
-    _check_levels_match(model, plan)
-    missing = []
-    for path, layer in compressed_linears(model).items():
-        for name, tensor in layer.named_parameters(recurse=False):
-            full = f"{path}.{name}"
-            loaded = getattr(tensor, "_is_hf_initialized", False)
-            if not loaded and not _is_offloaded(model, full, tensor):
-                missing.append(full)
-    if missing:
-        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        raise ValueError(
-            f"the checkpoint lacks {len(missing)} packed tensors, or has them in another shape: "
-            f"{', '.join(missing[:8])}{more}; download or export it again"
-        )
-
-
-def _check_levels_match(model: Any, plan: Plan) -> None:
-    planned, layers = planned_levels(model, plan), compressed_linears(model)
-    wrong = sorted(set(layers) - set(planned))
-    wrong += [n for n, v in planned.items() if n not in layers or layers[n].level != v]
-    if len(gone := dropped_modules(model)) != len(wanted := dropped_units(plan)):
-        raise ValueError(
-            f"the plan drops {', '.join(wanted) or 'nothing'}; "
-            f"the model has dropped {', '.join(gone) or 'nothing'}"
-        )
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} layers do not hold the level that the plan gives them: "
-            f"{', '.join(wrong[:8])}"
-        )
-
-
-def _is_offloaded(model: Any, name: str, tensor: Tensor) -> bool:
-    """Return whether a tensor on the meta device is there to be read from disk."""
-    if not tensor.is_meta:
-        return False
-    try:
-        return _on_cpu(model, name, tensor).shape == tensor.shape
-    except (KeyError, ValueError):
-        return False
-
-
-def _on_cpu(model: Any, name: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_meta:
-        return tensor
-    from transformers.integrations.accelerate import load_offloaded_parameter
-
-    return load_offloaded_parameter(model, name)
 
 
 def _checksum(tensor: Tensor) -> str:

@@ -37,7 +37,7 @@ from .codes import (
     wants_one_graph,
 )
 from .grid import dequantize, find_grid, quantize
-from .methods.base import Method, Param, Shape, State
+from .methods.base import Grid, Method, Param, Shape, State
 from .packing import pack, packed_bytes, unpack
 
 ANY = "any"  # the pattern of unstructured sparsity
@@ -137,6 +137,14 @@ class SparseMethod(Method):
         codes = torch.empty(packed_bytes(kept, bits), dtype=torch.uint8, device="meta")
         return state | {"codes": codes} | empty_grid(shape, **params)
 
+    def codes(self, state: State, shape: Shape, **params: Any) -> Grid | None:
+        if params["bits"] == FLOAT_BITS:
+            return None
+        mask = _mask(state, slice(None), shape, params)
+        kept = unpack(state["codes"], params["bits"], n_kept(shape, params))
+        scale, zero = unpack_grid(state, shape, **params)
+        return _with_zeros(mask, kept, zero), scale, zero
+
     def decompress(self, state: State, shape: Shape, dtype: torch.dtype, **params: Any) -> Tensor:
         rows, columns = shape
         if params["bits"] == FLOAT_BITS:
@@ -150,9 +158,7 @@ class SparseMethod(Method):
         def of_rows(some: slice, mask: Tensor, mine: Tensor) -> Tensor:
             if params["bits"] == FLOAT_BITS:
                 return torch.zeros_like(mask, dtype=dtype).masked_scatter(mask, mine.to(dtype))
-            # a code at its zero point stands for 0
-            q = zero[some].to(torch.uint8).expand(-1, -1, columns // scale.shape[1]).flatten(1)
-            q = q.masked_scatter(mask, mine).unflatten(-1, (scale.shape[1], -1))
+            q = _with_zeros(mask, mine, zero[some]).unflatten(-1, (scale.shape[1], -1))
             return dequantize(q, scale[some], zero[some]).flatten(1).to(dtype)
 
         if wants_one_graph(floats) or rows * columns <= TILE:
@@ -167,6 +173,12 @@ class SparseMethod(Method):
             W[some] = of_rows(some, mask, kept[used : used + n])
             used += n
         return W
+
+
+def _with_zeros(mask: Tensor, kept: Tensor, zero: Tensor) -> Tensor:
+    """Return codes (out, in): `kept` where the mask is, else zero points, which stand for 0."""
+    q = zero.to(torch.uint8).expand(-1, -1, mask.shape[1] // zero.shape[1]).flatten(1)
+    return q.masked_scatter(mask, kept)
 
 
 def n_kept(shape: Shape, params: Mapping[str, Any]) -> int:

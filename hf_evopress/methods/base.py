@@ -17,6 +17,7 @@ from ..plugins import did_you_mean
 from ..recompute import forgetful_linear
 
 Shape = tuple[int, int]  # (out_features, in_features)
+Grid = tuple[Tensor, Tensor, Tensor]  # codes, scales and zero points
 State = dict[str, Tensor]  # packed tensors by name, as they are written to a checkpoint
 Operator = Callable[[Tensor], Tensor]  # x (..., in_features) -> (..., out_features)
 
@@ -144,6 +145,15 @@ class Method(ABC):
     @abstractmethod
     def empty(self, shape: Shape, dtype: torch.dtype, **params: Any) -> State:
         """Return the tensors of a state on the meta device; `dtype` is for unscaled floats."""
+
+    def codes(self, state: State, shape: Shape, **params: Any) -> Grid | None:
+        """Return the integer codes that decompress() reads, or None where there are none.
+
+        q (out, in) uint8, scale and zero (out, groups, 1) float32: the weight is
+        (q - zero) * scale with zero points that are codes themselves. Runtimes hand them to
+        integer kernels.
+        """
+        return None
 
     def bias_fix(self, state: State, **params: Any) -> Tensor | None:
         """Return what operator() adds to the layer's bias, (out,), or None for nothing.

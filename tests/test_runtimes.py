@@ -1,4 +1,4 @@
-"""A layer with a dense copy of its weight: dense speed, never another weight than the packed."""
+"""What layers make once to be faster: never another weight than the packed one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from hf_evopress import compose
+from hf_evopress import compose, runtimes
 from hf_evopress.config import EvoPressConfig
 from hf_evopress.layers import CompressedLinear, compressed_linears, replace_linears
 from hf_evopress.plan import Plan
 from hf_evopress.quantizer import attach
+from hf_evopress.runtimes import has_int4_kernel
 from hf_evopress.units import find_units
 
 LEVELS = (
@@ -38,7 +39,7 @@ def make_layer(
 
 def expanded(level: str = LEVELS[1], **options: torch.dtype) -> CompressedLinear:
     layer = make_layer(level, **options)
-    layer.expand()
+    layer.prepare("expanded")
     return layer
 
 
@@ -54,7 +55,7 @@ def decompressions(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def test_it_computes_what_the_packed_layer_computes(level: str, has_bias: bool) -> None:
     layer, x = make_layer(level, has_bias=has_bias), torch.randn(2, 3, 64)
     packed = layer(x)
-    layer.expand()
+    layer.prepare("expanded")
     assert torch.allclose(layer(x), packed, atol=1e-5)
 
 
@@ -67,7 +68,7 @@ def test_a_corrected_bias_is_corrected_in_both() -> None:
     state = compose.compress(level, torch.randn(16, 64), stats)
     layer = CompressedLinear.from_state(level, state, None, (16, 64))
     packed = layer(X[:3])
-    layer.expand()
+    layer.prepare("expanded")
     assert torch.allclose(layer(X[:3]), packed, atol=1e-3)
 
 
@@ -97,9 +98,9 @@ def test_a_cast_computes_the_copy_anew() -> None:
     layer, x = expanded(dtype=torch.bfloat16), torch.randn(3, 64)
     layer.float()
     assert torch.allclose(layer(x), make_layer().to(torch.bfloat16).float()(x), atol=1e-5)
-    assert layer.expanded_weight.dtype == torch.float32
+    assert layer.made_weight.dtype == torch.float32
     exact = compose.decompress(layer.level, layer.state, layer.shape, torch.float32)
-    assert torch.equal(layer.expanded_weight, exact)
+    assert torch.equal(layer.made_weight, exact)
 
 
 def test_inputs_of_another_dtype_work_as_before() -> None:
@@ -132,10 +133,113 @@ def test_a_copy_of_the_layer_is_expanded_too() -> None:
     assert torch.equal(twin(x), layer(x))
 
 
-def test_layers_that_are_not_loaded_cannot_expand() -> None:
+def test_layers_that_are_not_loaded_cannot_be_prepared() -> None:
     layer = CompressedLinear.empty(LEVELS[0], (16, 64))
-    with pytest.raises(ValueError, match="not loaded; .* to expand it"):
-        layer.expand()
+    with pytest.raises(ValueError, match="not loaded; .* to prepare runtime 'expanded' of it"):
+        layer.prepare("expanded")
+
+
+needs_kernel = pytest.mark.skipif(not has_int4_kernel(), reason="no int4 kernel for this CPU")
+
+CODED = (
+    *(f"rtn:bits={bits},group_size=32" for bits in (2, 3, 4, 5, 6, 7, 8)),
+    "rtn:bits=4,group_size=-1",
+    "rtn:bits=3,group_size=192,symmetric=true",
+    "rtn:bits=8,group_size=64,symmetric=true,scales=bfloat16",
+    "magnitude:pattern=2:4,bits=4,group_size=32",
+    "magnitude:sparsity=0.5,bits=3,group_size=96",
+)
+
+
+def int4_layer(level: str, *, rows: int = 40) -> CompressedLinear:
+    """Return a bfloat16 layer (rows, 192) prepared for the kernel."""
+    torch.manual_seed(0)
+    W = torch.randn(rows, 192) + 0.3 * torch.randn(rows, 1)  # zero points off the middle
+    state = compose.compress(compose.normalize(level), W, None)
+    bias = torch.randn(rows, dtype=torch.bfloat16)
+    layer = CompressedLinear.from_state(level, state, bias, (rows, 192), dtype=torch.bfloat16)
+    layer.prepare("int4")
+    return layer
+
+
+@needs_kernel
+@pytest.mark.parametrize("level", CODED)
+@pytest.mark.parametrize("rows", [40, 16])
+def test_the_int4_kernel_is_as_exact_as_a_dense_bfloat16_layer(level: str, rows: int) -> None:
+    layer, x = int4_layer(level, rows=rows), torch.randn(2, 3, 192, dtype=torch.bfloat16)
+    assert sorted(layer._made) == ["codes", "grids"]
+    W = compose.decompress(layer.level, layer.state, layer.shape, torch.float32)
+    exact = x.float() @ W.T + layer.bias.float()
+    dense = torch.nn.functional.linear(x, W.bfloat16(), layer.bias)
+    ours = layer(x)
+    assert ours.shape == exact.shape and ours.dtype == torch.bfloat16
+    assert (ours.float() - exact).norm() < 2 * (dense.float() - exact).norm()
+
+
+@needs_kernel
+def test_later_terms_are_added_to_what_the_kernel_gives() -> None:
+    layer = int4_layer("rtn:bits=2,group_size=32 + lowrank:rank=8,metric=plain")
+    x = torch.randn(3, 192, dtype=torch.bfloat16)
+    W = compose.decompress(layer.level, layer.state, layer.shape, torch.float32)
+    exact = x.float() @ W.T + layer.bias.float()
+    assert sorted(layer._made) == ["codes", "grids"]
+    assert (layer(x).float() - exact).norm() < 0.01 * exact.norm()
+
+
+@needs_kernel
+def test_the_kernel_holds_four_bits_per_plane_and_a_scale_and_shift_per_group() -> None:
+    for bits, planes in ((3, 1), (6, 2)):
+        made = int4_layer(f"rtn:bits={bits},group_size=64").named_buffers()
+        sizes = {name: tensor.nbytes for name, tensor in made}
+        assert sizes == {
+            "made_codes": planes * 48 * 192 // 2,
+            "made_grids": planes * 48 * 3 * 4,
+        }
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("level", "made"),
+    [
+        ("magnitude:sparsity=0.5", ["weight"]),
+        ("rtn:bits=4,group_size=48", ["weight"]),
+        ("lowrank:rank=4,metric=plain", []),
+        ("zero", []),
+    ],
+)
+def test_levels_without_fitting_codes_are_expanded_or_left(level: str, made: list[str]) -> None:
+    layer, x = int4_layer(level), torch.randn(3, 192, dtype=torch.bfloat16)
+    assert sorted(layer._made) == made
+    packed = compose.operator(layer.level, layer.state, layer.bias, layer.shape, torch.bfloat16)(x)
+    assert torch.allclose(layer(x), packed, rtol=0.02, atol=0.5)
+
+
+@needs_kernel
+def test_prompts_other_dtypes_and_gradients_go_through_the_packed_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = int4_layer("rtn:bits=4,group_size=64")
+    monkeypatch.setattr(runtimes, "_kernel", None)  # calling it would be an error
+    prompt = torch.randn(4, 9, 192, dtype=torch.bfloat16)
+    assert torch.allclose(layer(prompt), prompt @ layer.weight.T + layer.bias, rtol=0.02, atol=0.5)
+    x = torch.randn(2, 192, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(2, 192), rtol=0.02, atol=0.5)
+
+
+@needs_kernel
+def test_changed_scales_change_what_the_kernel_gives() -> None:
+    layer, x = int4_layer("rtn:bits=4,group_size=64"), torch.randn(1, 192, dtype=torch.bfloat16)
+    before = layer(x) - layer.bias
+    with torch.no_grad():
+        layer.scales.mul_(2)
+    assert torch.allclose(layer(x) - layer.bias, 2 * before, rtol=0.02, atol=0.5)
+
+
+def test_without_a_kernel_the_layer_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "has_int4_kernel", lambda: False)
+    layer = int4_layer("rtn:bits=4,group_size=64")
+    assert layer._made == ("weight",)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +281,33 @@ def test_a_model_is_loaded_expanded_when_asked_and_saved_packed(
     assert all((tmp_path / n).read_bytes() == (folder / n).read_bytes() for n in names)
 
 
+def test_int4_needs_bfloat16(folder: Path) -> None:
+    config = EvoPressConfig(runtime="int4")
+    with pytest.raises(ValueError, match=r"'int4' computes in bfloat16 .* pass dtype=torch.bfloat"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+@needs_kernel
+def test_a_model_generates_through_the_int4_kernel_and_is_saved_packed(
+    folder: Path, tmp_path: Path
+) -> None:
+    tokens = torch.arange(5).view(1, 5)
+    models = [
+        AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, quantization_config=EvoPressConfig(runtime=runtime)
+        )
+        for runtime in ("packed", "int4")
+    ]
+    with torch.no_grad():
+        packed, fast = (model(tokens).logits.float() for model in models)
+    assert (packed - fast).abs().max() < 0.05 * packed.abs().max()
+    assert models[1].generate(tokens, max_new_tokens=4, do_sample=False).shape == (1, 9)
+    for i, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(i))
+    saved = [(tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(2)]
+    assert saved[0] == saved[1]
+
+
 def test_joint_sparse_codes_reload_and_generate(folder: Path) -> None:
     tokens = torch.arange(5).view(1, 5)
     answers = []
@@ -189,5 +320,7 @@ def test_joint_sparse_codes_reload_and_generate(folder: Path) -> None:
 
 
 def test_another_runtime_is_refused() -> None:
-    with pytest.raises(ValueError, match="runtime is 'packed' or 'expanded', got 'fast'"):
-        EvoPressConfig(runtime="fast")
+    with pytest.raises(ValueError, match="no runtime 'expand', did you mean 'expanded'"):
+        EvoPressConfig(runtime="expand")
+    with pytest.raises(ValueError, match="no runtime 'fast'; known: packed, expanded, int4"):
+        make_layer().prepare("fast")

@@ -1,0 +1,144 @@
+"""Tokens per second of the runtimes on a CPU against the dense model, in one process, by turns.
+
+    python tests/benchmarks/decode.py --levels rtn:bits=3,group_size=128,clip=false \
+        rtn:bits=4,group_size=128,clip=false
+
+A random Llama in bfloat16 with layers of --hidden features (so that files need no Hub): time
+does not depend on what the weights are. Decoding is one token at a time after a prompt, prefill
+is the prompt at once; each figure is the best of --repeats. With --tokens, one layer alone at
+several lengths: where the int4 kernel stops to be the faster way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_evopress import compose
+from hf_evopress.layers import CompressedLinear, prepare_linears, replace_linears
+from hf_evopress.level import Level
+from hf_evopress.methods.base import State
+from hf_evopress.plan import Plan
+from hf_evopress.runtimes import RUNTIMES
+from hf_evopress.units import find_units
+
+
+def main() -> None:
+    words = arguments()
+    torch.manual_seed(0)
+    if words.tokens:
+        one_layer(words)
+        return
+    models = {"dense": make(words, None)}
+    for level in words.levels:
+        for runtime in RUNTIMES:
+            models[f"{level}, {runtime}"] = make(words, level, runtime)
+    prompt = torch.randint(0, 1000, (1, words.prompt))
+    prefill = best({name: partial(m, prompt) for name, m in models.items()}, words.repeats)
+    decode = best({name: decoder(m, prompt) for name, m in models.items()}, words.repeats)
+    threads = torch.get_num_threads()
+    print(f"hidden {words.hidden}, {words.layers} layers, {threads} threads, bfloat16\n")
+    print("| | MB held | tokens/s | to dense | prefill tokens/s | to dense |")
+    print("|---|---|---|---|---|---|")
+    for name, model in models.items():
+        held = model.get_memory_footprint() / 1e6
+        print(
+            f"| {name} | {held:.0f} | {1 / decode[name]:.2f} "
+            f"| {decode['dense'] / decode[name]:.2f}x | {words.prompt / prefill[name]:.1f} "
+            f"| {prefill['dense'] / prefill[name]:.2f}x |"
+        )
+
+
+def make(words: argparse.Namespace, level: str | None, runtime: str = "packed") -> LlamaForCausalLM:
+    """Return the model, dense or with `level` on every linear layer."""
+    config = LlamaConfig(
+        hidden_size=words.hidden,
+        intermediate_size=words.hidden * 8 // 3 // 256 * 256,
+        num_hidden_layers=words.layers,
+        num_attention_heads=words.hidden // 128,
+        num_key_value_heads=words.hidden // 512,
+        vocab_size=1000,
+    )
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    if level is not None:
+        units = find_units(model)
+        shapes = {unit.name: unit.shape for unit in units}
+        plan = Plan(dict.fromkeys(shapes, level), shapes)
+
+        def states(unit: str, level: Level) -> State:
+            W = model.get_submodule(unit).weight.detach().float()
+            return compose.compress(compose.normalize(level), W, None)
+
+        replace_linears(model, plan, states)
+        prepare_linears(model, runtime)
+    return model
+
+
+def decoder(model: LlamaForCausalLM, prompt: Tensor) -> Callable[[], object]:
+    """Return a function that computes one more token after a prompt of 16."""
+    with torch.inference_mode():
+        cache = model(prompt[:, :16], use_cache=True).past_key_values
+
+    def step() -> None:
+        model(prompt[:, :1], past_key_values=cache, use_cache=True)
+
+    return step
+
+
+def one_layer(words: argparse.Namespace) -> None:
+    """Print the time of one square layer per runtime and number of tokens."""
+    n = words.hidden
+    print("| level | tokens | " + " | ".join(f"{name}, ms" for name in RUNTIMES) + " |")
+    print("|---|---|" + "---|" * len(RUNTIMES))
+    for text in words.levels:
+        level = compose.normalize(text)
+        state = compose.compress(level, torch.randn(n, n), None)
+        layers = {}
+        for name in RUNTIMES:
+            layer = CompressedLinear.from_state(level, state, None, (n, n), dtype=torch.bfloat16)
+            layer.prepare(name)
+            layers[name] = layer
+        for tokens in words.tokens:
+            x = torch.randn(tokens, n, dtype=torch.bfloat16)
+            found = best({name: partial(layer, x) for name, layer in layers.items()}, words.repeats)
+            times = " | ".join(f"{1e3 * found[name]:.2f}" for name in layers)
+            print(f"| {text} | {tokens} | {times} |", flush=True)
+
+
+@torch.inference_mode()
+def best(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the least seconds of each function; they take turns, so that load hits all alike."""
+    seconds = dict.fromkeys(functions, float("inf"))
+    for function in functions.values():
+        function()
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return seconds
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--levels", nargs="+", default=["rtn:bits=3,group_size=128,clip=false"])
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, nargs="+", help="lengths for one layer alone")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
