@@ -20,7 +20,8 @@ LAYERS = (
     "level patterns plugins resources after_import hub_errors plan_repo card_template plan_push "
     "plan genes space budget drop_counts knapsack pareto paired mixture search_log surrogate "
     "rounds evopress_search swap evolve baselines search recipe recipe_schema",
-    "checksums linalg packing recompute grid codes obs sparse methods/ compose menu runtimes layers",
+    "checksums linalg packing recompute grid codes obs sparse methods/ compose menu runtimes "
+    "layers",
     "ranks data token_cache units sub_blocks dropped fingerprint stream calibrate sensitivity "
     "store stitch fitness/ objective head evaluator scores diagnose patching asymmetric "
     "two_streams rounding block_tuning refined refine foreign",

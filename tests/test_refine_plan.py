@@ -101,7 +101,7 @@ def test_the_command_refines_a_compressed_model_end_to_end(
     home: Path, plain: pipeline.Result, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["refine", plain.folder, "--mode", "end-to-end", "--data", home / "text.txt"]
-    small = ["--calibration", "24", "--seq-len", "64", "--steps", "20"]
+    small = ["--calibration", "24", "--seq-len", "64", "--steps", "20", "--learning-rate", "2e-4"]
     with pytest.raises(SystemExit) as ended:
         main([*map(str, words), *small, "--test", str(home / "text.txt"), "--out", str(home / "e")])
     assert not ended.value.code, capsys.readouterr().err
@@ -134,3 +134,20 @@ def test_an_unknown_mode_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         refine_plan(plain.folder, home / "no", mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--mode", "end-to-ent"], "did you mean 'end-to-end'"),
+        (["--mode", "fast", "--steps", "9"], "mode fast takes no --steps"),
+        (["--mode", "end-to-end", "--work", "w"], "mode end-to-end takes no --work"),
+    ],
+)
+def test_the_command_refuses_what_a_mode_would_pass_over(
+    words: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["refine", "nowhere", "--out", "nowhere-refined", *words])
+    assert ended.value.code == 2
+    assert answer in " ".join(capsys.readouterr().err.replace("\u2502", " ").split())

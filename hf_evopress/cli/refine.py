@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -9,6 +10,8 @@ import typer
 from .compress import show_result
 from .console import bars
 from .options import Calibration, Out, Revision, Seed, SeqLen, Texts, Work
+
+MODES = ("fast", "best", "end-to-end")
 
 
 def refine(
@@ -34,7 +37,12 @@ def refine(
     seed: Seed = 0,
     seq_len: SeqLen = 1024,
     calibration: Calibration = 56,
-    steps: Annotated[int, typer.Option(help="Training steps of mode end-to-end.")] = 200,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps of mode end-to-end; default: 200.", min=1)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of mode end-to-end; default: 1e-4.", min=0)
+    ] = None,
     revision: Revision = None,
 ) -> None:
     """Finish a plan: tune its levels block by block against the dense model; bytes stay.
@@ -49,10 +57,13 @@ def refine(
     command goes on at the next block, or from the last checkpoint in OUT.work.
     """
     from ..end_to_end import MODE, refine_end_to_end
+    from ..plugins import did_you_mean
     from ..refine_plan import refine_plan
 
-    if mode == MODE:
-        _refuse({"--work": work, "--revision": revision})
+    if mode not in MODES:
+        raise typer.BadParameter(f"no mode {mode!r}{did_you_mean(mode, list(MODES))}")
+    training = {"--steps": steps, "--learning-rate": learning_rate}
+    _refuse(mode, {"--work": work, "--revision": revision} if mode == MODE else training)
     common: dict[str, Any] = {
         "data": data or (),
         "test": test,
@@ -63,7 +74,10 @@ def refine(
     with bars() as progress:
         common["progress"] = progress
         if mode == MODE:
-            result = refine_end_to_end(plan, out, dense=model, steps=steps, **common)
+            chosen = {"steps": steps} if steps else {}
+            result = refine_end_to_end(
+                plan, out, dense=model, learning_rate=learning_rate, **chosen, **common
+            )
         else:
             result = refine_plan(
                 plan, out, mode=mode, model=model, work=work, revision=revision, **common
@@ -71,10 +85,10 @@ def refine(
     show_result(result)
 
 
-def _refuse(given: dict[str, str | None]) -> None:
-    """Raise an error that names the options which mode end-to-end would pass over."""
+def _refuse(mode: str, given: Mapping[str, object]) -> None:
+    """Raise an error that names the options which this mode would pass over."""
     if named := [option for option, value in given.items() if value]:
-        raise typer.BadParameter(f"mode end-to-end takes no {' and no '.join(named)}: leave it out")
+        raise typer.BadParameter(f"mode {mode} takes no {' and no '.join(named)}: leave it out")
 
 
 COMMANDS = {"refine": refine}
