@@ -10,7 +10,9 @@ comes from a few sequences of length 1. It is what makes calibration see attenti
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +24,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .experts import others
 from .fingerprint import claim, model_fingerprint, tensor_fingerprint, text_fingerprint
 from .linalg import Stats
 from .ranks import ALONE, Ranks
 from .resources import atomic_path
 from .stream import BlockStream
 from .units import Unit, find_units
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # label, done, total
 Group = tuple[str, ...]  # names of units that share one input
@@ -82,6 +87,7 @@ def calibrate(
                     k: run.moments(i, by_block[i], accumulate if k == "gram" else torch.float32)
                     for k, run in runs.items()
                 }
+                _lend(made["gram"], by_block[i])
                 _write(_file(root, i), made, by_block[i])
             else:
                 for run in runs.values():
@@ -136,6 +142,15 @@ class Moment:
         self.sum += X.sum(0)  # float64 only across batches: a float64 reduction is 10x slower
         self.n_tokens += len(X)
 
+    @classmethod
+    def pooled(cls, moments: Sequence[Moment]) -> Moment:
+        """Return the moments of all that was added to any of `moments`."""
+        made = copy.copy(moments[0])
+        made.total = torch.stack([m.total for m in moments]).sum(0)
+        made.sum = torch.stack([m.sum for m in moments]).sum(0)
+        made.n_tokens = sum(m.n_tokens for m in moments)
+        return made
+
     def gram(self) -> Tensor:
         """Return the mean of x x^T, (in, in) float32."""
         upper = self.total.triu()
@@ -144,6 +159,15 @@ class Moment:
     def mean(self) -> Tensor:
         """Return the mean of x, (in,) float32."""
         return (self.sum / self.n_tokens).float()
+
+
+def _lend(made: dict[Group, Moment], names: Sequence[str]) -> None:
+    """Give experts that no token went to the moments of the other experts of their block."""
+    seen = {name: moment for group, moment in made.items() for name in group}
+    for name in names:
+        if name not in seen and (lenders := others(name, seen)):
+            made[(name,)] = Moment.pooled([seen[lender] for lender in lenders])
+            logger.warning("no token went to %s: it takes the statistics of the others", name)
 
 
 class _Run:

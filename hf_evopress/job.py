@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .calibrate import calibrate, load_stats
 from .evaluator import Evaluator
+from .experts import split_experts, warn_of_experts
 from .export.base import check_target
 from .fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
 from .fitness.base import Fitness
@@ -76,6 +77,8 @@ class Job:
         self.config = _dense_config(recipe)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        split_experts(skeleton)
+        warn_of_experts(skeleton)
         self.problem = pose(skeleton, recipe)
         self.units, self.menus = self.problem.units, self.problem.menus
         self.space, self.budget = self.problem.space, self.problem.budget
@@ -133,6 +136,7 @@ class Job:
         model = AutoModelForCausalLM.from_pretrained(
             self.recipe.model, revision=self.recipe.revision, dtype=self.dtype
         )
+        split_experts(model)
         return model.eval().requires_grad_(False)
 
     @cached_property

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 
 from . import compose
@@ -20,6 +21,7 @@ from .dropped import (
     restore_zero,
     sentinel_keys,
 )
+from .experts import SplitExperts, fuse_experts, match_experts
 from .layers import (
     CompressedLinear,
     compressed_linears,
@@ -50,6 +52,7 @@ class EvoPressQuantizer(HfQuantizer):
     def __init__(self, quantization_config: EvoPressConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._on_load: dict[str, Level] = {}  # parameter name -> level, of a dense checkpoint
+        self._compresses_after = False  # a dense checkpoint: not on load but once it is there
         self._tokens: Tensor | None = None
 
     # -- before the weights --------------------------------------------------------------------
@@ -98,6 +101,7 @@ class EvoPressQuantizer(HfQuantizer):
         config = self.quantization_config
         check_runtime(config.runtime, model.dtype)
         plan = _plan_of(config)
+        match_experts(model, plan)
         levels = planned_levels(model, plan)
         if not self.pre_quantized:
             if plan.base_model != model.config.name_or_path:
@@ -117,9 +121,13 @@ class EvoPressQuantizer(HfQuantizer):
         _ignore_keys(model, [f"{name}.weight" for name in levels])
 
     def _prepare_compression(self, model: Any, plan: Plan, levels: dict[str, Level]) -> None:
-        if not _calibrated(plan):
+        has_experts = bool(fuse_experts(model))  # which a dense checkpoint has in one tensor
+        self._compresses_after = has_experts or bool(_calibrated(plan))
+        if not self._compresses_after:
             _ignore_keys(model, [f"{path}." for path in replace_dropped(model, plan)])
             self._on_load = {f"{name}.weight": level for name, level in levels.items()}
+            return
+        if not _calibrated(plan):
             return
         # Statistics are those of the dense model, so nothing is compressed while loading. The
         # data is read first: it should fail before the weights are loaded, not after.
@@ -151,6 +159,19 @@ class EvoPressQuantizer(HfQuantizer):
             return compose.cost_bits(self._on_load[param_name], shape) / 8 / param.numel()
         return float(param.element_size())
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Leave out what merges experts into one tensor: here they are apart."""
+        if any(isinstance(module, SplitExperts) for module in model.modules()):
+            weight_conversions = [
+                conversion
+                for conversion in weight_conversions
+                if not (
+                    isinstance(conversion, WeightConverter)
+                    and any("experts" in target for target in conversion.target_patterns)
+                )
+            ]
+        return super().update_weight_conversions(weight_conversions, model)
+
     def get_quantize_ops(self) -> Any:
         """Return the operation that compresses one dense weight."""
         from .compress_on_load import CompressOnLoad
@@ -161,7 +182,8 @@ class EvoPressQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
-        if self._tokens is not None:
+        if self._compresses_after:
+            match_experts(model, _plan_of(config))
             stitch = import_module("hf_evopress.stitch")
             stitch.compress_model(model, _plan_of(config), self._tokens)
             self._tokens = None
@@ -171,8 +193,7 @@ class EvoPressQuantizer(HfQuantizer):
                 tensor.requires_grad_(False)  # the loader gives every float tensor a gradient
         config.requested_plan = None
         if config.dequantize:
-            restore_linears(model)
-            restore_zero(model)
+            self._dequantize(model, None)
             self.remove_quantization_config(model)
         else:
             prepare_linears(model, config.runtime)
@@ -188,6 +209,7 @@ class EvoPressQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         restore_linears(model)
         restore_zero(model)
+        fuse_experts(model)
         if dtype is not None and dtype != model.dtype:
             model.to(dtype)
         return model

@@ -18,6 +18,7 @@ from .adapters import CONFIG, WEIGHTS, Adapter, check_target, read_adapter
 from .data import load_tokens, tokenize_file
 from .eora import attached, eora
 from .evaluate import Report, compare_many
+from .experts import split_experts
 from .export.base import check_target as check_model_target
 from .export.base import whole_folder
 from .foreign import check_package, check_readable
@@ -181,6 +182,8 @@ def load(name: str, *, dtype: Any = None) -> Any:
         _check_folder(Path(where))
         check_package(where)
     model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **file)
+    if getattr(model, "hf_quantizer", None) is None:
+        split_experts(model)
     model = model.eval().requires_grad_(False)
     is_placed = model.device.type == "cuda"  # by its quantizer
     return model.to("cuda") if has_gpu and not is_placed else model

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .calibrate import Moment, Progress, check_tokens
+from .experts import others
 from .fingerprint import claim, model_fingerprint, tensor_fingerprint, text_fingerprint
 from .ranks import ALONE, Ranks
 from .resources import atomic_path
@@ -60,7 +61,8 @@ def output_moments(
     """Return `folder`/moments after writing G of every unit that is not there yet.
 
     tokens (n_sequences, seq_len) int64; a few thousand tokens are enough. One file per block,
-    whole or absent: a killed run resumes. G is the mean over tokens of g g^T, (out, out) float32.
+    whole or absent: a killed run resumes. G is the mean over tokens of g g^T, (out, out) float32,
+    and tokens that do not come to a unit, an expert, count as zeros.
     Raises ValueError where the folder holds moments made from something else.
     """
     units = list(units) if units is not None else find_units(model)
@@ -90,6 +92,9 @@ def output_moments(
                         moments[name] = Moment(g, torch.float32)
                     moments[name].add(g)
             if names:
+                _lend(moments, names)
+                for moment in moments.values():  # experts see a part of the tokens
+                    moment.n_tokens = tokens.numel()
                 _write(_file(root, block), {n: m.gram() for n, m in moments.items()}, names)
             if progress:
                 total = backward.stream.n_blocks - min(missing)
@@ -151,6 +156,16 @@ def token_losses(
     return {
         name: TokenLoss(*(0.5 * total / tokens.numel()).tolist()) for name, total in sums.items()
     }
+
+
+def _lend(moments: dict[str, Moment], names: Sequence[str]) -> None:
+    """Let experts that no token went to count as if one token of the other experts had."""
+    seen = dict(moments)
+    for name in names:
+        if name not in seen and (lenders := others(name, seen)):
+            lent = Moment.pooled([seen[lender] for lender in lenders])
+            lent.total, lent.n_tokens = lent.total / lent.n_tokens, 1
+            moments[name] = lent
 
 
 class _Backward:

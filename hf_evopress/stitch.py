@@ -22,18 +22,20 @@ from .units import Unit, find_units
 
 
 def compress_model(
-    model: Any, plan: Plan, tokens: Tensor, *, progress: Progress | None = None
+    model: Any, plan: Plan, tokens: Tensor | None, *, progress: Progress | None = None
 ) -> None:
     """Replace, in place, the linear layers and sub-blocks of `model` by their levels in `plan`.
 
-    tokens (n_sequences, seq_len) calibrate levels that need it; statistics are those of the
-    dense model, as in the level store, so the same text gives the same tensors. The
-    statistics of all blocks pass through a temporary folder; one block's are in memory.
+    tokens (n_sequences, seq_len) calibrate levels that need it, and may be None if none does;
+    statistics are those of the dense model, as in the level store, so the same text gives the
+    same tensors. The statistics of all blocks pass through a temporary folder; one block's are
+    in memory.
     """
     levels = planned_levels(model, plan)
     units = [unit for unit in find_units(model) if unit.name in levels]
     with tempfile.TemporaryDirectory(prefix="evopress-") as folder, torch.no_grad():
         if any(compose.needs_stats(level) for level in levels.values()):
+            assert tokens is not None
             calibrate(model, tokens, folder, units=units, progress=progress)
         for block in sorted({unit.block for unit in units}):
             of_block = [unit for unit in units if unit.block == block]

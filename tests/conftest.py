@@ -42,6 +42,23 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "phi3": _GROUPED,
     "gpt_neox": {"intermediate_size": 128},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "mixtral": _GROUPED | {"num_local_experts": 4, "sliding_window": None},
+    "qwen3_moe": _GROUPED
+    | {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "decoder_sparse_step": 1,
+    },
+    "gpt_oss": _GROUPED
+    | {
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "num_local_experts": 4,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 
 

@@ -18,7 +18,18 @@ from torch import nn
 from hf_evopress import pipeline
 from hf_evopress.recipe import Recipe
 
-ARCHITECTURES = ("llama", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox", "opt")
+ARCHITECTURES = (
+    "llama",
+    "mistral",
+    "qwen3",
+    "gemma3_text",
+    "phi3",
+    "gpt_neox",
+    "opt",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+)
 
 
 def _recipe(home: Path) -> Recipe:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..plugins import did_you_mean
 from .compress import show_result
 from .console import bars
 from .options import Calibration, Out, Revision, Seed, SeqLen, Texts, Work
@@ -57,13 +58,10 @@ def refine(
     command goes on at the next block, or from the last checkpoint in OUT.work.
     """
     from ..end_to_end import MODE, refine_end_to_end
-    from ..plugins import did_you_mean
     from ..refine_plan import refine_plan
 
-    if mode not in MODES:
-        raise typer.BadParameter(f"no mode {mode!r}{did_you_mean(mode, list(MODES))}")
     training = {"--steps": steps, "--learning-rate": learning_rate}
-    _refuse(mode, {"--work": work, "--revision": revision} if mode == MODE else training)
+    _check(mode, {"--work": work, "--revision": revision} if mode == MODE else training)
     common: dict[str, Any] = {
         "data": data or (),
         "test": test,
@@ -74,9 +72,8 @@ def refine(
     with bars() as progress:
         common["progress"] = progress
         if mode == MODE:
-            chosen = {"steps": steps} if steps else {}
             result = refine_end_to_end(
-                plan, out, dense=model, learning_rate=learning_rate, **chosen, **common
+                plan, out, dense=model, steps=steps or 200, learning_rate=learning_rate, **common
             )
         else:
             result = refine_plan(
@@ -85,8 +82,10 @@ def refine(
     show_result(result)
 
 
-def _refuse(mode: str, given: Mapping[str, object]) -> None:
-    """Raise an error that names the options which this mode would pass over."""
+def _check(mode: str, given: Mapping[str, object]) -> None:
+    """Raise an error for an unknown mode, and one that names options it would pass over."""
+    if mode not in MODES:
+        raise typer.BadParameter(f"no mode {mode!r}{did_you_mean(mode, list(MODES))}")
     if named := [option for option, value in given.items() if value]:
         raise typer.BadParameter(f"mode {mode} takes no {' and no '.join(named)}: leave it out")
 

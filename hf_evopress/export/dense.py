@@ -9,6 +9,7 @@ import torch
 
 from .. import compose
 from ..dropped import dropped_units, set_zero
+from ..experts import fuse_experts
 from ..plan import Plan
 from .base import Export, States
 
@@ -25,6 +26,7 @@ class DenseExport(Export):
         for unit in dropped_units(plan):
             set_zero(model.get_submodule(unit))
         write_weights(model, plan, states)
+        fuse_experts(model)
         model.save_pretrained(folder)
 
 

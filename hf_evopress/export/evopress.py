@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dropped import replace_dropped
+from ..experts import match_experts
 from ..layers import replace_linears
 from ..plan import Plan
 from ..quantizer import attach
@@ -21,6 +22,7 @@ class EvoPressExport(Export):
     name = "evopress"
 
     def write(self, model: Any, plan: Plan, states: States, folder: Path) -> None:
+        match_experts(model, plan)
         replace_dropped(model, plan)
         replace_linears(model, plan, states)
         attach(model, plan)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..dropped import dropped_units, replace_dropped
+from ..experts import fuse_experts
 from ..plan import Plan
 from ..stream import BlockStream
 from ..sub_blocks import find_sub_blocks
@@ -32,6 +33,7 @@ class PrunedExport(Export):
     def write(self, model: Any, plan: Plan, states: States, folder: Path) -> None:
         blocks = whole_blocks(model, plan)
         write_weights(model, plan, states)
+        fuse_experts(model)
         replace_dropped(model, plan)
         remove_blocks(model, blocks)
         model.save_pretrained(folder)
