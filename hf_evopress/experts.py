@@ -89,7 +89,7 @@ def fuse_experts(model: nn.Module) -> list[str]:
     for path, experts in found:
         shell = experts.shell
         for name in _names(shell):
-            linears = [expert.get_submodule(name) for expert in experts]
+            linears: list[Any] = [expert.get_submodule(name) for expert in experts]
             weight = torch.stack([linear.weight for linear in linears])
             if shell.is_transposed:
                 weight = weight.transpose(1, 2).contiguous()
@@ -155,7 +155,7 @@ def _names(fused: nn.Module) -> tuple[str, str]:
 
 
 @torch.no_grad()
-def _linear(fused: nn.Module, name: str, e: int) -> nn.Linear:
+def _linear(fused: Any, name: str, e: int) -> nn.Linear:
     weight = _own(fused.get_parameter(name), e, is_transposed=fused.is_transposed)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight

@@ -110,9 +110,10 @@ class Int4(Runtime):
         for part, params, own, _ in list(compose.terms(level, state))[1:]:
             parts.append(part.operator(own, None, shape, x.dtype, **params)(flat))
         parts += [] if bias is None else [bias]
-        # each is rounded to bfloat16, so their sum is not before it is complete
-        y = parts[0] if len(parts) == 1 else sum(part.float() for part in parts).to(x.dtype)
-        return y.view(*x.shape[:-1], shape[0])
+        total = parts[0]
+        for term in parts[1:]:
+            total = total.float() + term  # rounded to bfloat16 once, when it is complete
+        return total.to(x.dtype).view(*x.shape[:-1], shape[0])
 
 
 EXPANDED = Expanded()

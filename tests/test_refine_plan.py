@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hf_evopress import pipeline
 from hf_evopress.cli import main
+from hf_evopress.cli.compress import show_result
 from hf_evopress.end_to_end import refine_end_to_end
 from hf_evopress.plan import Plan
 from hf_evopress.recipe import Recipe
@@ -113,6 +115,17 @@ def test_the_command_refines_a_compressed_model_end_to_end(
     assert rows["searched"]["kl_nats"] < rows[pipeline.UNREFINED]["kl_nats"]
     sizes = [(f / "model.safetensors").stat().st_size for f in (plain.folder, home / "e")]
     assert sizes[0] == sizes[1]
+
+
+def test_a_result_without_test_text_is_shown(
+    plain: pipeline.Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = {"mode": "end-to-end", "fitness": "kl", "before": 0.5, "after": 0.4, "is_kept": True}
+    plan = plain.plan.replace(results={"refined": notes})
+    show_result(replace(plain, plan=plan, rows=()))
+    shown = capsys.readouterr().out
+    assert "Refined (end-to-end): kl on held-out text 0.5000 -> 0.4000" in shown
+    assert str(plain.folder) in shown.replace("\n", "")
 
 
 def test_end_to_end_takes_a_compressed_model_only(home: Path, plain: pipeline.Result) -> None:

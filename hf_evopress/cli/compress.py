@@ -299,12 +299,20 @@ def show_result(result: Result) -> None:
         }
         for row in result.rows
     ]
-    console.print("\n" + results_table(rows), markup=False, soft_wrap=True)
+    if rows:
+        console.print("\n" + results_table(rows), markup=False, soft_wrap=True)
+    if refined := result.plan.results.get("refined"):
+        before, after = (f"{refined[key]:.4f}" for key in ("before", "after"))
+        kept = "" if refined["is_kept"] else ", not kept"
+        console.print(
+            f"\nRefined ({refined['mode']}): {refined['fitness']} on held-out text "
+            f"{before} -> {after}{kept}",
+            markup=False,
+        )
     console.print(f"\nIt says: {result.sample}", markup=False)
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
-    console.print(
-        f"\nModel, plan, recipe and heat map are in {result.folder} ({spent})", markup=False
-    )
+    where = f"\nModel, plan, recipe and heat map are in {result.folder}"
+    console.print(where + (f" ({spent})" if spent else ""), markup=False)
 
 
 def _level_errors(store: LevelStore) -> Any:
