@@ -117,7 +117,9 @@ def match_experts(model: nn.Module, plan: Plan) -> None:
 
 def warn_of_experts(model: nn.Module) -> None:
     """Say what stays dense: experts in a form of their own, once those that can be are split."""
-    fused = {n: p.numel() for n, p in model.named_parameters() if p.ndim == 3}
+    fused = {  # a convolution has three dimensions too, one of them 1
+        n: p.numel() for n, p in model.named_parameters() if p.ndim == 3 and min(p.shape) > 1
+    }
     if fused:
         logger.warning(
             "%d tensors of fused experts (%s), %.0f %% of the model, are in a form that cannot be "
