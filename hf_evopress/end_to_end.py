@@ -22,8 +22,8 @@ from transformers import AutoConfig
 
 from .cards import write_card
 from .data import tokenize_file
+from .devices import has_bfloat16
 from .evaluate import compare_many
-from .finish import has_bfloat16
 from .pipeline import UNREFINED, Result, Row, figures, generate
 from .plan import Plan
 from .repair import load, tokenizer_of

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Sequence
 
-import torch
-
-from .block_tuning import Tuning
-from .evaluator import Evaluator
 from .fingerprint import text_fingerprint
 from .job import Job
 from .plan import Plan
@@ -19,8 +13,6 @@ from .sensitivity import load_moments
 from .store import LevelStore
 
 logger = logging.getLogger(__name__)
-
-MAX_SEQUENCES = 16  # of the search's, for the loss before and after
 
 
 def finish(
@@ -33,12 +25,8 @@ def finish(
     Without held-out sequences the first two of calibration judge and make no level. Files are in
     work/refined-<fingerprint of the plan>; a run that was stopped goes on from there.
     """
-    settings = settings or settings_of(job)
-    tokens, heldout = job.tokens["calibration"], job.tokens["heldout"]
-    if not len(heldout):
-        tokens, heldout = tokens[2:], tokens[:2]
-    if not len(tokens):
-        raise ValueError("refine needs 3 calibration sequences or more, or some held out")
+    settings = settings or job.refine_settings(job.recipe.refine)
+    tokens, heldout = job.refining_tokens()
     name = text_fingerprint(repr(settings), *(f"{u} {x}" for u, x in plan.levels.items()))
     start = time.perf_counter()
     has_moments = bool(job.recipe.search.sensitivity_tokens and job.units)
@@ -53,8 +41,7 @@ def finish(
         moments=(lambda block: load_moments(job.work, block)) if has_moments else None,
         progress=job.progress,
     )
-    sequences = range(min(MAX_SEQUENCES, len(job.tokens["search"])))
-    before, after = (_loss(job, states, plan, sequences) for states in (store, made))
+    before, after = (job.loss(states, plan.levels) for states in (store, made))
     notes = {
         "mode": settings.mode,
         "fitness": job.recipe.search.fitness,
@@ -73,23 +60,3 @@ def finish(
         )
     chosen = made if after < before else store
     return chosen, plan.replace(results={**plan.results, "refined": notes})
-
-
-def settings_of(job: Job) -> Settings:
-    """Return the settings that a job's recipe asks for."""
-    tuning = Tuning(seed=job.recipe.data.seed, bfloat16=has_bfloat16(job.model.device))
-    return Settings(job.recipe.refine, tuning=tuning)
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Return whether a device multiplies in bfloat16, not only stores it."""
-    if device.type != "cpu":
-        return True
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-
-
-def _loss(job: Job, store: LevelStore, plan: Plan, sequences: Sequence[int]) -> float:
-    # not job.evaluator: of several processes only the first is here
-    evaluator = Evaluator(job.model, store, job.tokens["search"], job.fitness)
-    (losses,) = evaluator.losses([plan.levels], sequences)
-    return math.fsum(losses) / len(losses)

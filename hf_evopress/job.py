@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,9 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from .block_tuning import Tuning
 from .calibrate import calibrate, load_stats
+from .devices import computing_in, dtypes_of, has_bfloat16
 from .evaluator import Evaluator
 from .experts import split_experts, warn_of_experts
 from .export.base import check_target
@@ -37,6 +41,8 @@ from .plan import Plan
 from .problem import pose
 from .ranks import start
 from .recipe import Recipe
+from .refine import Settings
+from .refined_levels import chosen, refine_levels
 from .reporting import Reports
 from .resources import atomic_write
 from .search import Search
@@ -48,6 +54,8 @@ from .tables import Tables
 from .token_cache import cached_splits
 
 logger = logging.getLogger(__name__)
+
+MAX_SEQUENCES = 16  # of the search's, to see whether refinement helped
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -75,12 +83,18 @@ class Job:
         if recipe.out is not None:
             check_target(recipe.out)
         self.config = _dense_config(recipe)
+        if recipe.search.dtype == "bfloat16" and self.dtype != torch.bfloat16:
+            raise ValueError(
+                f"search.dtype is bfloat16, and the model ships in {self.dtype}, of which "
+                "bfloat16 keeps a part only: leave search.dtype out"
+            )
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         split_experts(skeleton)
         warn_of_experts(skeleton)
         self.problem = pose(skeleton, recipe)
         self.units, self.menus = self.problem.units, self.problem.menus
+        chosen((x for menu in self.menus.values() for x in menu), recipe.refine_levels)
         self.space, self.budget = self.problem.space, self.problem.budget
         self.tables = Tables(
             self.problem,
@@ -102,6 +116,20 @@ class Job:
             return _DTYPES[self.recipe.dtype]
         own = str(getattr(self.config, "dtype", None)).removeprefix("torch.")
         return _DTYPES.get(own, torch.bfloat16)
+
+    @property
+    def search_dtype(self) -> torch.dtype:
+        """What plans are compared in, of which the model's weights have to be exact."""
+        if self.recipe.search.dtype != "auto":
+            return getattr(torch, self.recipe.search.dtype)
+        if self.dtype == torch.bfloat16 and has_bfloat16(self.model.device):
+            return torch.bfloat16
+        return self.model.dtype
+
+    def computing_in(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Have the model in another dtype for a while, one that its weights are exact in."""
+        dtypes = self._loaded_dtypes if dtype == self.dtype else None
+        return computing_in(self.model, dtype, dtypes=dtypes)
 
     @property
     def work(self) -> Path:
@@ -143,6 +171,7 @@ class Job:
     def model(self) -> Any:
         """The dense model to compute with: the values to ship, in float32 on a CPU."""
         model = self.load_model()
+        self._loaded_dtypes = dtypes_of(model)
         return model.to("cuda") if torch.cuda.is_available() else model.float()
 
     # -- steps ---------------------------------------------------------------------------------
@@ -181,7 +210,7 @@ class Job:
         else:  # a budget of drops: what is kept stays dense, and nothing is stored
             source = Source({"model": model_fingerprint(self.model)}, lambda block: {})
             folder = self.work / "store-dense"
-        return LevelStore.build(
+        store = LevelStore.build(
             folder,
             self.model,
             self.units,
@@ -190,12 +219,59 @@ class Job:
             ranks=self.ranks,
             progress=self.progress,
         )
+        return self._refined(store) if self.recipe.refine_levels else store
+
+    def _refined(self, store: LevelStore) -> LevelStore:
+        """Return the store with the levels tuned that the recipe says."""
+        if not self.ranks.is_first:  # blocks follow one another: the others wait, and read
+            self.ranks.wait()
+        tokens, heldout = self.refining_tokens()
+        has_moments = bool(self.recipe.search.sensitivity_tokens)
+        made = refine_levels(
+            self.model,
+            store,
+            self.recipe.refine_levels,
+            tokens,
+            heldout,
+            self.work / "refined-levels",
+            settings=self.refine_settings("best"),
+            loss=self.loss,
+            moments=(lambda block: load_moments(self.work, block)) if has_moments else None,
+            progress=self.progress,
+        )
+        if self.ranks.is_first:
+            self.ranks.wait()
+        return made
+
+    def loss(self, store: LevelStore, levels: Mapping[str, Level]) -> float:
+        """Return the mean loss of a plan on some of the search sequences, in this process alone."""
+        pool = self.tokens["search"]
+        evaluator = Evaluator(self.model, store, pool, self.fitness)
+        (losses,) = evaluator.losses([levels], range(min(MAX_SEQUENCES, len(pool))))
+        return math.fsum(losses) / len(losses)
+
+    def refining_tokens(self) -> tuple[Tensor, Tensor]:
+        """Return the sequences that levels are refined on, and those that judge."""
+        tokens, heldout = self.tokens["calibration"], self.tokens["heldout"]
+        if not len(heldout):
+            tokens, heldout = tokens[2:], tokens[:2]
+        if not len(tokens):
+            raise ValueError("refine needs 3 calibration sequences or more, or some held out")
+        return tokens, heldout
+
+    def refine_settings(self, mode: str) -> Settings:
+        """Return how levels are refined in a mode."""
+        tuning = Tuning(seed=self.recipe.data.seed, bfloat16=has_bfloat16(self.model.device))
+        return Settings(mode, tuning=tuning)
 
     def _store_folder(self, source: Source) -> Path:
         """Return the folder of a store that has this menu, or of a new one for it."""
-        first = self.work / "store"
-        if not LevelStore.lacks_levels(first, self.units, self.menus, source):
+        first, others = self.work / "store", sorted(self.work.glob("store-*"))
+        if not LevelStore.lacks(first, self.units, self.menus, source):
             return first
+        for folder in others:
+            if LevelStore.lacks(folder, self.units, self.menus, source) is False:
+                return folder
         menu = json.dumps({unit: list(map(str, levels)) for unit, levels in self.menus.items()})
         return self.work / f"store-{text_fingerprint(menu)}"
 
@@ -237,6 +313,7 @@ class Job:
     def _search_file(self, search: Search) -> Path:
         # one file per problem: searches for several budgets share a work folder
         problem = {**search.state()["problem"], "fitness": self._fitness_words}
+        problem["dtype"] = str(self.search_dtype)
         return self.work / "search" / f"{text_fingerprint(json.dumps(problem))}.json"
 
     def levels(self, genome: Genome) -> dict[str, Level]:

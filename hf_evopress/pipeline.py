@@ -123,6 +123,13 @@ def run_search(
     job: Job, store: LevelStore, strategy: str | None = None, *, starts: Sequence[Genome] = ()
 ) -> Search:
     """Return the finished search of the recipe, or that of another strategy."""
+    with job.computing_in(job.search_dtype):
+        return _searched(job, store, strategy, starts)
+
+
+def _searched(
+    job: Job, store: LevelStore, strategy: str | None, starts: Sequence[Genome]
+) -> Search:
     search = job.search(store, strategy, starts=starts)
     evaluator = job.evaluator(store)
     while (asked := search.ask()) is not None:
@@ -175,10 +182,13 @@ def measure(
     for bit, those that the search scored.
     """
     register_with_transformers()
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=job.model.dtype).eval()
-    reloaded = reloaded.to(job.model.device)
+    with job.computing_in(job.search_dtype):
+        reloaded = _reload(job, folder)
+        check_reloaded(job.evaluator(store), plan, reloaded)
     evaluator = job.evaluator(store)
-    check_reloaded(evaluator, plan, reloaded)
+    if reloaded.dtype != job.model.dtype:
+        reloaded = _reload(job, folder)
+        check_reloaded(evaluator, plan, reloaded)
     models: dict[str, Any] = {"dense": job.model}
     sizes = {"dense": (16.0, job.space.dense_bits // 8)}
     uniform = best_uniform(job)
@@ -196,6 +206,11 @@ def measure(
     )
     rows = tuple(Row(name, *sizes[name], reports[name]) for name in models)
     return rows, generate(job.tokenizer, reloaded)
+
+
+def _reload(job: Job, folder: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=job.model.dtype)
+    return model.eval().to(job.model.device)
 
 
 @torch.no_grad()

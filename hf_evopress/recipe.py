@@ -26,6 +26,7 @@ from .search import STRATEGIES, check_settings
 KINDS = ("attention", "mlp")
 REFINE = ("none", "fast", "best")  # see hf_evopress.refine
 DTYPES = ("auto", "bfloat16", "float16")
+SEARCH_DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Search:
 
     strategy: str = "evolve"
     fitness: str = "kl"
+    dtype: str = "auto"  # plans are compared in; auto: bfloat16 where the device multiplies in it
     seed: int = 0
     sensitivity_tokens: int = 6144  # 0: none, then evolve guesses from bits alone
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -105,6 +107,7 @@ class Search:
 
     def __post_init__(self) -> None:
         _one_of("search strategy", self.strategy, list(STRATEGIES))
+        _one_of("search.dtype", self.dtype, SEARCH_DTYPES)
         for name in self.compare:
             _one_of("search strategy", name, list(STRATEGIES))
         parse_fitness(self.fitness)
@@ -166,6 +169,7 @@ class Recipe:
     forbid: Mapping[str, str] = field(default_factory=dict)  # glob -> glob of levels
     search: Search = field(default_factory=Search)
     refine: str = "none"  # fast: levels anew along the compressed prefix; best: tuned as well
+    refine_levels: tuple[str, ...] = ()  # patterns of levels to tune before the search
     adapter: Adapter | None = None
     tune: Tune | None = None
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .plugins import names
-from .recipe import DTYPES, REFINE, Recipe, Search
+from .recipe import DTYPES, REFINE, SEARCH_DTYPES, Recipe, Search
 from .resources import atomic_write, bundled
 from .search import STRATEGIES
 
@@ -84,6 +84,7 @@ def _type(kind: Any) -> dict[str, Any]:
 def _choices(cls: type, name: str) -> list[str]:
     known = {
         (Recipe, "dtype"): list(DTYPES),
+        (Search, "dtype"): list(SEARCH_DTYPES),
         (Recipe, "refine"): list(REFINE),
         (Search, "strategy"): sorted(STRATEGIES),
         (Search, "fitness"): names("fitness"),

@@ -43,12 +43,14 @@ class Settings:
 
     mode: fast makes levels anew along the compressed prefix, best also tunes them by gradients.
     alphas: shares of the asymmetric correction to try in each block; the store's own levels are
-    always tried as well, and the best on held-out tokens is taken.
+    always tried as well, and the best on held-out tokens is taken. is_alone: each block on the
+    dense model's inputs, for levels whose plan is not known yet.
     """
 
     mode: str = "fast"
     alphas: tuple[float, ...] = (0.5,)
     tuning: Tuning = field(default_factory=Tuning)
+    is_alone: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in REFINE[1:]:
@@ -102,8 +104,9 @@ def refine(
                 states, notes = _finish(sets, store, here, _output_moment(model, here, G), settings)
                 write_block(result.file(block), states, notes)
                 logger.info("block %d: %s", block, notes)
-            states = {unit: result.state(unit, level) for unit, level in _coded(here).items()}
-            with patched(model, operators(model, here, states)):
+            prefix = {} if settings.is_alone else here
+            states = {unit: result.state(unit, level) for unit, level in _coded(prefix).items()}
+            with patched(model, operators(model, prefix, states)):
                 for streams in sets.values():
                     streams.advance()
             if progress:
@@ -132,7 +135,7 @@ def _finish(
     least = score(best)
     notes: dict[str, Any] = {"before": least}
     for alpha in settings.alphas:
-        states = requantised(sets, coded, dropped, alpha=alpha)
+        states = {**best, **requantised(sets, coded, dropped, alpha=alpha)}
         notes[f"alpha {alpha}"] = value = score(states)
         if value < least:
             best, least = states, value
@@ -159,13 +162,14 @@ def requantised(
 ) -> dict[str, State]:
     """Return the levels of a block made from the compressed stream's inputs, input by input.
 
-    Each input is seen as the levels made before it leave it.
+    Each input is seen as the levels made before it leave it. Experts that no token goes to are
+    left out.
     """
     stream = sets["gram"].stream
     forwards = dict(dropped)
     made: dict[str, State] = {}
     with patched(stream.model, dropped):
-        groups = input_groups(stream, sets["sink"].block, sets["sink"].dense[0], list(levels))
+        groups = input_groups(stream, sets["gram"].block, sets["gram"].dense[0], list(levels))
     for group in groups:
         stats, shift = cross_moments(sets, group[0], forwards)
         by_level: dict[Level, list[str]] = {}
@@ -177,7 +181,7 @@ def requantised(
                 Ws = [shifted_weight(W, stats, shift, alpha=alpha) for W in Ws]
             made |= dict(zip(units, compose.compress_stacked(level, Ws, stats), strict=True))
         forwards |= operators(stream.model, levels, {unit: made[unit] for unit in group})
-    return {unit: made[unit] for unit in levels}
+    return {unit: made[unit] for unit in levels if unit in made}
 
 
 def _weight(model: nn.Module, unit: str) -> Tensor:

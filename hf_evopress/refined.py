@@ -37,7 +37,7 @@ class RefinedStates(LevelStore):
             path = self.file(self.units[unit].block)
             if path.is_file() and (found := read_block(path, [unit])):
                 return found[unit]
-        return super().state(unit, level)
+        return self.store.state(unit, level)
 
     def file(self, block: int) -> Path:
         """Return where the states of a block are kept."""

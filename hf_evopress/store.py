@@ -131,19 +131,19 @@ class LevelStore:
         return cls(folder)
 
     @classmethod
-    def lacks_levels(
+    def lacks(
         cls,
         folder: str | Path,
         units: Sequence[Unit],
         menus: Mapping[str, Sequence[Level]],
         source: Source,
-    ) -> bool:
-        """Return whether `folder` holds a store of the same make without some of these levels."""
+    ) -> bool | None:
+        """Return whether the store in `folder` lacks levels; None without one of this make."""
         if not (Path(folder) / INDEX).is_file():
-            return False
+            return None
         found, wanted = _read_index(Path(folder)), _new_index(units, menus, source.fingerprint)
-        wanted = json.loads(json.dumps(wanted))
-        return found["fingerprint"] == wanted["fingerprint"] and not _covers(found, wanted)
+        same = found["fingerprint"] == wanted["fingerprint"]
+        return not _covers(found, wanted) if same else None
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -328,7 +328,7 @@ def _new_index(
 ) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
-        "fingerprint": dict(fingerprint),
+        "fingerprint": json.loads(json.dumps(fingerprint)),  # as it is read again
         "units": [
             {
                 "name": unit.name,
@@ -363,12 +363,10 @@ def _start(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
         atomic_write(folder / INDEX, json.dumps(index, indent=1) + "\n")
         return index
     found = _read_index(folder)
-    wanted = json.loads(json.dumps(index))
-    if _covers(found, wanted):
+    if _covers(found, index):
         return found
-    differing = [
-        k for k in wanted["fingerprint"] if found["fingerprint"].get(k) != wanted["fingerprint"][k]
-    ]
+    made_from = index["fingerprint"]
+    differing = [k for k, v in made_from.items() if found["fingerprint"].get(k) != v]
     if not differing:
         differing = ["the units or their levels"]
     raise ValueError(

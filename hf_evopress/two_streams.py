@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .asymmetric import CrossMoment, Shift
 from .calibrate import distinct_inputs, first_tokens, unit_inputs
+from .experts import others
 from .linalg import Stats
 from .patching import patched
 from .stream import BlockStream
@@ -55,11 +56,15 @@ def two_streams(stream: BlockStream, tokens: Tensor, heldout: Tensor, *, n_sink:
 def input_groups(
     stream: BlockStream, block: int, hidden: Tensor, names: Sequence[str]
 ) -> list[tuple[str, ...]]:
-    """Return the units that share each distinct input, in the order in which they run."""
+    """Return the units that share each distinct input, in the order in which they run.
+
+    An expert that no token goes to is in none of them; another unit that is not run is an error.
+    """
     with unit_inputs(stream.model, names) as seen:
         stream.run_block(block, hidden)
     groups = [group for group, _ in distinct_inputs(seen)]
-    if absent := set(names) - {name for group in groups for name in group}:
+    absent = set(names) - {name for group in groups for name in group}
+    if absent := {name for name in absent if not others(name, names)}:
         raise ValueError(f"block {block} never ran {', '.join(sorted(absent))}")
     return groups
 
@@ -68,7 +73,8 @@ def cross_moments(sets: Sets, name: str, forwards: Mapping[str, Any]) -> tuple[S
     """Return the moments of a unit's input in the compressed stream, and its shift.
 
     forwards: those of the units of this block that are finished, and of dropped sub-blocks. The
-    shift is None where a unit sees other tokens in the two streams, as an expert may.
+    shift is None where a unit sees other tokens in the two streams, as an expert may. ValueError
+    where it sees none.
     """
     made: dict[str, CrossMoment] = {}
     is_paired = True
@@ -78,22 +84,34 @@ def cross_moments(sets: Sets, name: str, forwards: Mapping[str, Any]) -> tuple[S
             x = input_of(streams.stream, streams.block, name, dense)
             with patched(streams.stream.model, forwards):
                 own = input_of(streams.stream, streams.block, name, compressed)
-            if kind not in made:
-                made[kind] = CrossMoment(own)
+            if own is None:  # an expert that no token of the batch goes to
+                is_paired = False
+                continue
             # experts see the tokens that are routed to them, which the two streams may do apart
-            is_paired &= x.shape == own.shape and x[..., 0].numel() == dense[..., 0].numel()
-            made[kind].add(x if is_paired else own, own)
-    gram, sink = made["gram"], made["sink"]
-    stats = Stats(gram.own.gram(), sink.own.gram(), gram.own.mean(), gram.own.n_tokens)
-    return stats, Shift(gram.shift(), sink.shift()) if is_paired else None
+            same = x is not None and x.shape == own.shape
+            is_paired &= same and own[..., 0].numel() == dense[..., 0].numel()
+            other = x if x is not None and is_paired else own
+            made.setdefault(kind, CrossMoment(own)).add(other, own)
+    if "gram" not in made:
+        raise ValueError(f"no token of the compressed model comes to {name}")
+    gram, sink = made["gram"], made.get("sink")
+    stats = Stats(
+        gram.own.gram(),
+        None if sink is None else sink.own.gram(),
+        gram.own.mean(),
+        gram.own.n_tokens,
+    )
+    if not is_paired or sink is None:
+        return stats, None
+    return stats, Shift(gram.shift(), sink.shift())
 
 
 class _Reached(Exception):
     """Ends a forward once the input of interest has been seen."""
 
 
-def input_of(stream: BlockStream, block: int, name: str, hidden: Tensor) -> Tensor:
-    """Return what the linear called `name` reads when `hidden` goes into `block`."""
+def input_of(stream: BlockStream, block: int, name: str, hidden: Tensor) -> Tensor | None:
+    """Return what the linear called `name` reads when `hidden` goes into `block`, if anything."""
     seen: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -107,4 +125,4 @@ def input_of(stream: BlockStream, block: int, name: str, hidden: Tensor) -> Tens
         return seen[0]
     finally:
         hook.remove()
-    raise ValueError(f"block {block} never ran {name} on some of the tokens")
+    return None

@@ -20,11 +20,11 @@ LAYERS = (
     "level patterns plugins resources after_import hub_errors plan_repo card_template plan_push "
     "plan genes space budget drop_counts knapsack pareto paired mixture search_log surrogate "
     "rounds evopress_search swap evolve baselines search recipe recipe_schema",
-    "checksums linalg packing recompute grid codes obs sparse methods/ compose menu runtimes "
-    "layers",
+    "devices checksums linalg packing recompute grid codes obs sparse methods/ compose menu "
+    "runtimes layers",
     "experts ranks data token_cache units sub_blocks dropped fingerprint stream calibrate "
     "sensitivity store stitch fitness/ objective head evaluator scores diagnose patching "
-    "asymmetric two_streams rounding block_tuning refined refine foreign",
+    "asymmetric two_streams rounding block_tuning refined refine refined_levels foreign",
     "config compress_on_load loading_checks quantizer",
     "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer "
     "export/ evaluate size report plots cards hub html_report published",

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_evopress import compose
+from hf_evopress.block_tuning import Tuning
 from hf_evopress.calibrate import calibrate, load_stats
 from hf_evopress.config import EvoPressConfig
 from hf_evopress.experts import (
@@ -29,7 +30,10 @@ from hf_evopress.export.evopress import EvoPressExport
 from hf_evopress.layers import compressed_linears
 from hf_evopress.level import Level
 from hf_evopress.plan import Plan
+from hf_evopress.refine import Settings, refine
+from hf_evopress.refined import read_notes
 from hf_evopress.sensitivity import load_moments, output_moments
+from hf_evopress.store import LevelStore, Source
 from hf_evopress.units import find_units
 
 ARCHITECTURES = ("mixtral", "qwen3_moe", "gpt_oss")  # the last: biases, transposed, gates woven in
@@ -204,6 +208,23 @@ def test_moments_of_an_expert_count_the_tokens_that_pass_it_by_as_zeros(
     assert sum(rows.values()) == 2 * TOKENS.numel()
     few, many = min(rows, key=rows.__getitem__), max(rows, key=rows.__getitem__)
     assert rows[few] < rows[many] and G[few].trace() < G[many].trace()
+
+
+@pytest.mark.parametrize("mode", ["fast", "best"])
+def test_experts_are_refined_also_where_tokens_pass_some_by(
+    mode: str, tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    model = tiny_model("qwen3_moe", num_experts=16).requires_grad_(False)
+    split_experts(model)
+    units, level = find_units(model), compose.normalize("rtn:bits=2,group_size=32")
+    menus = {unit.name: [level] for unit in units}
+    store = LevelStore.build(tmp_path / "store", model, units, menus, Source({}, lambda _: {}))
+    settings = Settings(mode, tuning=Tuning(steps=10, batch=2, code_rate=0.005))
+    plan = {unit.name: level for unit in units}
+    made = refine(model, store, plan, TOKENS, TOKENS[:, :4], tmp_path / "r", settings=settings)
+    notes = [read_notes(made.file(block)) for block in range(2)]
+    assert all(min(n.values()) < n["before"] for n in notes)
+    assert all(made.state(u, level).keys() == store.state(u, level).keys() for u in plan)
 
 
 def test_others_are_the_same_layer_of_the_same_block() -> None:

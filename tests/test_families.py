@@ -14,6 +14,7 @@ from hf_evopress import pipeline
 from hf_evopress.dropped import dropped_modules
 from hf_evopress.fitness.task import Task
 from hf_evopress.job import Job
+from hf_evopress.level import Level
 from hf_evopress.recipe import Recipe
 from hf_evopress.size import stored_bytes
 
@@ -108,11 +109,38 @@ def test_one_budget_is_spent_across_all_families(home: Path) -> None:
 def test_a_smaller_menu_is_served_from_the_same_store(home: Path) -> None:
     everything = {"budget": {"bits": 4}, "levels": [*QUANT, *RESIDUAL, *JOINT_SPARSE]}
     work = str(home / "joint")
+    rtn = [f"rtn:bits={bits},group_size=32" for bits in (3, 4)]
     stores = [
         Job(recipe(home, **{**everything, "levels": levels}, work=work)).build()
-        for levels in (everything["levels"], QUANT, ["rtn:bits=3,group_size=32"])
+        for levels in (everything["levels"], QUANT, rtn, rtn[:1])
     ]
-    assert stores[0].folder == stores[1].folder != stores[2].folder
+    assert stores[0].folder == stores[1].folder != stores[2].folder == stores[3].folder
+
+
+def test_plans_are_compared_in_bfloat16_and_the_model_is_whole_again(home: Path) -> None:
+    asked = {"budget": {"bits": 3}, "levels": QUANT}
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        job = Job(recipe(home, **asked, search={"dtype": dtype}))
+        before = {name: tensor.clone() for name, tensor in job.model.named_buffers()}
+        before |= {name: tensor.clone() for name, tensor in job.model.named_parameters()}
+        store = job.build()
+        pipeline.run_search(job, store)
+        with job.computing_in(job.search_dtype):
+            assert job.model.dtype == getattr(torch, dtype)
+            assert job.model.model.rotary_emb.inv_freq.dtype == torch.float32  # as it is loaded
+            losses[dtype] = job.loss(store, dict.fromkeys(store.units, Level.parse(QUANT[0])))
+        after = {**dict(job.model.named_buffers()), **dict(job.model.named_parameters())}
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    assert losses["float32"] != losses["bfloat16"]
+    assert losses["float32"] == pytest.approx(losses["bfloat16"], rel=0.2)
+
+
+def test_bfloat16_is_refused_where_weights_are_not_exact_in_it(home: Path) -> None:
+    asked = {"budget": {"bits": 3}, "levels": QUANT, "search": {"dtype": "bfloat16"}}
+    with pytest.raises(ValueError, match="search.dtype is bfloat16, and the model ships in .*16"):
+        Job(recipe(home, **asked, dtype="float16"))
+    assert Job(recipe(home, **asked)).search_dtype == torch.bfloat16
 
 
 def test_a_cheap_sub_block_is_dropped_before_all_others_are_starved(home: Path) -> None:

@@ -156,7 +156,9 @@ def test_a_store_that_has_more_levels_serves(model: nn.Module, tmp_path: Path) -
     units = find_units(model)
     for levels, lacks in ((LEVELS[:1], False), (["dense"], True)):
         offered = menus({u.name: u.shape for u in units}, levels)
-        assert LevelStore.lacks_levels(tmp_path, units, offered, _source(model)) is lacks
+        assert LevelStore.lacks(tmp_path, units, offered, _source(model)) is lacks
+    assert LevelStore.lacks(tmp_path, units, offered, _source(model, data="other")) is None
+    assert LevelStore.lacks(tmp_path / "no", units, offered, _source(model)) is None
 
 
 def test_nested_ranks_and_common_first_terms_are_stored_once(

@@ -105,6 +105,13 @@ FitnessWords = Annotated[
         "see hf-evopress list.",
     ),
 ]
+SearchDtype = Annotated[
+    str,
+    typer.Option(
+        help="What plans are compared in: float32, bfloat16, or auto: bfloat16 where the model "
+        "ships in it and the device multiplies in it. Final figures are those of float32 on a CPU."
+    ),
+]
 ReportTo = Annotated[
     list[str] | None,
     typer.Option(help="Show the generations in tensorboard, trackio, wandb, ... Repeat."),
@@ -116,6 +123,14 @@ RefineMode = Annotated[
         "--refine",
         help="Finish the plan, at no extra byte: fast makes its levels anew along the compressed "
         "layers, best tunes them by gradients as well (slower than all the rest).",
+    ),
+]
+RefineLevels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--refine-level",
+        help="Tune levels like this before the search, so that it compares what will ship: "
+        "'gptq:bits=[23],*'. Each takes the time of --refine best. Repeat.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of data order and search.")]
@@ -140,6 +155,7 @@ def recipe_of(**words: Any) -> Recipe:
     search: dict[str, Any] = {
         k: given[k] for k in ("strategy", "fitness", "seed", "compare") if k in given
     }
+    search["dtype"] = given.get("search_dtype", "auto")
     if "generations" in given:
         search["settings"] = {"generations": given["generations"]}
     if "low" in given:
@@ -154,7 +170,7 @@ def recipe_of(**words: Any) -> Recipe:
     recipe: dict[str, Any] = {
         **{
             k: given[k]
-            for k in ("model", "out", "work", "revision", "skip", "refine")
+            for k in ("model", "out", "work", "revision", "skip", "refine", "refine_levels")
             if k in given
         },
         "budget": {

@@ -12,20 +12,29 @@ from .compress import show_result
 from .console import bars
 from .options import Calibration, Out, Revision, Seed, SeqLen, Texts, Work
 
+Steps = Annotated[
+    int | None, typer.Option(help="Training steps of mode end-to-end; default: 200.", min=1)
+]
+LearningRate = Annotated[
+    float | None, typer.Option(help="Of mode end-to-end; default: 1e-4.", min=0)
+]
+
+Mode = Annotated[
+    str,
+    typer.Option(
+        help="fast: levels made anew on what the compressed layers before them produce; "
+        "best: codes and scales of each block tuned by gradients as well; end-to-end: scales, "
+        "factors and norms of a compressed model learn from the dense one."
+    ),
+]
+
 MODES = ("fast", "best", "end-to-end")
 
 
 def refine(
     plan: Annotated[str, typer.Argument(help="A plan or a compressed model: file, folder, Hub.")],
     out: Out,
-    mode: Annotated[
-        str,
-        typer.Option(
-            help="fast: levels made anew on what the compressed layers before them produce; "
-            "best: codes and scales of each block tuned by gradients as well; end-to-end: scales, "
-            "factors and norms of a compressed model learn from the dense one."
-        ),
-    ] = "best",
+    mode: Mode = "best",
     model: Annotated[
         str | None, typer.Option(help="The dense model; default: the one the plan was made for.")
     ] = None,
@@ -38,12 +47,8 @@ def refine(
     seed: Seed = 0,
     seq_len: SeqLen = 1024,
     calibration: Calibration = 56,
-    steps: Annotated[
-        int | None, typer.Option(help="Training steps of mode end-to-end; default: 200.", min=1)
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Of mode end-to-end; default: 1e-4.", min=0)
-    ] = None,
+    steps: Steps = None,
+    learning_rate: LearningRate = None,
     revision: Revision = None,
 ) -> None:
     """Finish a plan: tune its levels block by block against the dense model; bytes stay.

@@ -21,8 +21,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_evopress.data import tokenize_file
 from hf_evopress.evaluate import compare_many
 from hf_evopress.job import Job
@@ -71,7 +69,7 @@ class Bench:
             "work": words.work,
             "budget": dict(budget),
             "data": {"sources": [words.data], "seq_len": words.seq_len, **counts},
-            "search": {"strategy": strategy, "settings": settings},
+            "search": {"strategy": strategy, "settings": settings, "dtype": words.dtype},
             **more,
         }
         job = Job(Recipe.from_dict(recipe))
@@ -85,10 +83,8 @@ class Bench:
         self, name: str, job: Job, store: LevelStore, strategy: str | None = None, **more: Any
     ) -> Found:
         """Return the plan of a strategy, of the recipe's own without one."""
-        start, own = time.process_time(), job.model.dtype
-        job.model.to(getattr(torch, self.words.dtype))
+        start = time.process_time()
         search = run_search(job, store, strategy, **more)
-        job.model.to(own)
         about = {
             "evaluated_tokens": search.run.evaluated_tokens,
             "cpu_seconds": round(time.process_time() - start, 1),

@@ -26,10 +26,10 @@ from typing import Any
 from hf_evopress import tune
 from hf_evopress.block_tuning import Tuning
 from hf_evopress.data import tokenize_file
+from hf_evopress.devices import has_bfloat16
 from hf_evopress.evaluate import compare_many
 from hf_evopress.export.evopress import EvoPressExport
 from hf_evopress.fingerprint import text_fingerprint
-from hf_evopress.finish import has_bfloat16
 from hf_evopress.job import Job
 from hf_evopress.pipeline import best_uniform, find_plan
 from hf_evopress.plan import Plan
