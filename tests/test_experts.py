@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_evopress import compose
 from hf_evopress.block_tuning import Tuning
@@ -76,6 +76,44 @@ def test_split_experts_are_units_and_answer_as_the_fused_ones(model: Any) -> Non
     assert len(names) == n_fused + 2 * 4 * 2
     assert {"model.layers.1.mlp.experts.3.down_proj", f"{paths[0]}.0.gate_up_proj"} <= {*names}
     assert split_experts(model) == []
+
+
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "vocab_size": 64,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+}
+LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+GROUPS = {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+KIN = {
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2},  # transposed
+    "deepseek_v3": {**LATENT, **GROUPS, "q_lora_rank": 16},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0},
+    "glm4_moe": GROUPS,
+    "granitemoe": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4},
+}
+
+
+@pytest.mark.parametrize("arch", KIN)
+def test_so_do_those_of_their_kin(arch: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(arch, **{**SMALL, **KIN[arch]})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    model.set_experts_implementation("eager")
+    before = logits(model)
+    assert split_experts(model)
+    assert torch.allclose(logits(model), before, atol=1e-5)
+    fuse_experts(model)
+    assert torch.equal(logits(model), before)
 
 
 def test_fusing_undoes_it(model: Any) -> None:
