@@ -252,12 +252,12 @@ def test_moments_of_an_expert_count_the_tokens_that_pass_it_by_as_zeros(
 def test_experts_are_refined_also_where_tokens_pass_some_by(
     mode: str, tiny_model: Callable[..., nn.Module], tmp_path: Path
 ) -> None:
-    model = tiny_model("qwen3_moe", num_experts=16).requires_grad_(False)
+    model = tiny_model("qwen3_moe", num_experts=12).requires_grad_(False)
     split_experts(model)
     units, level = find_units(model), compose.normalize("rtn:bits=2,group_size=32")
     menus = {unit.name: [level] for unit in units}
     store = LevelStore.build(tmp_path / "store", model, units, menus, Source({}, lambda _: {}))
-    settings = Settings(mode, tuning=Tuning(steps=10, batch=2, code_rate=0.005))
+    settings = Settings(mode, tuning=Tuning(steps=4, batch=2, code_rate=0.005))
     plan = {unit.name: level for unit in units}
     made = refine(model, store, plan, TOKENS, TOKENS[:, :4], tmp_path / "r", settings=settings)
     notes = [read_notes(made.file(block)) for block in range(2)]

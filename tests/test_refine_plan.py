@@ -11,6 +11,7 @@ from hf_evopress import pipeline
 from hf_evopress.cli import main
 from hf_evopress.cli.compress import show_result
 from hf_evopress.end_to_end import refine_end_to_end
+from hf_evopress.job import Job
 from hf_evopress.plan import Plan
 from hf_evopress.recipe import Recipe
 from hf_evopress.refine_plan import refine_plan
@@ -67,7 +68,7 @@ def test_refinement_that_does_not_help_is_not_kept(
     home: Path, plain: pipeline.Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([0.5, 0.6])
-    monkeypatch.setattr("hf_evopress.finish._loss", lambda *_: next(losses))
+    monkeypatch.setattr(Job, "loss", lambda *_: next(losses))
     result = pipeline.compress(recipe(home, "kept", "fast"))
     assert not result.plan.results["refined"]["is_kept"]
     assert {row.name for row in result.rows} == {row.name for row in plain.rows}
