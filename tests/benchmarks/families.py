@@ -154,9 +154,13 @@ def monotone(bench: Bench) -> None:
     Pairs of the sub-blocks that cost most alone: there a second drop can undo what the first
     does. Found on the first --tokens, confirmed on as many fresh ones as the second number says.
     """
-    words = bench.words
-    job = bench.job({"drop": 0.1}, drop={"tokens": words.drop_tokens})
+    job = bench.job({"drop": 0.1}, drop={"tokens": bench.words.drop_tokens})
     store = job.build()
+    with job.computing_in(job.search_dtype):
+        show_pairs(bench.words, job, store)
+
+
+def show_pairs(words: argparse.Namespace, job: Job, store: LevelStore) -> None:
     table = job.tables.of("knapsack", store)
     if table is None:
         raise ValueError("single drops were not measured")
