@@ -140,7 +140,7 @@ def distilled(job: Job, states: Any, levels: Any, words: argparse.Namespace) -> 
         if not (source / "config.json").is_file():
             plan, tokenizer = job.plan(levels), job.tokenizer
             EvoPressExport().save(job.load_model(), plan, states.state, source, tokenizer=tokenizer)
-        kept = Path(words.work) / "targets"
+        kept = Path(words.work) / f"targets-{settings.sequences}"
         done = tune.tune(str(source), folder, settings, data=[words.data], targets=kept)
         print("held-out KL", done.kl, "kept" if done.is_kept else "not kept", flush=True)
     return load(str(folder))
