@@ -174,6 +174,7 @@ def recipe(words: argparse.Namespace, bits: float) -> Recipe:
             "work": words.work,
             "budget": {"bits": bits},
             **({"levels": words.level} if words.level else {}),
+            **({"families": words.family} if words.family else {}),
             "data": {"sources": [words.data], "seq_len": words.seq_len, **counts},
             "search": {"strategy": "knapsack"},
         }
@@ -205,6 +206,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--distil-sequences", type=int, help="to learn from; as many as calibrated")
     parser.add_argument("--sequences", type=int, default=None, help="of calibration, to refine on")
     parser.add_argument("--level", nargs="+", help="the menu; default: the package's")
+    parser.add_argument("--family", nargs="+", help="of levels to offer, such as all")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--calibration", type=int, default=52)
     parser.add_argument("--search", type=int, default=16)
