@@ -191,7 +191,7 @@ def measure(
         check_reloaded(evaluator, plan, reloaded)
     models: dict[str, Any] = {"dense": job.model}
     sizes = {"dense": (16.0, job.space.dense_bits // 8)}
-    uniform = best_uniform(job)
+    uniform = best_uniform(job, store)
     for name, genome in [*([uniform] if uniform else []), *rivals(job, store).items()]:
         models[name] = partial(_logits, evaluator, job.levels(genome))
         sizes[name] = (job.space.bits_per_weight(genome), job.space.size_bytes(genome))
@@ -227,17 +227,37 @@ def check_reloaded(evaluator: Evaluator, plan: Plan, reloaded: Any) -> None:
         )
 
 
-def best_uniform(job: Job) -> tuple[str, tuple[int, ...]] | None:
-    """Return name and genome of the dearest uniform plan within the budget, None if none is."""
-    fitting = [
-        (job.space.cost(genome), level, genome)
+def best_uniform(job: Job, store: LevelStore) -> tuple[str, tuple[int, ...]] | None:
+    """Return name and genome of the uniform plan within the budget that is expected to lose least.
+
+    Without sensitivities it is the dearest; None if none fits.
+    """
+    fitting = {
+        level: genome
         for level, genome in job.space.uniform().items()
         if job.budget.allows(job.space, genome)
-    ]
+    }
     if not fitting:
         return None
-    _, level, genome = max(fitting)
-    return f"uniform {level}", genome
+    expected = {level: _expected(store, job.levels(g)) for level, g in fitting.items()}
+    known = {level: loss for level, loss in expected.items() if loss is not None}
+    if len(known) == len(fitting):
+        best = min(known, key=known.__getitem__)
+    else:
+        best = max(fitting, key=lambda level: (job.space.cost(fitting[level]), level))
+    return f"uniform {best}", fitting[best]
+
+
+def _expected(store: LevelStore, levels: Mapping[str, Level]) -> float | None:
+    """Return the sum of what the levels of a plan are expected to lose, None if it is not known."""
+    total = 0.0
+    for unit, level in levels.items():
+        if unit not in store.units or level.is_dense:
+            continue
+        if (loss := store.scores(unit, level).get("sensitivity_nats")) is None:
+            return None
+        total += loss
+    return total
 
 
 def generate(tokenizer: Any, model: Any, prompt: str = PROMPT, *, n_tokens: int = 32) -> str:

@@ -136,6 +136,19 @@ def test_plans_are_compared_in_bfloat16_and_the_model_is_whole_again(home: Path)
     assert losses["float32"] == pytest.approx(losses["bfloat16"], rel=0.2)
 
 
+def test_the_uniform_plan_to_compare_with_is_the_best_not_the_dearest(home: Path) -> None:
+    levels = ["gptq:bits=3,group_size=32", "lowrank:rank=7,factors=int8"]  # 3.59, 3.9 bits and more
+    job = Job(recipe(home, budget={"bits": 6}, levels=levels, work=str(home / "uniform.work")))
+    found = pipeline.best_uniform(job, job.build())
+    assert found is not None and found[0] == f"uniform {levels[0]}"
+    unmeasured = {"sensitivity_tokens": 0, "strategy": "evopress"}
+    work = str(home / "unmeasured.work")
+    job = Job(recipe(home, budget={"bits": 6}, levels=levels, search=unmeasured, work=work))
+    dearest = pipeline.best_uniform(job, job.build())
+    costs = {level: job.space.cost(genome) for level, genome in job.space.uniform().items()}
+    assert dearest is not None and dearest[0] == f"uniform {max(costs, key=costs.__getitem__)}"
+
+
 def test_bfloat16_is_refused_where_weights_are_not_exact_in_it(home: Path) -> None:
     asked = {"budget": {"bits": 3}, "levels": QUANT, "search": {"dtype": "bfloat16"}}
     with pytest.raises(ValueError, match="search.dtype is bfloat16, and the model ships in .*16"):

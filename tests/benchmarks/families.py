@@ -142,7 +142,7 @@ def joint(bench: Bench) -> Iterator[Found]:
 
 def uniform(budget: str, job: Job, store: LevelStore) -> Iterator[Found]:
     """Yield the dearest uniform plan within the budget, if there is one."""
-    if (found := best_uniform(job)) is not None:
+    if (found := best_uniform(job, store)) is not None:
         name, genome = found
         bits = job.space.bits_per_weight(genome)
         yield Found(f"{budget}: {name}", job, store, job.levels(genome), bits)

@@ -48,7 +48,7 @@ def main() -> None:
             }
             functions[name] = scorer(job, store, plan.levels)
             print(name, about[name], flush=True)
-        if (found := best_uniform(job)) is not None:
+        if (found := best_uniform(job, store)) is not None:
             level, genome = found
             levels = {u: normalize(x) for u, x in job.space.levels(genome).items()}
             functions[f"{level} (at most {bits})"] = scorer(job, store, levels)

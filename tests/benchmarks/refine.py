@@ -153,7 +153,7 @@ def plan_of(kind: str, job: Job, store: Any) -> tuple[Any, float]:
     if kind != "uniform":
         plan = find_plan(job, store)
         return dict(plan.levels), plan.budget["bits_per_weight"]
-    found = best_uniform(job)
+    found = best_uniform(job, store)
     if found is None:
         return None, 0.0
     return job.levels(found[1]), job.space.bits_per_weight(found[1])
