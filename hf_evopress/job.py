@@ -159,6 +159,11 @@ class Job:
             column=data.column,
         )
 
+    def take_over(self, other: Job) -> None:
+        """Use what a job of the same model and data has loaded."""
+        loaded = ("model", "tokens", "tokenizer", "_loaded_dtypes")
+        self.__dict__.update({k: v for k, v in other.__dict__.items() if k in loaded})
+
     def load_model(self) -> Any:
         """Return the dense model in the dtype to ship."""
         model = AutoModelForCausalLM.from_pretrained(

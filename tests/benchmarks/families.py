@@ -74,8 +74,7 @@ class Bench:
         }
         job = Job(Recipe.from_dict(recipe))
         if self.last is not None:
-            known = ("model", "tokens", "tokenizer")
-            job.__dict__.update({k: v for k, v in self.last.__dict__.items() if k in known})
+            job.take_over(self.last)
         self.last = job
         return job
 

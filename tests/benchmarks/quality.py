@@ -87,7 +87,7 @@ def main() -> None:
 def share(job: Job, other: Job | None) -> Job:
     """Return `job` with the model and tokens that another job of the same recipe has loaded."""
     if other is not None:
-        job.__dict__.update({k: other.__dict__[k] for k in ("model", "tokens", "tokenizer")})
+        job.take_over(other)
     return job
 
 

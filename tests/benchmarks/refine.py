@@ -162,7 +162,7 @@ def plan_of(kind: str, job: Job, store: Any) -> tuple[Any, float]:
 def share(job: Job, other: Job | None) -> Job:
     """Return `job` with the model and tokens that another job of the same recipe has loaded."""
     if other is not None:
-        job.__dict__.update({k: other.__dict__[k] for k in ("model", "tokens", "tokenizer")})
+        job.take_over(other)
     return job
 
 
