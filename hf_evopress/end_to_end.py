@@ -26,12 +26,12 @@ from .devices import has_bfloat16
 from .evaluate import compare_many
 from .pipeline import UNREFINED, Result, Row, figures, generate
 from .plan import Plan
+from .recipe import END_TO_END
 from .repair import load, tokenizer_of
 from .size import model_size, stored_bytes
 from .store import Progress
 from .tune import Tuning, tune
 
-MODE = "end-to-end"
 KINDS = "scales,factors,norms"
 
 
@@ -77,7 +77,7 @@ def refine_end_to_end(
     done = tune(model, out, settings, data=data, progress=progress)
     assert done.kl is not None  # a teacher was given
     notes = {
-        "mode": MODE,
+        "mode": END_TO_END,
         "steps": steps,
         "fitness": "kl",
         "before": done.kl[0],

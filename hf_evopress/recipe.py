@@ -25,6 +25,7 @@ from .search import STRATEGIES, check_settings
 
 KINDS = ("attention", "mlp")
 REFINE = ("none", "fast", "best")  # see hf_evopress.refine
+END_TO_END = "end-to-end"  # another way to refine, of a finished model
 DTYPES = ("auto", "bfloat16", "float16")
 SEARCH_DTYPES = ("auto", "float32", "bfloat16")
 

@@ -80,6 +80,8 @@ class Tuning:
         for key in ("rank", "steps", "batch", "accumulate", "sequences", "heldout", "save_steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be 1 or more, got {getattr(self, key)}")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         for word in self.kinds or ():
             known = [*ADAPTERS, *KINDS]
             if word not in KINDS:

@@ -231,6 +231,7 @@ def test_an_exact_merge_loses_nothing(there: Path, tmp_path: Path, text_tokens: 
     [
         ({"train": "scale"}, "cannot train 'scale'.*'scales'"),
         ({"steps": 0}, "steps must be 1 or more"),
+        ({"learning_rate": 0}, "learning_rate must be above 0, got 0"),
         ({"target": "kappa:2"}, "such as kappa:0.2; got 'kappa:2'"),
         ({"target": "kappa:few"}, "such as kappa:0.2"),
         ({"train": "norms", "start": "x"}, "takes no adapter"),

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..plugins import did_you_mean
+from ..recipe import END_TO_END, REFINE
 from .compress import show_result
 from .console import bars
 from .options import Calibration, Out, Revision, Seed, SeqLen, Texts, Work
@@ -28,7 +29,7 @@ Mode = Annotated[
     ),
 ]
 
-MODES = ("fast", "best", "end-to-end")
+MODES = (*REFINE[1:], END_TO_END)
 
 
 def refine(
@@ -62,11 +63,11 @@ def refine(
     The modes go together: end-to-end after best. Stop it with Ctrl-C at any time; the same
     command goes on at the next block, or from the last checkpoint in OUT.work.
     """
-    from ..end_to_end import MODE, refine_end_to_end
+    from ..end_to_end import refine_end_to_end
     from ..refine_plan import refine_plan
 
     training = {"--steps": steps, "--learning-rate": learning_rate}
-    _check(mode, {"--work": work, "--revision": revision} if mode == MODE else training)
+    _check(mode, {"--work": work, "--revision": revision} if mode == END_TO_END else training)
     common: dict[str, Any] = {
         "data": data or (),
         "test": test,
@@ -76,10 +77,10 @@ def refine(
     }
     with bars() as progress:
         common["progress"] = progress
-        if mode == MODE:
-            result = refine_end_to_end(
-                plan, out, dense=model, steps=steps or 200, learning_rate=learning_rate, **common
-            )
+        if mode == END_TO_END:
+            given = {"steps": steps, "learning_rate": learning_rate}
+            common |= {key: value for key, value in given.items() if value is not None}
+            result = refine_end_to_end(plan, out, dense=model, **common)
         else:
             result = refine_plan(
                 plan, out, mode=mode, model=model, work=work, revision=revision, **common
@@ -91,7 +92,7 @@ def _check(mode: str, given: Mapping[str, object]) -> None:
     """Raise an error for an unknown mode, and one that names options it would pass over."""
     if mode not in MODES:
         raise typer.BadParameter(f"no mode {mode!r}{did_you_mean(mode, list(MODES))}")
-    if named := [option for option, value in given.items() if value]:
+    if named := [option for option, value in given.items() if value is not None]:
         raise typer.BadParameter(f"mode {mode} takes no {' and no '.join(named)}: leave it out")
 
 

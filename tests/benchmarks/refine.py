@@ -33,13 +33,11 @@ from hf_evopress.fingerprint import text_fingerprint
 from hf_evopress.job import Job
 from hf_evopress.pipeline import best_uniform, find_plan
 from hf_evopress.plan import Plan
-from hf_evopress.recipe import Recipe
+from hf_evopress.recipe import END_TO_END, Recipe
 from hf_evopress.refine import Settings, refine
 from hf_evopress.repair import load
 from hf_evopress.sensitivity import load_moments
 from hf_evopress.store import LevelStore
-
-END_TO_END = "end-to-end"
 
 
 def main() -> None:
