@@ -28,7 +28,7 @@ LAYERS = (
     "config compress_on_load loading_checks quantizer",
     "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer "
     "export/ evaluate size report plots cards hub html_report published",
-    "problem tables reporting job finish pipeline refine_plan front repair tune end_to_end "
+    "problem tables reporting job finish pipeline refine_plan front repair convert tune end_to_end "
     "follow_up",
     "cli/ __main__",
 )
