@@ -88,9 +88,7 @@ def check_plan(model: Any, plan: Plan) -> None:
     wrong = [f"{unit}: {why}" for unit, why in _obstacles(model, plan)]
     if wrong:
         more = f" (and {len(wrong) - 4} more)" if len(wrong) > 4 else ""
-        raise ValueError(
-            f"compressed-tensors cannot hold {'; '.join(wrong[:4])}{more}; {way_out}"
-        )
+        raise ValueError(f"compressed-tensors cannot hold {'; '.join(wrong[:4])}{more}; {way_out}")
     schemes = {_scheme(level) for level in plan.levels.values() if not level.is_dense}
     if not schemes:
         raise ValueError(f"the plan leaves all layers dense; {way_out}")
