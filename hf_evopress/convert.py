@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from .experts import match_experts
 from .export.base import check_target
 from .layers import compressed_linears
 from .level import Level
 from .methods.base import State
+from .plain import match_plan
 from .plan import Plan
 from .plugins import load as load_plugin
 from .repair import load, tokenizer_of
@@ -38,7 +38,7 @@ def convert(model: str, out: str | Path, *, format: str) -> Path:
         return held[unit]
 
     stock: Any = packed.dequantize()
-    match_experts(stock, plan)
+    match_plan(stock, plan)
     for name, bias in biases.items():  # what a level adds to it is the exporter's to add
         stock.get_submodule(name).bias = bias
     return exporter.save(stock, plan, states, out, tokenizer=tokenizer_of(model))

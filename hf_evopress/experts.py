@@ -158,17 +158,20 @@ def _names(fused: nn.Module) -> tuple[str, str]:
 
 @torch.no_grad()
 def _linear(fused: Any, name: str, e: int) -> nn.Linear:
-    weight = _own(fused.get_parameter(name), e, is_transposed=fused.is_transposed)
+    weight = own_parameter(fused.get_parameter(name), e, is_transposed=fused.is_transposed)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight
     if fused.has_bias:
-        linear.bias = _own(fused.get_parameter(f"{name}_bias"), e)
+        linear.bias = own_parameter(fused.get_parameter(f"{name}_bias"), e)
     return linear.train(fused.training)
 
 
-def _own(parameter: nn.Parameter, e: int, *, is_transposed: bool = False) -> nn.Parameter:
-    """Return the part of expert e as a parameter that shares no memory with the whole."""
-    part = parameter[e].T if is_transposed else parameter[e]
+def own_parameter(
+    parameter: nn.Parameter, e: int | None = None, *, is_transposed: bool = False
+) -> nn.Parameter:
+    """Return `parameter`, or its part e, as one that shares no memory with it."""
+    part = parameter if e is None else parameter[e]
+    part = part.T if is_transposed else part
     own = nn.Parameter(part.clone(memory_format=torch.contiguous_format), parameter.requires_grad)
     if getattr(parameter, "_is_hf_initialized", False):  # it came from a checkpoint
         own._is_hf_initialized = True  # type: ignore[attr-defined]

@@ -31,12 +31,13 @@ from .block_tuning import Tuning
 from .calibrate import calibrate, load_stats
 from .devices import computing_in, dtypes_of, has_bfloat16
 from .evaluator import Evaluator
-from .experts import split_experts, warn_of_experts
+from .experts import warn_of_experts
 from .export.base import check_target
 from .fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
 from .fitness.base import Fitness
 from .level import Level
 from .objective import fitness_of
+from .plain import make_plain
 from .plan import Plan
 from .problem import pose
 from .ranks import start
@@ -90,7 +91,7 @@ class Job:
             )
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
-        split_experts(skeleton)
+        make_plain(skeleton)
         warn_of_experts(skeleton)
         self.problem = pose(skeleton, recipe)
         self.units, self.menus = self.problem.units, self.problem.menus
@@ -169,7 +170,7 @@ class Job:
         model = AutoModelForCausalLM.from_pretrained(
             self.recipe.model, revision=self.recipe.revision, dtype=self.dtype
         )
-        split_experts(model)
+        make_plain(model)
         return model.eval().requires_grad_(False)
 
     @cached_property

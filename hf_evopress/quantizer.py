@@ -21,7 +21,7 @@ from .dropped import (
     restore_zero,
     sentinel_keys,
 )
-from .experts import SplitExperts, fuse_experts, match_experts
+from .experts import SplitExperts
 from .layers import (
     CompressedLinear,
     compressed_linears,
@@ -32,6 +32,7 @@ from .layers import (
 )
 from .level import DENSE, Level
 from .loading_checks import check_levels_match, check_loaded, check_shapes, on_cpu
+from .plain import make_stock, match_plan
 from .plan import Plan
 from .runtimes import check_runtime
 
@@ -101,7 +102,7 @@ class EvoPressQuantizer(HfQuantizer):
         config = self.quantization_config
         check_runtime(config.runtime, model.dtype)
         plan = _plan_of(config)
-        match_experts(model, plan)
+        match_plan(model, plan)
         levels = planned_levels(model, plan)
         if not self.pre_quantized:
             if plan.base_model != model.config.name_or_path:
@@ -121,8 +122,8 @@ class EvoPressQuantizer(HfQuantizer):
         _ignore_keys(model, [f"{name}.weight" for name in levels])
 
     def _prepare_compression(self, model: Any, plan: Plan, levels: dict[str, Level]) -> None:
-        has_experts = bool(fuse_experts(model))  # which a dense checkpoint has in one tensor
-        self._compresses_after = has_experts or bool(_calibrated(plan))
+        was_plain = make_stock(model)  # as the dense checkpoint is
+        self._compresses_after = was_plain or bool(_calibrated(plan))
         if not self._compresses_after:
             _ignore_keys(model, [f"{path}." for path in replace_dropped(model, plan)])
             self._on_load = {f"{name}.weight": level for name, level in levels.items()}
@@ -183,7 +184,6 @@ class EvoPressQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         if self._compresses_after:
-            match_experts(model, _plan_of(config))
             stitch = import_module("hf_evopress.stitch")
             stitch.compress_model(model, _plan_of(config), self._tokens)
             self._tokens = None
@@ -209,7 +209,7 @@ class EvoPressQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         restore_linears(model)
         restore_zero(model)
-        fuse_experts(model)
+        make_stock(model)
         if dtype is not None and dtype != model.dtype:
             model.to(dtype)
         return model

@@ -18,12 +18,12 @@ from .adapters import CONFIG, WEIGHTS, Adapter, check_target, read_adapter
 from .data import load_tokens, tokenize_file
 from .eora import attached, eora
 from .evaluate import Report, compare_many
-from .experts import split_experts
 from .export.base import check_target as check_model_target
 from .export.base import whole_folder
 from .foreign import check_package, check_readable
 from .lord import from_peft
 from .merge import merge_adapter
+from .plain import make_plain
 from .quantizer import register_with_transformers
 from .sensitivity import load_moments, output_moments
 from .store import Progress
@@ -183,7 +183,7 @@ def load(name: str, *, dtype: Any = None) -> Any:
         check_package(where)
     model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **file)
     if getattr(model, "hf_quantizer", None) is None:
-        split_experts(model)
+        make_plain(model)
     model = model.eval().requires_grad_(False)
     is_placed = model.device.type == "cuda"  # by its quantizer
     return model.to("cuda") if has_gpu and not is_placed else model

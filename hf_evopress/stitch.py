@@ -16,6 +16,7 @@ from .dropped import replace_dropped
 from .layers import compress_linear, planned_levels
 from .level import Level
 from .linalg import Stats
+from .plain import match_plan
 from .plan import Plan
 from .store import Progress
 from .units import Unit, find_units
@@ -31,6 +32,7 @@ def compress_model(
     same tensors. The statistics of all blocks pass through a temporary folder; one block's are
     in memory.
     """
+    match_plan(model, plan)
     levels = planned_levels(model, plan)
     units = [unit for unit in find_units(model) if unit.name in levels]
     with tempfile.TemporaryDirectory(prefix="evopress-") as folder, torch.no_grad():

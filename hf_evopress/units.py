@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .patterns import matches
+from .plain import stock_linears
 
 SUPPORTED = (
     "decoder-only transformers models whose blocks hold nn.Linear layers, such as Llama, "
-    "Mistral, Qwen, Gemma, Phi, SmolLM, OPT, GPT-NeoX and Falcon"
+    "Mistral, Qwen, Gemma, Phi, SmolLM, OPT, GPT-2, GPT-NeoX and Falcon"
 )
 _ROUTERS = ("gate", "router", "shared_expert_gate", "shared_gate")
 
@@ -90,13 +90,14 @@ def find_units(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
 
 def _linears(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the linear modules of one block with their full paths."""
+    if others := stock_linears(block):
+        name, module = next(iter(others.items()))
+        raise ValueError(
+            f"{path}.{name} is a {type(module).__name__}: bring the model into its plain form "
+            "first, hf_evopress.plain.make_plain(model)"
+        )
     closed: list[str] = []  # modules that read the weights of their children themselves
     for relative, module in block.named_modules(prefix=path):
-        if isinstance(module, Conv1D):
-            raise ValueError(
-                f"{relative} is a {type(module).__name__} (GPT-2 family), which stores its "
-                f"weight transposed and is not supported; supported: {SUPPORTED}"
-            )
         if isinstance(module, nn.MultiheadAttention):
             closed.append(relative + ".")
         if _is_linear(module) and not any(relative.startswith(prefix) for prefix in closed):

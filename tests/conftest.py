@@ -42,6 +42,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "phi3": _GROUPED,
     "gpt_neox": {"intermediate_size": 128},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "gpt2": {"n_inner": 128},
+    "falcon": {"ffn_hidden_size": 128, "new_decoder_architecture": True, "num_kv_heads": 2},
     "mixtral": _GROUPED | {"num_local_experts": 4, "sliding_window": None},
     "qwen3_moe": _GROUPED
     | {

@@ -22,7 +22,7 @@ LAYERS = (
     "rounds evopress_search swap evolve baselines search recipe recipe_schema",
     "devices checksums linalg packing recompute grid codes obs sparse methods/ compose menu "
     "runtimes layers",
-    "experts ranks data token_cache units sub_blocks dropped fingerprint stream calibrate "
+    "experts plain ranks data token_cache units sub_blocks dropped fingerprint stream calibrate "
     "sensitivity store stitch fitness/ objective head evaluator scores diagnose patching "
     "asymmetric two_streams rounding block_tuning refined refine refined_levels foreign",
     "config compress_on_load loading_checks quantizer",

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_evopress.cli import main
 from hf_evopress.convert import convert
+from hf_evopress.plain import make_plain
 from hf_evopress.plan import Plan
 from hf_evopress.quantizer import attach
 from hf_evopress.stitch import compress_model
@@ -32,6 +33,7 @@ def make(
 
     def made(arch: str, *levels: str, **more: str) -> Path:
         model = tiny_model(arch)
+        make_plain(model)
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 parameter.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
@@ -61,6 +63,8 @@ def logits(folder: Path) -> Tensor:
     ("arch", "levels"),
     [
         ("llama", LEVELS),
+        ("gpt2", ("rtn:bits=4,group_size=32",)),
+        ("falcon", ("rtn:bits=4,group_size=32",)),
         ("mixtral", ("rtn:bits=4,group_size=32",)),
         ("opt", ("lowrank:rank=8,centred=true", "rtn:bits=4,group_size=32")),
     ],

@@ -26,6 +26,8 @@ ARCHITECTURES = (
     "phi3",
     "gpt_neox",
     "opt",
+    "gpt2",
+    "falcon",
     "mixtral",
     "qwen3_moe",
     "gpt_oss",

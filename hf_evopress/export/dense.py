@@ -9,7 +9,7 @@ import torch
 
 from .. import compose
 from ..dropped import dropped_units, set_zero
-from ..experts import fuse_experts
+from ..plain import make_stock
 from ..plan import Plan
 from .base import Export, States
 
@@ -26,7 +26,7 @@ class DenseExport(Export):
         for unit in dropped_units(plan):
             set_zero(model.get_submodule(unit))
         write_weights(model, plan, states)
-        fuse_experts(model)
+        make_stock(model)
         model.save_pretrained(folder)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..dropped import replace_dropped
-from ..experts import match_experts
 from ..layers import replace_linears
+from ..plain import match_plan
 from ..plan import Plan
 from ..quantizer import attach
 from .base import Export, States
@@ -22,7 +22,7 @@ class EvoPressExport(Export):
     name = "evopress"
 
     def write(self, model: Any, plan: Plan, states: States, folder: Path) -> None:
-        match_experts(model, plan)
+        match_plan(model, plan)
         replace_dropped(model, plan)
         replace_linears(model, plan, states)
         attach(model, plan)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..dropped import dropped_units, replace_dropped
-from ..experts import fuse_experts
+from ..plain import make_stock
 from ..plan import Plan
 from ..stream import BlockStream
 from ..sub_blocks import find_sub_blocks
@@ -33,7 +33,7 @@ class PrunedExport(Export):
     def write(self, model: Any, plan: Plan, states: States, folder: Path) -> None:
         blocks = whole_blocks(model, plan)
         write_weights(model, plan, states)
-        fuse_experts(model)
+        make_stock(model)
         replace_dropped(model, plan)
         remove_blocks(model, blocks)
         model.save_pretrained(folder)
