@@ -51,6 +51,7 @@ from .search_log import ENDING, SearchLog
 from .sensitivity import load_moments, output_moments
 from .space import Genome
 from .store import LevelStore, Progress, Source
+from .stream import check_streamable
 from .tables import Tables
 from .token_cache import cached_splits
 
@@ -92,6 +93,7 @@ class Job:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         make_plain(skeleton)
+        check_streamable(skeleton)
         warn_of_experts(skeleton)
         self.problem = pose(skeleton, recipe)
         self.units, self.menus = self.problem.units, self.problem.menus

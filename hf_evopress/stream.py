@@ -17,6 +17,11 @@ from torch import Tensor, nn
 
 from .units import find_blocks
 
+# keys of a config, and what blocks get from elsewhere than the block before them (Gemma 3n and 4)
+_EXCHANGED = {
+    "num_kv_shared_layers": "blocks that read the keys and values of others",
+    "hidden_size_per_layer_input": "an embedding of the tokens for each block",
+}
 _MAX_SHAPES = 8  # masks of eager attention grow with batch * seq^2
 
 
@@ -117,14 +122,20 @@ class BlockStream:
     def check(self, input_ids: Tensor) -> None:
         """Raise ValueError if running block by block does not equal a plain forward.
 
-        A guard for architectures whose blocks exchange more than hidden states.
+        A guard for architectures whose blocks exchange more than hidden states: keys and values
+        that later blocks share would be those of whichever batch came last.
         """
+        check_streamable(self.model)
+        batches = [input_ids, input_ids.flip(-1)]
         with torch.no_grad():
-            hidden = self.embed(input_ids)
+            hidden = [self.embed(ids) for ids in batches]
             for i in range(self.n_blocks):
-                hidden = self.run_block(i, hidden)
-            streamed, whole = self.head(input_ids, hidden), self._forward(input_ids)
-        if not torch.allclose(streamed, whole, rtol=0, atol=0, equal_nan=True):
+                hidden = [self.run_block(i, h) for h in hidden]
+            pairs = [
+                (self.head(ids, h), self._forward(ids))
+                for ids, h in zip(batches, hidden, strict=True)
+            ]
+        if not all(torch.allclose(*pair, rtol=0, atol=0, equal_nan=True) for pair in pairs):
             raise ValueError(
                 f"{type(self.model).__name__} gives other logits block by block than as a whole: "
                 "its blocks share state or draw random numbers; call model.eval(), or use a "
@@ -221,6 +232,18 @@ class BlockStream:
                     self.blocks[i].forward = before  # type: ignore[method-assign]
                 elif "forward" in self.blocks[i].__dict__:
                     del self.blocks[i].forward
+
+
+def check_streamable(model: nn.Module) -> None:
+    """Raise ValueError where the config says that blocks exchange more than hidden states."""
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    for key, what in _EXCHANGED.items():
+        if n := getattr(config, key, None):
+            raise ValueError(
+                f"{type(model).__name__} with {key}={n} has {what}, so it cannot be computed block "
+                "by block as calibration and search do; levels that need no data can be given to "
+                "it by EvoPressConfig(plan=...)"
+            )
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Arguments]:

@@ -18,6 +18,7 @@ SUPPORTED = (
     "decoder-only transformers models whose blocks hold nn.Linear layers, such as Llama, "
     "Mistral, Qwen, Gemma, Phi, SmolLM, OPT, GPT-2, GPT-NeoX and Falcon"
 )
+_CHOOSING = "Indexer"  # picks the tokens that attention sees: as a router, never compressed
 _ROUTERS = ("gate", "router", "shared_expert_gate", "shared_gate")
 
 
@@ -48,11 +49,13 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     decoder: nn.Module = getattr(model, "get_decoder", lambda: model)()
     inside = {id(module) for module in decoder.modules()}
-    found = [
+    lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers and id(module) in inside
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
     ]
+    # ModernBERT calls its head the decoder: then any list will do
+    found = [entry for entry in lists if id(entry[1]) in inside] or lists
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no list of {n_layers} decoder blocks; "
@@ -65,8 +68,8 @@ def find_units(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
     """Return the linear weights inside the decoder blocks, in module order.
 
     `skip` are globs ("*.v_proj", "model.layers.0.*") or regular expressions ("re:...") on
-    module paths. Embeddings, the
-    output head, routers, tied weights and the insides of nn.MultiheadAttention are never units.
+    module paths. Embeddings, the output head, routers, indexers of sparse attention, tied weights
+    and the insides of nn.MultiheadAttention, which reads its children's weights, are never units.
     """
     path, blocks = find_blocks(model)
     tied = {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", ())}
@@ -96,9 +99,9 @@ def _linears(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear]]:
             f"{path}.{name} is a {type(module).__name__}: bring the model into its plain form "
             "first, hf_evopress.plain.make_plain(model)"
         )
-    closed: list[str] = []  # modules that read the weights of their children themselves
+    closed: list[str] = []  # modules whose children are not ours to change
     for relative, module in block.named_modules(prefix=path):
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention) or type(module).__name__.endswith(_CHOOSING):
             closed.append(relative + ".")
         if _is_linear(module) and not any(relative.startswith(prefix) for prefix in closed):
             yield relative, module  # type: ignore[misc]

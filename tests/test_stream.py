@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_evopress.stream import BlockStream
 
@@ -153,3 +154,30 @@ def test_ids_of_the_wrong_kind_are_refused(tiny_model):
         stream.embed(torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match="blocks 0 to 1"):
         stream.run_from(3, ids(), torch.zeros(2, 12, 64))
+
+
+@pytest.mark.parametrize("key", ["num_kv_shared_layers", "hidden_size_per_layer_input"])
+def test_models_whose_blocks_exchange_more_are_refused_by_what_they_exchange(key):
+    settings = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, key: 2}
+    config = AutoConfig.for_model(
+        "gemma4_text", vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=64, head_dim=16, vocab_size_per_layer_input=64,
+        layer_types=["sliding_attention", "full_attention"] * 2, **settings,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=f"{key}=2 has .* cannot be computed block by block"):
+        BlockStream(model).check(torch.arange(8)[None])
+
+
+def test_blocks_that_keep_something_of_a_batch_are_found_by_a_second_one(tiny_model):
+    model = tiny_model("llama")
+    first, second = model.model.layers
+    own, kept = second.forward, {}
+
+    def keep(module, args, output):
+        kept["mean"] = output.mean(1, keepdim=True)
+
+    first.register_forward_hook(keep)
+    second.forward = lambda hidden, *args, **kwargs: own(hidden + kept["mean"], *args, **kwargs)
+    with pytest.raises(ValueError, match="block by block"):
+        BlockStream(model).check(torch.arange(8)[None])

@@ -109,3 +109,22 @@ def test_a_model_without_linears_names_what_is_supported(tiny_model):
 def test_a_module_without_config_is_refused():
     with pytest.raises(ValueError, match="no config"):
         find_blocks(nn.Linear(2, 2))
+
+
+def test_an_indexer_of_sparse_attention_is_never_a_unit():
+    config = AutoConfig.for_model("deepseek_v32", num_hidden_layers=2, first_k_dense_replace=1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linears = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear]
+    assert any(".indexer." in name for name in linears)
+    assert not any(".indexer." in unit.name for unit in find_units(model))
+
+
+def test_blocks_are_found_where_the_head_is_called_the_decoder():
+    config = AutoConfig.for_model(
+        "modernbert-decoder", num_hidden_layers=2, hidden_size=32, intermediate_size=32,
+        num_attention_heads=2, vocab_size=64, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert {unit.block for unit in find_units(model)} == {0, 1}
