@@ -152,6 +152,11 @@ def home(
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of one token per byte; token 0 is <eos>, nothing is added to a text."""
+    return byte_level_tokenizer()
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one token per byte; token 0 is <eos>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     by_byte = _byte_characters()
