@@ -34,7 +34,7 @@ Run = Callable[[Tensor], Tensor]  # hidden (batch, seq, dim) -> the block's outp
 class Tuning:
     """How long and how fast. A latent travels at most steps * code_rate / 2 codes."""
 
-    steps: int = 60
+    steps: int = 240
     batch: int = 1  # sequences per step
     code_rate: float = 0.03  # of one code, falling linearly to 0
     float_rate: float = 2e-3

@@ -170,13 +170,16 @@ def against(search: Mapping[str, Any]) -> list[tuple[str, float, float, int]]:
     ]
 
 
-def refined(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return mode, losses before and after, and is_kept of a finished plan, else None."""
-    found = results.get("refined")
-    if not isinstance(found, Mapping) or found.get("mode") not in (*REFINE, "end-to-end"):
-        return None
-    told = all(isinstance(found.get(key), float) for key in ("before", "after"))
-    return found if told else None
+def refined(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return mode, losses before and after, and is_kept of each way a plan was finished."""
+    found = (results.get(key) for key in ("refined", "distilled"))
+    return [
+        notes
+        for notes in found
+        if isinstance(notes, Mapping)
+        and notes.get("mode") in REFINE
+        and all(isinstance(notes.get(key), float) for key in ("before", "after"))
+    ]
 
 
 def portable(recipe: Recipe | None) -> str | None:

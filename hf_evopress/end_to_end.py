@@ -22,17 +22,15 @@ from transformers import AutoConfig
 
 from .cards import write_card
 from .data import tokenize_file
-from .devices import has_bfloat16
 from .evaluate import compare_many
-from .pipeline import UNREFINED, Result, Row, figures, generate
+from .finish import distilled_notes, end_to_end_settings
+from .measure import UNREFINED, Row, figures, generate
+from .pipeline import Result
 from .plan import Plan
-from .recipe import END_TO_END
 from .repair import load, tokenizer_of
 from .size import model_size, stored_bytes
 from .store import Progress
-from .tune import Tuning, tune
-
-KINDS = "scales,factors,norms"
+from .tune import tune
 
 
 def refine_end_to_end(
@@ -63,31 +61,20 @@ def refine_end_to_end(
         raise ValueError(f"{model} does not say which model it was made from: give --model DENSE")
     unseen = None if test is None else _unseen(test, model, window)
     start = time.perf_counter()
-    settings = Tuning(
-        train=KINDS,
-        teacher=dense,
+    settings = end_to_end_settings(
+        dense,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         steps=steps,
         learning_rate=learning_rate,
-        batch=1,
         seq_len=seq_len,
         sequences=n_sequences,
         seed=seed,
-        bf16=has_bfloat16(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     )
     done = tune(model, out, settings, data=data, progress=progress)
-    assert done.kl is not None  # a teacher was given
-    notes = {
-        "mode": END_TO_END,
-        "steps": steps,
-        "fitness": "kl",
-        "before": done.kl[0],
-        "after": done.kl[1],
-        "is_kept": done.is_kept,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    notes = distilled_notes(done, steps, time.perf_counter() - start)
     after = load(str(out))
     plan = Plan.load(out)
-    plan = plan.replace(results={**plan.results, "refined": notes})
+    plan = plan.replace(results={**plan.results, "distilled": notes})
     rows: tuple[Row, ...] = ()
     if test is not None and unseen is not None:
         rows = _rows(load(dense), load(model), after, out, unseen, window, max_windows, progress)

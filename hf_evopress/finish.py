@@ -1,18 +1,31 @@
-"""The finish of a plan: levels refined block by block, kept only where the whole is better."""
+"""The finish of a plan: levels refined block by block, then the whole model end to end.
+
+Either is kept only where text that it did not learn from says that the model is closer.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
+from typing import Any
 
-from .fingerprint import text_fingerprint
+import torch
+
+from .devices import has_bfloat16
+from .distill import Targets, precompute_targets
+from .fingerprint import claim, tensor_fingerprint, text_fingerprint
 from .job import Job
 from .plan import Plan
+from .recipe import END_TO_END
 from .refine import Settings, refine
 from .sensitivity import load_moments
 from .store import LevelStore
+from .tune import Tuned, Tuning, trained
 
 logger = logging.getLogger(__name__)
+
+KINDS = "scales,factors,norms"  # what learns end to end: no byte more
 
 
 def finish(
@@ -25,7 +38,7 @@ def finish(
     Without held-out sequences the first two of calibration judge and make no level. Files are in
     work/refined-<fingerprint of the plan>; a run that was stopped goes on from there.
     """
-    settings = settings or job.refine_settings(job.recipe.refine)
+    settings = settings or job.refine_settings(job.recipe.blockwise)
     tokens, heldout = job.refining_tokens()
     name = text_fingerprint(repr(settings), *(f"{u} {x}" for u, x in plan.levels.items()))
     start = time.perf_counter()
@@ -60,3 +73,59 @@ def finish(
         )
     chosen = made if after < before else store
     return chosen, plan.replace(results={**plan.results, "refined": notes})
+
+
+def distil(job: Job, plan: Plan, folder: Path) -> tuple[bool, Plan]:
+    """Return whether the model in `folder` came closer to the dense one, and the plan with notes.
+
+    Scales, factors and norms learn end to end from the dense model on the calibration and search
+    sequences; the held-out ones judge. The folder is replaced where they say that it is closer.
+    Files are in work/end-to-end-<fingerprint>; a run that was stopped goes on from there.
+    """
+    start = time.perf_counter()
+    parts = [job.tokens[kind] for kind in ("calibration", "search", "heldout")]
+    learn, judge = torch.cat(parts[:2]), parts[2]
+    if not len(judge):
+        learn, judge = learn[2:], learn[:2]
+    settings = end_to_end_settings(
+        job.recipe.model,
+        steps=job.recipe.distil.steps,
+        learning_rate=job.recipe.distil.learning_rate,
+        seed=job.recipe.data.seed,
+        device=job.model.device,
+    )
+    made_from = {
+        "levels": text_fingerprint(*(f"{unit} {level}" for unit, level in plan.items())),
+        "refined": job.recipe.blockwise,
+        "tokens": tensor_fingerprint(learn),
+        "settings": {k: v for k, v in vars(settings).items() if k != "steps"},
+    }
+    work = job.work / f"end-to-end-{text_fingerprint(*map(str, made_from.values()))}"
+    claim(work, made_from, what="a training run")
+    targets = {
+        name: Targets(precompute_targets(job.model, ids, work / name, progress=job.progress))
+        for name, ids in (("targets", learn), ("heldout", judge))
+    }
+    done = trained(str(folder), folder, settings, targets["targets"], targets["heldout"], work=work)
+    notes = distilled_notes(done, settings.steps, time.perf_counter() - start)
+    logger.info("distilled: %s", notes)
+    return done.is_kept, plan.replace(results={**plan.results, "distilled": notes})
+
+
+def end_to_end_settings(teacher: str, *, device: torch.device, **settings: Any) -> Tuning:
+    """Return how a compressed model learns end to end from `teacher`."""
+    return Tuning(train=KINDS, teacher=teacher, batch=1, bf16=has_bfloat16(device), **settings)
+
+
+def distilled_notes(done: Tuned, steps: int, seconds: float) -> dict[str, Any]:
+    """Return what a plan's results say of learning end to end."""
+    assert done.kl is not None  # there is a teacher
+    return {
+        "mode": END_TO_END,
+        "steps": steps,
+        "fitness": "kl",
+        "before": done.kl[0],
+        "after": done.kl[1],
+        "is_kept": done.is_kept,
+        "seconds": round(seconds, 1),
+    }

@@ -24,8 +24,9 @@ from .resources import atomic_write, bundled, parse_size
 from .search import STRATEGIES, check_settings
 
 KINDS = ("attention", "mlp")
-REFINE = ("none", "fast", "best")  # see hf_evopress.refine
-END_TO_END = "end-to-end"  # another way to refine, of a finished model
+BLOCKWISE = ("none", "fast", "best")  # see hf_evopress.refine
+END_TO_END = "end-to-end"  # another way to refine, of the whole model; see hf_evopress.end_to_end
+REFINE = (*BLOCKWISE, END_TO_END, *(f"{mode}+{END_TO_END}" for mode in BLOCKWISE[1:]))
 DTYPES = ("auto", "bfloat16", "float16")
 SEARCH_DTYPES = ("auto", "float32", "bfloat16")
 
@@ -139,6 +140,19 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Distil:
+    """How long a model learns from the dense one where refine says end-to-end."""
+
+    steps: int = 200  # of one sequence each
+    learning_rate: float | None = None  # none: 1e-4
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"distil.learning_rate must be above 0, got {self.learning_rate}")
+
+
+@dataclass(frozen=True)
 class Tune:
     """A training run on the finished model, written to OUT-tuned."""
 
@@ -169,7 +183,8 @@ class Recipe:
     pin: Mapping[str, str] = field(default_factory=dict)  # glob -> level
     forbid: Mapping[str, str] = field(default_factory=dict)  # glob -> glob of levels
     search: Search = field(default_factory=Search)
-    refine: str = "none"  # fast: levels anew along the compressed prefix; best: tuned as well
+    refine: str = "none"  # none, fast, best, end-to-end, fast+end-to-end or best+end-to-end
+    distil: Distil = field(default_factory=Distil)
     refine_levels: tuple[str, ...] = ()  # patterns of levels to tune before the search
     adapter: Adapter | None = None
     tune: Tune | None = None
@@ -187,6 +202,16 @@ class Recipe:
                 )
             if self.drop.max is not None:
                 raise ValueError("a budget of drops says how many go; leave out drop.max")
+
+    @property
+    def blockwise(self) -> str:
+        """How levels are refined block by block: none, fast or best."""
+        return self.refine.removesuffix(END_TO_END).rstrip("+") or "none"
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the finished model learns from the dense one as a whole."""
+        return self.refine.endswith(END_TO_END)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:

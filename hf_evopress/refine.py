@@ -26,7 +26,7 @@ from .fingerprint import claim, model_fingerprint, tensor_fingerprint, text_fing
 from .level import Level
 from .methods.base import State
 from .patching import operators, patched
-from .recipe import REFINE
+from .recipe import BLOCKWISE
 from .refined import RefinedStates, write_block
 from .rounding import TunedLevel
 from .store import LevelStore, Progress
@@ -53,8 +53,8 @@ class Settings:
     is_alone: bool = False
 
     def __post_init__(self) -> None:
-        if self.mode not in REFINE[1:]:
-            raise ValueError(f"refine takes {', '.join(REFINE)}; got {self.mode!r}")
+        if self.mode not in BLOCKWISE[1:]:
+            raise ValueError(f"blocks are refined {' or '.join(BLOCKWISE[1:])}; got {self.mode!r}")
         for alpha in self.alphas:
             if not 0.0 <= alpha <= 1.0:
                 raise ValueError(f"alphas are shares of a correction, in 0 .. 1; got {alpha}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .cards import write_card
-from .finish import finish
 from .job import Job, versions
-from .pipeline import Result, export, figures, measure, unseen_tokens
+from .measure import unseen_tokens
+from .pipeline import Result, ship
 from .plan import Plan
 from .recipe import Recipe
 from .store import Progress
@@ -20,6 +19,8 @@ def refine_plan(
     *,
     model: str | None = None,
     mode: str = "best",
+    steps: int | None = None,
+    learning_rate: float | None = None,
     data: Sequence[str] = (),
     test: str | None = None,
     window: int = 2048,
@@ -34,7 +35,8 @@ def refine_plan(
     """Return the model of `plan` with its levels refined, in folder `out`, reloaded and measured.
 
     plan: a file, a folder, a compressed model or a repository on the Hub. model: the dense model,
-    by default the plan's own. Only the plan's levels are made, then finished in mode fast or best.
+    by default the plan's own. Only the plan's levels are made, then finished in a mode of
+    `hf_evopress.recipe.REFINE`; steps and learning_rate are of its end-to-end part.
     """
     found = Plan.from_pretrained(plan)
     recipe = recipe_of_plan(
@@ -43,6 +45,7 @@ def refine_plan(
         out=str(out),
         work=str(work) if work is not None else None,
         mode=mode,
+        distil={"steps": steps, "learning_rate": learning_rate},
         data={"sources": list(data), "seq_len": seq_len, "calibration": n_sequences, "seed": seed},
         revision=revision or found.revision,
     )
@@ -52,14 +55,7 @@ def refine_plan(
     made = job.plan(
         found.levels, search={**found.search, "versions": versions()}, results=found.results
     )
-    states, made = finish(job, store, made)
-    folder = export(job, states, made)
-    rows, sample = measure(job, states, made, folder, unseen, window, max_windows)
-    made = made.replace(results={**made.results, **figures(rows)})
-    made.save(folder)
-    recipe.save(folder / "evopress_recipe.yaml")
-    write_card(folder, made, recipe)
-    return Result(folder, made, rows, sample)
+    return ship(job, store, made, (unseen, window, max_windows))
 
 
 def recipe_of_plan(
@@ -69,6 +65,7 @@ def recipe_of_plan(
     out: str,
     work: str | None,
     mode: str,
+    distil: Mapping[str, float | None],
     data: dict[str, object],
     revision: str | None,
 ) -> Recipe:
@@ -92,5 +89,6 @@ def recipe_of_plan(
             "drop": {"kinds": ["attention", "mlp"]} if dropped else {},
             "data": data,
             "refine": mode,
+            "distil": {key: value for key, value in distil.items() if value is not None},
         }
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -139,10 +140,30 @@ def tune(
     # a missing text is an error now, not after the teacher's pass
     texts = {name: tokenize_file(path, tokenizer_of(model)) for name, path in (tests or {}).items()}
     dataset, heldout = _datasets(model, data, settings, Path(targets or work), progress)
+    return trained(model, out, settings, dataset, heldout, work=work, texts=texts, window=window)
+
+
+def trained(
+    model: str,
+    out: str | Path,
+    settings: Tuning,
+    dataset: Any,
+    heldout: Targets | None,
+    *,
+    work: Path,
+    texts: Mapping[str, Tensor] | None = None,
+    window: int = 512,
+) -> Tuned:
+    """Return what training `model` on `dataset` gave, written to `out`; checkpoints go to `work`.
+
+    heldout: what a teacher says of text that is not in the dataset. texts: name -> tokens (n,),
+    to measure perplexities on in windows of `window`.
+    """
     stored = AutoConfig.from_pretrained(model).dtype
     made = prepared(load(model), settings, kappa_file=_kappa_file(model, work))
     measures: dict[str, Callable[[Any], float]] = {
-        name: partial(perplexity_of, tokens=tokens, window=window) for name, tokens in texts.items()
+        name: partial(perplexity_of, tokens=tokens, window=window)
+        for name, tokens in (texts or {}).items()
     }
     if heldout is not None:
         measures[_HELDOUT] = partial(_divergence, targets=heldout)
@@ -276,7 +297,7 @@ def _divergence(model: Any, targets: Targets) -> float:
 
 
 def _trainer(model: Any, settings: Tuning, dataset: Any, work: Path) -> Trainer:
-    checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    checkpointing = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
     args = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
@@ -291,7 +312,7 @@ def _trainer(model: Any, settings: Tuning, dataset: Any, work: Path) -> Trainer:
         seed=settings.seed,
         bf16=settings.bf16,
         use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused on a CPU
-        gradient_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing=settings.gradient_checkpointing,
         **(checkpointing if settings.gradient_checkpointing else {}),
         report_to="none",
         disable_tqdm=True,

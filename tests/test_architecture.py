@@ -28,8 +28,8 @@ LAYERS = (
     "config compress_on_load loading_checks quantizer",
     "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer "
     "export/ evaluate size report plots cards hub html_report published",
-    "problem tables reporting job finish pipeline refine_plan front repair convert tune end_to_end "
-    "follow_up",
+    "problem tables reporting job repair tune finish measure pipeline refine_plan front convert "
+    "end_to_end follow_up",
     "cli/ __main__",
 )
 # Heavy or optional: imported inside the function that needs them.

@@ -84,6 +84,9 @@ def test_a_finished_plan_says_what_finishing_gave(folder: Path) -> None:
     assert "mode best), at the same bytes: loss 0.4237\n  before, 0.3906 after" in text
     assert "not kept" not in text
     assert "so not kept" in card(folder, plan(results={"refined": {**notes, "is_kept": False}}))
+    both = {"refined": notes, "distilled": {**notes, "mode": "end-to-end"}}
+    text = card(folder, plan(results=both))
+    assert "mode best)" in text and "mode end-to-end)" in text
     odd = {**notes, "mode": "<script>"}
     assert "script" not in card(folder, plan(results={"refined": odd}))
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from hf_evopress import pipeline
+from hf_evopress import measure, pipeline
 from hf_evopress.cli import main
 from hf_evopress.cli.compress import show_result
 from hf_evopress.end_to_end import refine_end_to_end
 from hf_evopress.job import Job
 from hf_evopress.plan import Plan
-from hf_evopress.recipe import Recipe
+from hf_evopress.recipe import Distil, Recipe
 from hf_evopress.refine_plan import refine_plan
 from hf_evopress.size import stored_bytes
 
@@ -53,8 +53,8 @@ def test_compress_with_refine_ships_a_closer_model_of_the_same_plan_and_size(
     tensors = [(r.folder / "model.safetensors").stat().st_size for r in (plain, refined)]
     assert tensors[0] == tensors[1]
     kl = {row.name: row.report.kl_nats for row in refined.rows}
-    assert kl["searched"] < kl[pipeline.UNREFINED]
-    assert kl[pipeline.UNREFINED] == pytest.approx(
+    assert kl["searched"] < kl[measure.UNREFINED]
+    assert kl[measure.UNREFINED] == pytest.approx(
         next(row.report.kl_nats for row in plain.rows if row.name == "searched"), rel=1e-5
     )
 
@@ -62,6 +62,29 @@ def test_compress_with_refine_ships_a_closer_model_of_the_same_plan_and_size(
 def test_the_plan_notes_the_loss_before_and_after(refined: pipeline.Result) -> None:
     notes = Plan.load(refined.folder).results["refined"]
     assert notes["is_kept"] and notes["after"] < notes["before"] and notes["mode"] == "fast"
+
+
+def test_one_command_refines_block_by_block_and_end_to_end(
+    home: Path, refined: pipeline.Result
+) -> None:
+    wanted = recipe(home, "both", "fast+end-to-end")
+    wanted = replace(wanted, distil=Distil(steps=30, learning_rate=3e-4))
+    result = pipeline.compress(wanted)
+    assert result.plan.levels == refined.plan.levels
+    stages = [result.plan.results[key] for key in ("refined", "distilled")]
+    assert [notes["mode"] for notes in stages] == ["fast", "end-to-end"]
+    assert all(notes["is_kept"] and notes["after"] < notes["before"] for notes in stages)
+    kl = [{row.name: row.report.kl_nats for row in r.rows} for r in (refined, result)]
+    assert kl[1]["searched"] < kl[0]["searched"]
+    assert kl[1][measure.UNREFINED] == kl[0][measure.UNREFINED]
+    files = [r.folder / "model.safetensors" for r in (refined, result)]
+    assert files[0].stat().st_size == files[1].stat().st_size
+    assert Recipe.load(result.folder / "evopress_recipe.yaml") == wanted
+    card = (result.folder / "README.md").read_text()
+    assert "mode fast)" in card and "mode end-to-end)" in card
+    before = files[1].read_bytes()
+    assert pipeline.compress(wanted).plan.results["distilled"]["after"] == stages[1]["after"]
+    assert files[1].read_bytes() == before  # run again, it is all there
 
 
 def test_refinement_that_does_not_help_is_not_kept(
@@ -96,7 +119,7 @@ def test_the_command_refines_a_compressed_model(
     with pytest.raises(SystemExit) as ended:
         main([*map(str, words), str(home / "by"), "--calibration", "24", "--seq-len", "64"])
     assert not ended.value.code, capsys.readouterr().err
-    assert pipeline.UNREFINED in capsys.readouterr().out
+    assert measure.UNREFINED in capsys.readouterr().out
     assert abs(stored_bytes(home / "by") - stored_bytes(plain.folder)) < 20_000  # card and plan
 
 
@@ -108,12 +131,12 @@ def test_the_command_refines_a_compressed_model_end_to_end(
     with pytest.raises(SystemExit) as ended:
         main([*map(str, words), *small, "--test", str(home / "text.txt"), "--out", str(home / "e")])
     assert not ended.value.code, capsys.readouterr().err
-    assert pipeline.UNREFINED in capsys.readouterr().out
+    assert measure.UNREFINED in capsys.readouterr().out
     old, new = Plan.load(plain.folder), Plan.load(home / "e")
     assert new.levels == old.levels and "end-to-end" in (home / "e" / "README.md").read_text()
-    notes, rows = new.results["refined"], new.results["evaluation"]
+    notes, rows = new.results["distilled"], new.results["evaluation"]
     assert notes["is_kept"] and notes["after"] < notes["before"]
-    assert rows["searched"]["kl_nats"] < rows[pipeline.UNREFINED]["kl_nats"]
+    assert rows["searched"]["kl_nats"] < rows[measure.UNREFINED]["kl_nats"]
     sizes = [(f / "model.safetensors").stat().st_size for f in (plain.folder, home / "e")]
     assert sizes[0] == sizes[1]
 
@@ -122,7 +145,7 @@ def test_a_result_without_test_text_is_shown(
     plain: pipeline.Result, capsys: pytest.CaptureFixture[str]
 ) -> None:
     notes = {"mode": "end-to-end", "fitness": "kl", "before": 0.5, "after": 0.4, "is_kept": True}
-    plan = plain.plan.replace(results={"refined": notes})
+    plan = plain.plan.replace(results={"distilled": notes})
     show_result(replace(plain, plan=plan, rows=()))
     shown = capsys.readouterr().out
     assert "Refined (end-to-end): kl on held-out text 0.5000 -> 0.4000" in shown
@@ -154,6 +177,7 @@ def test_an_unknown_mode_is_refused(
     ("words", "answer"),
     [
         (["--mode", "end-to-ent"], "did you mean 'end-to-end'"),
+        (["--mode", "bets+end-to-end"], "did you mean 'best+end-to-end'"),
         (["--mode", "fast", "--steps", "9"], "mode fast takes no --steps"),
         (["--mode", "end-to-end", "--work", "w"], "mode end-to-end takes no --work"),
     ],

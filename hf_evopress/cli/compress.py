@@ -288,7 +288,7 @@ def _run(recipe: Recipe, test: str | None) -> None:
 
 def show_result(result: Result) -> None:
     """Print heat map, figures and a sentence of a model that was made."""
-    from ..cards import exact_bits
+    from ..cards import exact_bits, refined
     from ..report import heat_map, results_table
 
     drawn = heat_map(result.plan, exact_bits(result.plan), color=console.is_terminal)
@@ -306,12 +306,11 @@ def show_result(result: Result) -> None:
     ]
     if rows:
         console.print("\n" + results_table(rows), markup=False, soft_wrap=True)
-    if refined := result.plan.results.get("refined"):
-        before, after = (f"{refined[key]:.4f}" for key in ("before", "after"))
-        kept = "" if refined["is_kept"] else ", not kept"
+    for notes in refined(result.plan.results):
+        kept = "" if notes["is_kept"] else ", not kept"
         console.print(
-            f"\nRefined ({refined['mode']}): {refined['fitness']} on held-out text "
-            f"{before} -> {after}{kept}",
+            f"\nRefined ({notes['mode']}): {notes['fitness']} on held-out text "
+            f"{notes['before']:.4f} -> {notes['after']:.4f}{kept}",
             markup=False,
         )
     console.print(f"\nIt says: {result.sample}", markup=False)

@@ -14,22 +14,21 @@ from .console import bars
 from .options import Calibration, Out, Revision, Seed, SeqLen, Texts, Work
 
 Steps = Annotated[
-    int | None, typer.Option(help="Training steps of mode end-to-end; default: 200.", min=1)
+    int | None, typer.Option(help="Training steps of end-to-end; default: 200.", min=1)
 ]
-LearningRate = Annotated[
-    float | None, typer.Option(help="Of mode end-to-end; default: 1e-4.", min=0)
-]
+LearningRate = Annotated[float | None, typer.Option(help="Of end-to-end; default: 1e-4.", min=0)]
 
 Mode = Annotated[
     str,
     typer.Option(
         help="fast: levels made anew on what the compressed layers before them produce; "
         "best: codes and scales of each block tuned by gradients as well; end-to-end: scales, "
-        "factors and norms of a compressed model learn from the dense one."
+        "factors and norms of a compressed model learn from the dense one; best+end-to-end, the "
+        "closest, or fast+end-to-end: one after the other."
     ),
 ]
 
-MODES = (*REFINE[1:], END_TO_END)
+MODES = REFINE[1:]
 
 
 def refine(
@@ -58,16 +57,20 @@ def refine(
     hf-evopress refine plan.json --data text.txt --out smol-3.3bit-refined
     hf-evopress refine smol-3.3bit --mode fast --data text.txt --out smol-3.3bit-refined
     hf-evopress refine smol-3.3bit --mode end-to-end --data text.txt --out smol-3.3bit-distilled
+    hf-evopress refine smol-3.3bit --mode best+end-to-end --data text.txt --out smol-3.3bit-best
 
     `compress --refine best` does the same at the end of a search, from the search's own levels.
-    The modes go together: end-to-end after best. Stop it with Ctrl-C at any time; the same
-    command goes on at the next block, or from the last checkpoint in OUT.work.
+    Stop it with Ctrl-C at any time; the same command goes on at the next block, or from the last
+    checkpoint in OUT.work.
     """
     from ..end_to_end import refine_end_to_end
     from ..refine_plan import refine_plan
 
     training = {"--steps": steps, "--learning-rate": learning_rate}
-    _check(mode, {"--work": work, "--revision": revision} if mode == END_TO_END else training)
+    if mode == END_TO_END:
+        _check(mode, {"--work": work, "--revision": revision})
+    else:
+        _check(mode, {} if mode.endswith(END_TO_END) else training)
     common: dict[str, Any] = {
         "data": data or (),
         "test": test,
@@ -77,9 +80,9 @@ def refine(
     }
     with bars() as progress:
         common["progress"] = progress
+        given = {"steps": steps, "learning_rate": learning_rate}
+        common |= {key: value for key, value in given.items() if value is not None}
         if mode == END_TO_END:
-            given = {"steps": steps, "learning_rate": learning_rate}
-            common |= {key: value for key, value in given.items() if value is not None}
             result = refine_end_to_end(plan, out, dense=model, **common)
         else:
             result = refine_plan(

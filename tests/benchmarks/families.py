@@ -25,8 +25,9 @@ from hf_evopress.data import tokenize_file
 from hf_evopress.evaluate import compare_many
 from hf_evopress.job import Job
 from hf_evopress.level import DROP, Level
+from hf_evopress.measure import best_uniform
 from hf_evopress.paired import compare
-from hf_evopress.pipeline import best_uniform, run_search
+from hf_evopress.pipeline import run_search
 from hf_evopress.recipe import Recipe
 from hf_evopress.store import LevelStore
 

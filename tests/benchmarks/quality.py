@@ -20,7 +20,8 @@ from hf_evopress.compose import normalize
 from hf_evopress.data import tokenize_file
 from hf_evopress.evaluate import compare_many
 from hf_evopress.job import Job
-from hf_evopress.pipeline import best_uniform, find_plan
+from hf_evopress.measure import best_uniform
+from hf_evopress.pipeline import find_plan
 from hf_evopress.recipe import Recipe
 
 CONTROLS = {

@@ -31,7 +31,8 @@ from hf_evopress.evaluate import compare_many
 from hf_evopress.export.evopress import EvoPressExport
 from hf_evopress.fingerprint import text_fingerprint
 from hf_evopress.job import Job
-from hf_evopress.pipeline import best_uniform, find_plan
+from hf_evopress.measure import best_uniform
+from hf_evopress.pipeline import find_plan
 from hf_evopress.plan import Plan
 from hf_evopress.recipe import END_TO_END, Recipe
 from hf_evopress.refine import Settings, refine
