@@ -34,7 +34,7 @@ from .repair import load, local_folder, perplexity_of, save_checkpoint, tokenize
 from .store import Progress
 from .trainer import DistillationTrainer
 from .tunable import KINDS, check_trainable, make_tunable, settle
-from .units import find_units
+from .units import linear_layers
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ def _targets(model: Any, target: str, kappa_file: Path | None) -> list[str]:
     """Return the full names of the layers that `target` describes."""
     if target.startswith("kappa:"):
         return kappa_targets(model, _share(target), cache=kappa_file)
-    names = [unit.name for unit in find_units(model)]
+    names = linear_layers(model)
     if target == "all-linear":
         return names
     parts = {name.rpartition(".")[2] for name in names}

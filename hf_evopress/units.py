@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -91,6 +92,23 @@ def find_units(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
     return kept
 
 
+def linear_layers(model: nn.Module) -> list[str]:
+    """Return the paths of the linear layers in the decoder blocks, those of any quantizer too.
+
+    What an adapter may be put on. Routers are left out.
+    """
+    path, blocks = find_blocks(model)
+    routed = _expert_counts(model)
+    return [
+        name
+        for i, block in enumerate(blocks)
+        for name, module in block.named_modules(prefix=f"{path}.{i}")
+        if isinstance(getattr(module, "in_features", None), int)
+        and isinstance(getattr(module, "out_features", None), int)
+        and not _is_router(name, module, routed)
+    ]
+
+
 def _linears(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the linear modules of one block with their full paths."""
     if others := stock_linears(block):
@@ -124,5 +142,5 @@ def _expert_counts(model: nn.Module) -> set[int]:
     return {int(n) for key in keys if (n := getattr(config, key, None))} | {1}
 
 
-def _is_router(name: str, linear: nn.Linear, widths: set[int]) -> bool:
+def _is_router(name: str, linear: Any, widths: set[int]) -> bool:
     return name.rpartition(".")[2] in _ROUTERS and linear.out_features in widths

@@ -16,14 +16,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 from transformers.integrations.gguf.utils import GgufLinear
 
 from hf_evopress import repair
+from hf_evopress.adapters import WEIGHTS
 from hf_evopress.eora import eora
 from hf_evopress.foreign import check_package, check_readable, dense_weight
 from hf_evopress.repair import adapt, load
+from hf_evopress.tune import Tuning, tune
 from hf_evopress.units import find_units
 
 from . import foreign_formats
@@ -150,6 +153,19 @@ def test_a_model_quantised_on_load_is_repaired(
 
 
 @pytest.mark.slow
+def test_an_adapter_is_trained_over_a_model_of_bitsandbytes(
+    base: Path, byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    load_with(base, nf4()).save_pretrained(tmp_path / "nf4")
+    byte_tokenizer.save_pretrained(tmp_path / "nf4")
+    settings = Tuning(steps=20, batch=4, seq_len=32, sequences=32, rank=4, learning_rate=2e-3)
+    done = tune(str(tmp_path / "nf4"), tmp_path / "lora", settings, data=[str(base / "task.txt")])
+    layers = {key.rpartition(".lora_")[0] for key in load_file(done.folder / WEIGHTS)}
+    assert len(layers) == 21  # seven in each of three blocks
+    assert sum(done.losses[-5:]) < sum(done.losses[:5])
+
+
 def test_int8_of_bitsandbytes_is_read_as_it_was_rounded(base: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     model = load_with(base, BitsAndBytesConfig(load_in_8bit=True))
