@@ -95,8 +95,8 @@ def distil(job: Job, plan: Plan, folder: Path) -> tuple[bool, Plan]:
         device=job.model.device,
     )
     made_from = {
-        "levels": text_fingerprint(*(f"{unit} {level}" for unit, level in plan.items())),
-        "refined": job.recipe.blockwise,
+        # the config holds the checksums of all tensors
+        "model": text_fingerprint((folder / "config.json").read_text(encoding="utf-8")),
         "tokens": tensor_fingerprint(learn),
         "settings": {k: v for k, v in vars(settings).items() if k != "steps"},
     }

@@ -59,7 +59,8 @@ def _make_linear(model: nn.Module) -> None:
     for path, module in found.items():
         model.set_submodule(path, _linear(module))
     if found:
-        model.__dict__[_STOCK] = {path: type(module) for path, module in found.items()}
+        known = model.__dict__.setdefault(_STOCK, {})
+        known |= {path: type(module) for path, module in found.items()}
 
 
 def stock_linears(model: nn.Module) -> dict[str, Any]:

@@ -133,6 +133,7 @@ def tune(
     hf-evopress tune smol-2.8bit --data text.txt --train scales,norms \\
         --teacher HuggingFaceTB/SmolLM2-135M-Instruct --out smol-2.8bit-healed
 
+    An adapter can be trained over models of other quantizers, too, as far as PEFT knows them.
     Stopped runs go on from their last checkpoint, in OUT.work.
     """
     words = dict(locals())
