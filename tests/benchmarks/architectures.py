@@ -6,7 +6,8 @@
 For each causal language model of transformers a config of a few thousand weights is made up, by
 shrinking whatever sizes its defaults have; the model is saved, calibrated, compressed to 4.2 bits,
 exported, reloaded and compared bit for bit with what was scored. Each runs in a process of its own.
-A model whose config cannot be made up this way says nothing about us: those are listed apart.
+Refused: by an error that says why. A model whose config cannot be made up this way says nothing
+about us: those are listed apart.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def main() -> None:
 
 
 def one(name: str) -> tuple[str, str]:
-    """Return "works", "fails" or "not made", and what was compressed or what went wrong."""
+    """Return works, refused, fails or not made, and what was compressed or what went wrong."""
     torch.set_num_threads(1)
     try:
         model = tiny(name)
@@ -103,6 +104,8 @@ def one(name: str) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             result = pipeline.compress(recipe(Path(folder), model))
+        except ValueError as error:
+            return "refused", _told(error)
         except Exception as error:
             return "fails", _told(error)
     share = sum(rows * columns for rows, columns in result.plan.shapes.values()) / n
@@ -140,7 +143,7 @@ def recipe(folder: Path, model: Any) -> Recipe:
             "model": str(folder / "dense"),
             "out": str(folder / "out"),
             "budget": {"bits": 4.2},
-            "levels": [f"gptq:bits={bits},group_size=16" for bits in (2, 3, 4)],
+            "levels": [f"gptq:bits={bits},group_size=-1" for bits in (2, 3, 4)],
             "data": {"sources": [str(folder / "text.txt")], **counts},
             "search": {"strategy": "knapsack", "sensitivity_tokens": 64},
         }
