@@ -257,7 +257,7 @@ def test_experts_are_refined_also_where_tokens_pass_some_by(
     units, level = find_units(model), compose.normalize("rtn:bits=2,group_size=32")
     menus = {unit.name: [level] for unit in units}
     store = LevelStore.build(tmp_path / "store", model, units, menus, Source({}, lambda _: {}))
-    settings = Settings(mode, tuning=Tuning(steps=4, batch=2, code_rate=0.005))
+    settings = Settings(mode, tuning=Tuning(steps=4, batch=2, code_rate=0.005, zero_rate=0.03))
     plan = {unit.name: level for unit in units}
     made = refine(model, store, plan, TOKENS, TOKENS[:, :4], tmp_path / "r", settings=settings)
     notes = [read_notes(made.file(block)) for block in range(2)]

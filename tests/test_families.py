@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_evopress import pipeline
+from hf_evopress import measure, pipeline
 from hf_evopress.dropped import dropped_modules
 from hf_evopress.fitness.task import Task
 from hf_evopress.job import Job
@@ -139,12 +139,12 @@ def test_plans_are_compared_in_bfloat16_and_the_model_is_whole_again(home: Path)
 def test_the_uniform_plan_to_compare_with_is_the_best_not_the_dearest(home: Path) -> None:
     levels = ["gptq:bits=3,group_size=32", "lowrank:rank=7,factors=int8"]  # 3.59, 3.9 bits and more
     job = Job(recipe(home, budget={"bits": 6}, levels=levels, work=str(home / "uniform.work")))
-    found = pipeline.best_uniform(job, job.build())
+    found = measure.best_uniform(job, job.build())
     assert found is not None and found[0] == f"uniform {levels[0]}"
     unmeasured = {"sensitivity_tokens": 0, "strategy": "evopress"}
     work = str(home / "unmeasured.work")
     job = Job(recipe(home, budget={"bits": 6}, levels=levels, search=unmeasured, work=work))
-    dearest = pipeline.best_uniform(job, job.build())
+    dearest = measure.best_uniform(job, job.build())
     costs = {level: job.space.cost(genome) for level, genome in job.space.uniform().items()}
     assert dearest is not None and dearest[0] == f"uniform {max(costs, key=costs.__getitem__)}"
 
@@ -268,7 +268,7 @@ def test_joint_two_of_four_and_int4_reloads_generates_and_takes_what_the_plan_sa
     declared = (bits * n_weights + others) / 8
     header = 150 * 21 * 6
     assert declared <= stored_bytes(result.folder) <= declared + header
-    assert len(result.sample) > len(pipeline.PROMPT)
+    assert len(result.sample) > len(measure.PROMPT)
 
 
 def test_the_command_line_says_drops_and_families(

@@ -44,7 +44,7 @@ def recipe(home: Path, **changes: Any) -> Recipe:
 @pytest.fixture(scope="module", autouse=True)
 def small_rates() -> Iterator[None]:
     """The rates are for real models; a tiny one needs smaller ones."""
-    tuning = Tuning(steps=40, batch=6, code_rate=0.005)
+    tuning = Tuning(steps=40, batch=6, code_rate=0.005, float_rate=2e-3, zero_rate=0.03)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Job, "refine_settings", lambda job, mode: Settings(mode, tuning=tuning))
         yield
