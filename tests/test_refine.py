@@ -26,7 +26,9 @@ from hf_evopress.units import find_units
 
 LEVELS = ["gptq:bits=2,group_size=32", "gptq:bits=2,group_size=32 + lowrank:rank=4", "dense"]
 FAST = Settings()
-BEST = Settings("best", tuning=Tuning(steps=40, batch=6, code_rate=0.005, float_rate=2e-3, zero_rate=0.03))
+BEST = Settings(
+    "best", tuning=Tuning(steps=40, batch=6, code_rate=0.005, float_rate=2e-3, zero_rate=0.03)
+)
 
 
 class Home:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -203,6 +204,8 @@ def main() -> None:
         monotone(bench)
         return
     found = list(TASKS[words.task](bench))
+    if words.plans:
+        save_plans(found, Path(words.plans))
     functions: dict[str, Any] = {}
     for row in found:
         evaluator = row.job.evaluator(row.store)
@@ -228,6 +231,14 @@ def main() -> None:
     print(f"evaluated in {time.time() - start:.0f} s")
     if words.out:
         Path(words.out).write_text(json.dumps({"dense_perplexity": dense, "rows": rows}, indent=1))
+
+
+def save_plans(found: list[Found], folder: Path) -> None:
+    """Write each row's plan, such as 3.3-bits-everything.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in found:
+        name = re.sub(r"[^\w.]+", "-", row.name).strip("-")
+        (folder / f"{name}.json").write_text(row.job.plan(row.levels).to_json(), encoding="utf-8")
 
 
 def show(rows: list[dict[str, Any]], dense: float | None, words: argparse.Namespace) -> None:
@@ -269,6 +280,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--search", type=int, default=32)
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--plans", help="folder to write the plan of each row to")
     parser.add_argument("--out")
     return parser.parse_args()
 
