@@ -3,7 +3,7 @@
 Refinement can change which of two plans is better: what the search compares should then be levels
 that are tuned already. Each chosen level is given to every unit that offers it, and the blocks are
 tuned one by one, each on the dense model's inputs, as the plan that it will stand in is not known
-yet. A level takes the time of `refine --mode best` once (2300 CPU s for one level of
+yet. A level takes the time of `refine --mode best` once (2700 CPU s for one level of
 SmolLM2-135M), and serves every budget.
 """
 
