@@ -54,7 +54,7 @@ def load_tokens(
     named = list(sources) or [DEFAULT_SOURCE]
     for source in named:
         _check_source(source)
-    bos = _bos(tokenizer)
+    bos = bos_of(tokenizer)
     shares = [n_sequences // len(named) + (i < n_sequences % len(named)) for i in range(len(named))]
     windows: list[list[int]] = []
     for source, share in zip(named, shares, strict=True):
@@ -235,7 +235,7 @@ def _chat(turns: list[Any], where: str, tokenizer: Any) -> str:
         messages.append({"role": role, "content": said.get("content", said.get("value"))})
     text: str = tokenizer.apply_chat_template(messages, tokenize=False)
     # every window gets its own BOS where the tokenizer adds one
-    return text.removeprefix(tokenizer.bos_token) if _bos(tokenizer) else text
+    return text.removeprefix(tokenizer.bos_token) if bos_of(tokenizer) else text
 
 
 def _windows(
@@ -257,7 +257,7 @@ def _windows(
     return cut[:at_most], len(cut) * length + len(left)
 
 
-def _bos(tokenizer: Any) -> list[int]:
+def bos_of(tokenizer: Any) -> list[int]:
     """Return [BOS] for a tokenizer that starts texts with it, else []."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []

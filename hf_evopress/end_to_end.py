@@ -45,6 +45,7 @@ def refine_end_to_end(
     window: int = 2048,
     max_windows: int | None = 10,
     n_sequences: int = 56,
+    written: int = 0,
     seq_len: int = 1024,
     seed: int = 0,
     progress: Progress | None = None,
@@ -53,6 +54,7 @@ def refine_end_to_end(
 
     dense: the teacher, by default the model that the plan names. data: text to learn from, of
     which four sequences are held out: the model stays as it was unless they say it is closer.
+    written: sequences that the dense model writes itself, to learn from as well.
     test: text for the final figures. A stopped run goes on from its last checkpoint, in OUT.work.
     """
     window = min(window, _check_compressed(model))
@@ -68,10 +70,11 @@ def refine_end_to_end(
         learning_rate=learning_rate,
         seq_len=seq_len,
         sequences=n_sequences,
+        written=written,
         seed=seed,
     )
     done = tune(model, out, settings, data=data, progress=progress)
-    notes = distilled_notes(done, steps, time.perf_counter() - start)
+    notes = distilled_notes(done, steps, time.perf_counter() - start, written=written)
     after = load(str(out))
     plan = Plan.load(out)
     plan = plan.replace(results={**plan.results, "distilled": notes})

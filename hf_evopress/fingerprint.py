@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from .resources import atomic_write
@@ -41,6 +42,14 @@ def tensor_fingerprint(tensor: Tensor) -> str:
 def text_fingerprint(*parts: str) -> str:
     """Return 16 hex digits over texts and where each ends."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides the numbers."""
+    from . import __version__
+
+    found = {"hf_evopress": __version__, "torch": torch.__version__}
+    return {**found, "transformers": transformers.__version__}
 
 
 def claim(folder: Path, made_from: Mapping[str, Any], *, what: str) -> None:

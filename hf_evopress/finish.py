@@ -40,7 +40,10 @@ def finish(
     """
     settings = settings or job.refine_settings(job.recipe.blockwise)
     tokens, heldout = job.refining_tokens()
-    name = text_fingerprint(repr(settings), *(f"{u} {x}" for u, x in plan.levels.items()))
+    made_from = [repr(settings), *(f"{u} {x}" for u, x in plan.levels.items())]
+    if len(job.written):
+        made_from.append(tensor_fingerprint(job.written))
+    name = text_fingerprint(*made_from)
     start = time.perf_counter()
     has_moments = bool(job.recipe.search.sensitivity_tokens and job.units)
     made = refine(
@@ -61,6 +64,7 @@ def finish(
         "before": before,
         "after": after,
         "is_kept": after < before,
+        "written": len(job.written),
         "seconds": round(time.perf_counter() - start, 1),
     }
     logger.info("refined: %s", notes)
@@ -79,14 +83,16 @@ def distil(job: Job, plan: Plan, folder: Path) -> tuple[bool, Plan]:
     """Return whether the model in `folder` came closer to the dense one, and the plan with notes.
 
     Scales, factors and norms learn end to end from the dense model on the calibration and search
-    sequences; the held-out ones judge. The folder is replaced where they say that it is closer.
-    Files are in work/end-to-end-<fingerprint>; a run that was stopped goes on from there.
+    sequences and those it wrote itself; the held-out ones judge. The folder is replaced where they
+    say that it is closer. Files are in work/end-to-end-<fingerprint>; a run that was stopped goes
+    on from there.
     """
     start = time.perf_counter()
     parts = [job.tokens[kind] for kind in ("calibration", "search", "heldout")]
     learn, judge = torch.cat(parts[:2]), parts[2]
     if not len(judge):
         learn, judge = learn[2:], learn[:2]
+    learn = torch.cat([learn, job.written])
     settings = end_to_end_settings(
         job.recipe.model,
         steps=job.recipe.distil.steps,
@@ -107,7 +113,8 @@ def distil(job: Job, plan: Plan, folder: Path) -> tuple[bool, Plan]:
         for name, ids in (("targets", learn), ("heldout", judge))
     }
     done = trained(str(folder), folder, settings, targets["targets"], targets["heldout"], work=work)
-    notes = distilled_notes(done, settings.steps, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    notes = distilled_notes(done, settings.steps, seconds, written=len(job.written))
     logger.info("distilled: %s", notes)
     return done.is_kept, plan.replace(results={**plan.results, "distilled": notes})
 
@@ -117,8 +124,11 @@ def end_to_end_settings(teacher: str, *, device: torch.device, **settings: Any) 
     return Tuning(train=KINDS, teacher=teacher, batch=1, bf16=has_bfloat16(device), **settings)
 
 
-def distilled_notes(done: Tuned, steps: int, seconds: float) -> dict[str, Any]:
-    """Return what a plan's results say of learning end to end."""
+def distilled_notes(done: Tuned, steps: int, seconds: float, *, written: int) -> dict[str, Any]:
+    """Return what a plan's results say of learning end to end.
+
+    written: sequences among those learnt from that the dense model wrote itself.
+    """
     assert done.kl is not None  # there is a teacher
     return {
         "mode": END_TO_END,
@@ -127,5 +137,6 @@ def distilled_notes(done: Tuned, steps: int, seconds: float) -> dict[str, Any]:
         "before": done.kl[0],
         "after": done.kl[1],
         "is_kept": done.is_kept,
+        "written": written,
         "seconds": round(seconds, 1),
     }

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .job import Job, versions
+from .fingerprint import versions
+from .job import Job
 from .pipeline import run_search
 from .plan import Plan
 from .plan_repo import INDEX_NAME, entry_of, index_text, list_plans

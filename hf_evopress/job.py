@@ -6,6 +6,7 @@
     work/store/        every level of every unit, packed           (store)
     work/scores/       what dropping each sub-block costs, ...      (tables)
     work/search/       the state of each search after each round   (search)
+    work/written-.../  text that the dense model wrote itself      (refine)
 
 A step whose files are there is not done again, so a job that was stopped goes on, and another
 budget for the same model, data and levels costs only its search.
@@ -23,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .block_tuning import Tuning
 from .calibrate import calibrate, load_stats
+from .data import bos_of
 from .devices import computing_in, dtypes_of, has_bfloat16
 from .evaluator import Evaluator
 from .experts import warn_of_experts
@@ -47,13 +48,14 @@ from .refined_levels import chosen, refine_levels
 from .reporting import Reports
 from .resources import atomic_write
 from .search import Search
-from .search_log import ENDING, SearchLog
+from .search_log import ENDING, SearchLog, read_state
 from .sensitivity import load_moments, output_moments
 from .space import Genome
 from .store import LevelStore, Progress, Source
 from .stream import check_streamable
 from .tables import Tables
 from .token_cache import cached_splits
+from .written import write_sequences
 
 logger = logging.getLogger(__name__)
 
@@ -162,9 +164,28 @@ class Job:
             column=data.column,
         )
 
+    @cached_property
+    def written(self) -> Tensor:
+        """Sequences (n, seq_len) that the dense model writes itself, begun as the calibration's."""
+        tokens, n = self.tokens["calibration"], self.recipe.data.written
+        if not n:
+            return tokens[:0]
+        seed, dtype = self.recipe.data.seed, self.search_dtype
+        name = text_fingerprint(tensor_fingerprint(tokens), str((n, seed, dtype)))
+        with self.computing_in(dtype):
+            return write_sequences(
+                self.model,
+                tokens,
+                n,
+                self.work / f"written-{name}",
+                bos=bos_of(self.tokenizer),
+                seed=seed,
+                progress=self.progress,
+            )
+
     def take_over(self, other: Job) -> None:
         """Use what a job of the same model and data has loaded."""
-        loaded = ("model", "tokens", "tokenizer", "_loaded_dtypes")
+        loaded = ("model", "tokens", "written", "tokenizer", "_loaded_dtypes")
         self.__dict__.update({k: v for k, v in other.__dict__.items() if k in loaded})
 
     def load_model(self) -> Any:
@@ -235,13 +256,14 @@ class Job:
             self.ranks.wait()
         tokens, heldout = self.refining_tokens()
         has_moments = bool(self.recipe.search.sensitivity_tokens)
+        ending = f"-{tensor_fingerprint(self.written)}" if len(self.written) else ""
         made = refine_levels(
             self.model,
             store,
             self.recipe.refine_levels,
             tokens,
             heldout,
-            self.work / "refined-levels",
+            self.work / f"refined-levels{ending}",
             settings=self.refine_settings("best"),
             loss=self.loss,
             moments=(lambda block: load_moments(self.work, block)) if has_moments else None,
@@ -265,7 +287,7 @@ class Job:
             tokens, heldout = tokens[2:], tokens[:2]
         if not len(tokens):
             raise ValueError("refine needs 3 calibration sequences or more, or some held out")
-        return tokens, heldout
+        return torch.cat([tokens, self.written]), heldout
 
     def refine_settings(self, mode: str) -> Settings:
         """Return how levels are refined in a mode."""
@@ -308,7 +330,7 @@ class Job:
             seed=settings.seed,
             **({} if strategy else settings.settings),
         )
-        kept = _read_json(self._search_file(search))
+        kept = read_state(self._search_file(search))
         return search.restore(kept) if kept is not None else search
 
     def keep(self, search: Search) -> None:
@@ -365,14 +387,6 @@ class Job:
         }
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what decides the numbers."""
-    from . import __version__
-
-    found = {"hf_evopress": __version__, "torch": torch.__version__}
-    return {**found, "transformers": transformers.__version__}
-
-
 def _dense_config(recipe: Recipe) -> Any:
     config = AutoConfig.from_pretrained(recipe.model, revision=recipe.revision)
     quantized = getattr(config, "quantization_config", None)
@@ -383,12 +397,3 @@ def _dense_config(recipe: Recipe) -> Any:
             "or dequantize() it and save that first"
         )
     return config
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged; delete it to search anew: {error}") from error

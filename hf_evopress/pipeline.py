@@ -18,9 +18,10 @@ from .config import EvoPressConfig
 from .data import tokenize_file
 from .evaluate import compare
 from .export.base import check_target, whole_folder
+from .fingerprint import versions
 from .finish import distil, finish
 from .fitness.base import Fitness
-from .job import Job, versions
+from .job import Job
 from .measure import Row, figures, measure, unseen_tokens, verify
 from .plan import Plan
 from .plugins import load

@@ -68,12 +68,13 @@ class Data:
     search: int = 32
     heldout: int = 4  # to score levels
     test: int = 8  # for the final table, unless another text is given
+    written: int = 0  # that the dense model writes itself, for refine to learn from as well
     seed: int = 0
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "calibration", "search")
         _at_least(self, 8, "seq_len")
-        _at_least(self, 0, "heldout", "test")
+        _at_least(self, 0, "heldout", "test", "written")
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,11 @@ class Recipe:
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("refine", self.refine, REFINE)
+        if self.data.written and self.refine == "none" and not self.refine_levels:
+            raise ValueError(
+                f"data.written is {self.data.written}: text that the model writes is what refine "
+                "learns from; say refine, such as best, or leave it out"
+            )
         if not any(v is not None for v in dataclasses.asdict(self.budget).values()):
             raise ValueError("a recipe needs a budget: bits, size or ratio (for example bits: 3.3)")
         if self.budget.drop is not None:

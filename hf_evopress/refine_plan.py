@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .job import Job, versions
+from .fingerprint import versions
+from .job import Job
 from .measure import unseen_tokens
 from .pipeline import Result, ship
 from .plan import Plan
@@ -27,6 +28,7 @@ def refine_plan(
     max_windows: int | None = 10,
     work: str | Path | None = None,
     n_sequences: int = 56,
+    written: int = 0,
     seq_len: int = 1024,
     seed: int = 0,
     revision: str | None = None,
@@ -36,7 +38,8 @@ def refine_plan(
 
     plan: a file, a folder, a compressed model or a repository on the Hub. model: the dense model,
     by default the plan's own. Only the plan's levels are made, then finished in a mode of
-    `hf_evopress.recipe.REFINE`; steps and learning_rate are of its end-to-end part.
+    `hf_evopress.recipe.REFINE`; steps and learning_rate are of its end-to-end part. written:
+    sequences that the dense model writes itself, to learn from as well.
     """
     found = Plan.from_pretrained(plan)
     recipe = recipe_of_plan(
@@ -46,7 +49,13 @@ def refine_plan(
         work=str(work) if work is not None else None,
         mode=mode,
         distil={"steps": steps, "learning_rate": learning_rate},
-        data={"sources": list(data), "seq_len": seq_len, "calibration": n_sequences, "seed": seed},
+        data={
+            "sources": list(data),
+            "seq_len": seq_len,
+            "calibration": n_sequences,
+            "written": written,
+            "seed": seed,
+        },
         revision=revision or found.revision,
     )
     job = Job(recipe, progress=progress)

@@ -58,3 +58,13 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} lacks 'generation' or 'loss'")
         rows.append(row)
     return rows
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """Return the state of a search that was stopped, None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged; delete it to search anew: {error}") from error

@@ -23,7 +23,7 @@ from transformers import AutoConfig, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import activate, check_target, load_adapter
-from .data import load_tokens, tokenize_file
+from .data import bos_of, load_tokens, tokenize_file
 from .distill import Sequences, Targets, distillation_loss, precompute_targets
 from .export.base import check_target as check_model_target
 from .fingerprint import claim
@@ -35,6 +35,7 @@ from .store import Progress
 from .trainer import DistillationTrainer
 from .tunable import KINDS, check_trainable, make_tunable, settle
 from .units import linear_layers
+from .written import write_sequences
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Tuning:
     by commas (the packed model itself). target, of an adapter: all-linear, kappa:SHARE, or
     last parts of module names joined by commas. start: an adapter to train on; beside: one that
     is active and frozen. heldout: sequences that tell, with a teacher, what the training did.
+    written: sequences that the teacher writes itself, to learn from as well.
     """
 
     train: str = "lora"
@@ -71,6 +73,7 @@ class Tuning:
     learning_rate: float | None = None  # by default 2e-4 for adapters, 1e-4 for floats
     seq_len: int = 512
     sequences: int = 256
+    written: int = 0
     heldout: int = 4
     seed: int = 0
     save_steps: int = 50
@@ -81,6 +84,8 @@ class Tuning:
         for key in ("rank", "steps", "batch", "accumulate", "sequences", "heldout", "save_steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be 1 or more, got {getattr(self, key)}")
+        if self.written < 0 or (self.written and self.teacher is None):
+            raise ValueError(f"written text is a teacher's, 0 or more; got {self.written}")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         for word in self.kinds or ():
@@ -263,10 +268,10 @@ def _datasets(
 
     The teacher's targets are on disk: it leaves memory again.
     """
-    n = settings.sequences
+    n, tokenizer = settings.sequences, tokenizer_of(model)
     tokens = load_tokens(
         list(data),
-        tokenizer_of(model),
+        tokenizer,
         n_sequences=n + (settings.heldout if settings.teacher else 0),
         seq_len=settings.seq_len,
         seed=settings.seed,
@@ -274,7 +279,19 @@ def _datasets(
     if settings.teacher is None:
         return Sequences(tokens), None
     teacher = load(settings.teacher)
-    parts = {"targets": tokens[:n], "heldout": tokens[n:]}
+    learn = tokens[:n]
+    if settings.written:
+        more = write_sequences(
+            teacher,
+            learn,
+            settings.written,
+            where / "written",
+            bos=bos_of(tokenizer),
+            seed=settings.seed,
+            progress=progress,
+        )
+        learn = torch.cat([learn, more])
+    parts = {"targets": learn, "heldout": tokens[n:]}
     train, heldout = (
         Targets(precompute_targets(teacher, ids, where / name, progress=progress))
         for name, ids in parts.items()

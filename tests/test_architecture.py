@@ -24,7 +24,7 @@ LAYERS = (
     "runtimes layers",
     "experts plain ranks data token_cache units sub_blocks dropped fingerprint stream calibrate "
     "sensitivity store stitch fitness/ objective head evaluator scores diagnose patching "
-    "asymmetric two_streams rounding block_tuning refined refine refined_levels foreign",
+    "asymmetric written two_streams rounding block_tuning refined refine refined_levels foreign",
     "config compress_on_load loading_checks quantizer",
     "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer "
     "export/ evaluate size report plots cards hub html_report published",

@@ -87,6 +87,9 @@ def test_a_finished_plan_says_what_finishing_gave(folder: Path) -> None:
     both = {"refined": notes, "distilled": {**notes, "mode": "end-to-end"}}
     text = card(folder, plan(results=both))
     assert "mode best)" in text and "mode end-to-end)" in text
+    assert "wrote itself" not in text
+    text = card(folder, plan(results={"refined": {**notes, "written": 128}}))
+    assert "among those it did are 128 that the dense model wrote itself" in text
     odd = {**notes, "mode": "<script>"}
     assert "script" not in card(folder, plan(results={"refined": odd}))
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from hf_evopress import measure, pipeline
 from hf_evopress.cli import main
@@ -68,12 +69,19 @@ def test_one_command_refines_block_by_block_and_end_to_end(
     home: Path, refined: pipeline.Result
 ) -> None:
     wanted = recipe(home, "both", "fast+end-to-end")
-    wanted = replace(wanted, distil=Distil(steps=30, learning_rate=3e-4))
+    wanted = replace(
+        wanted,
+        distil=Distil(steps=30, learning_rate=3e-4),
+        data=replace(wanted.data, written=8),
+    )
     result = pipeline.compress(wanted)
     assert result.plan.levels == refined.plan.levels
     stages = [result.plan.results[key] for key in ("refined", "distilled")]
     assert [notes["mode"] for notes in stages] == ["fast", "end-to-end"]
     assert all(notes["is_kept"] and notes["after"] < notes["before"] for notes in stages)
+    assert all(notes["written"] == 8 for notes in stages)
+    (kept,) = (home / "work").glob("written-*/written_*.safetensors")
+    assert load_file(kept)["input_ids"].shape == (8, DATA["seq_len"])
     kl = [{row.name: row.report.kl_nats for row in r.rows} for r in (refined, result)]
     assert kl[1]["searched"] < kl[0]["searched"]
     assert kl[1][measure.UNREFINED] == kl[0][measure.UNREFINED]
@@ -128,6 +136,7 @@ def test_the_command_refines_a_compressed_model_end_to_end(
 ) -> None:
     words = ["refine", plain.folder, "--mode", "end-to-end", "--data", home / "text.txt"]
     small = ["--calibration", "24", "--seq-len", "64", "--steps", "20", "--learning-rate", "2e-4"]
+    small += ["--written", "4"]
     with pytest.raises(SystemExit) as ended:
         main([*map(str, words), *small, "--test", str(home / "text.txt"), "--out", str(home / "e")])
     assert not ended.value.code, capsys.readouterr().err
@@ -135,7 +144,7 @@ def test_the_command_refines_a_compressed_model_end_to_end(
     old, new = Plan.load(plain.folder), Plan.load(home / "e")
     assert new.levels == old.levels and "end-to-end" in (home / "e" / "README.md").read_text()
     notes, rows = new.results["distilled"], new.results["evaluation"]
-    assert notes["is_kept"] and notes["after"] < notes["before"]
+    assert notes["is_kept"] and notes["after"] < notes["before"] and notes["written"] == 4
     assert rows["searched"]["kl_nats"] < rows[measure.UNREFINED]["kl_nats"]
     sizes = [(f / "model.safetensors").stat().st_size for f in (plain.folder, home / "e")]
     assert sizes[0] == sizes[1]

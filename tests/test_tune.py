@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_evopress.adapters import load_adapter, read_adapter
 from hf_evopress.cli import main
+from hf_evopress.distill import Targets
 from hf_evopress.layers import compressed_linears
 from hf_evopress.plan import Plan
 from hf_evopress.quantizer import attach
@@ -180,6 +181,15 @@ def test_what_a_teacher_trains_is_measured_as_stored_on_text_it_did_not_see(
     norms, old = ({n: p for n, p in m.named_parameters() if "norm" in n} for m in (made, model))
     assert any(not torch.equal(p, old[n]) for n, p in norms.items())
     assert {p.dtype for p in norms.values()} == {torch.bfloat16}
+
+
+def test_a_teacher_writes_text_to_learn_from(there: Path, tmp_path: Path) -> None:
+    settings = Tuning(**QUICK, train="scales", teacher="dense", written=6)
+    tune("small", tmp_path / "on", settings, data=["text.txt"], targets=tmp_path / "teacher")
+    assert len(Targets(tmp_path / "teacher" / "targets")) == QUICK["sequences"] + 6
+    assert (tmp_path / "teacher" / "written" / "written_00000.safetensors").is_file()
+    with pytest.raises(ValueError, match="written text is a teacher's.* got 6"):
+        Tuning(**QUICK, written=6)
 
 
 def test_floats_that_came_no_closer_to_the_teacher_stay_as_they_were(

@@ -43,6 +43,7 @@ from .options import (
     Texts,
     Tie,
     Work,
+    Written,
     bits_of,
     recipe_of,
 )
@@ -85,6 +86,7 @@ def compress(
     generations: Generations = None,
     refine: RefineMode = "none",
     refine_levels: RefineLevels = None,
+    written: Written = 0,
     seed: Seed = 0,
     seq_len: SeqLen = 1024,
     calibration: Calibration = 56,

@@ -138,6 +138,13 @@ RefineLevels = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of data order and search.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per calibration and search sequence.")]
 Calibration = Annotated[int, typer.Option(help="Calibration sequences.")]
+Written = Annotated[
+    int,
+    typer.Option(
+        help="Sequences that the dense model writes itself, for refinement to learn from beside "
+        "those of the text; with fewer than a thousand of these more helps."
+    ),
+]
 SearchPool = Annotated[int, typer.Option(help="Search sequences to draw from.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")]
 
@@ -167,6 +174,7 @@ def recipe_of(**words: Any) -> Recipe:
         "seq_len": given["seq_len"],
         "calibration": given["calibration"],
         "search": given.get("search_pool", 32),
+        "written": given.get("written", 0),
         "seed": given["seed"],
     }
     recipe: dict[str, Any] = {

@@ -11,7 +11,7 @@ from ..plugins import did_you_mean
 from ..recipe import END_TO_END, REFINE
 from .compress import show_result
 from .console import bars
-from .options import Calibration, Out, Revision, Seed, SeqLen, Texts, Work
+from .options import Calibration, Out, Revision, Seed, SeqLen, Texts, Work, Written
 
 Steps = Annotated[
     int | None, typer.Option(help="Training steps of end-to-end; default: 200.", min=1)
@@ -47,6 +47,7 @@ def refine(
     seed: Seed = 0,
     seq_len: SeqLen = 1024,
     calibration: Calibration = 56,
+    written: Written = 0,
     steps: Steps = None,
     learning_rate: LearningRate = None,
     revision: Revision = None,
@@ -77,6 +78,7 @@ def refine(
         "seed": seed,
         "seq_len": seq_len,
         "n_sequences": calibration,
+        "written": written,
     }
     with bars() as progress:
         common["progress"] = progress

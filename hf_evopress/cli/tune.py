@@ -113,6 +113,9 @@ def tune(
     learning_rate: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     sequences: Annotated[int, typer.Option(help="Sequences to train on.")] = 256,
+    written: Annotated[
+        int, typer.Option(help="Sequences that the teacher writes itself, to learn from as well.")
+    ] = 0,
     test: Annotated[
         list[str] | None, typer.Option(help="Text file: perplexity before and after. Repeat.")
     ] = None,

@@ -1,0 +1,110 @@
+"""Text that the dense model writes itself, for levels to learn from where text is short.
+
+A few tokens of the text at hand, from anywhere in it, are continued by tokens drawn from the
+model's own distribution, nothing cut off: LLM-QAT (Liu et al. 2023, arXiv:2305.17888, section
+3.1). What a compressed model has to keep is this distribution, and there is as much of it as one
+has time for, while a calibration text of 100 sequences is soon learnt by heart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig
+
+from .calibrate import check_tokens
+from .fingerprint import claim, model_fingerprint, tensor_fingerprint
+from .resources import atomic_path
+from .store import Progress
+
+START = 16  # tokens of the text that a sequence begins with, at most half of it
+_BATCH_TOKENS = 65536  # written side by side: the cache of a batch grows to as many positions
+
+
+def write_sequences(
+    model: Any,
+    tokens: Tensor,
+    n_sequences: int,
+    folder: str | Path,
+    *,
+    bos: Sequence[int] = (),
+    start: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return (n_sequences, seq_len) int64 that `model` wrote, kept in `folder`.
+
+    tokens (n, seq_len): how long they are, and where the first `start` tokens (by default 16)
+    are from. bos: what each begins with, if anything. Batches that are there are not written
+    again. Raises ValueError where `folder` holds those of another model, text or seed.
+    """
+    check_tokens(tokens, model.get_input_embeddings().weight.shape[0])
+    seq_len = tokens.shape[1]
+    start = min(START, seq_len // 2) if start is None else start
+    if not len(bos) < start < seq_len:
+        raise ValueError(
+            f"start must be in {len(bos) + 1} .. {seq_len - 1}, below seq_len; got {start}"
+        )
+    made_from = {
+        "model": model_fingerprint(model),
+        "tokens": tensor_fingerprint(tokens),
+        "shape": [n_sequences, seq_len],
+        "start": [start, *bos],
+        "seed": seed,
+    }
+    claim(Path(folder), made_from, what="text written by a model")
+    starts = _starts(tokens, n_sequences, start, bos, seed)
+    parts = starts.split(max(1, _BATCH_TOKENS // seq_len))
+    made = []
+    for number, part in enumerate(parts):
+        file = Path(folder) / f"written_{number:05d}.safetensors"
+        if not file.is_file():
+            ids = _continued(model, part.to(model.device), seq_len, seed + number)
+            with atomic_path(file) as temporary:
+                save_file({"input_ids": ids.int().cpu()}, temporary)
+        made.append(load_file(file)["input_ids"].long())
+        if progress:
+            progress("write", number + 1, len(parts))
+    return torch.cat(made)
+
+
+def _starts(tokens: Tensor, n: int, length: int, bos: Sequence[int], seed: int) -> Tensor:
+    """Return (n, length) pieces of random sequences, from random places."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(tokens), (n, 1), generator=generator)
+    first = torch.randint(tokens.shape[1] - length + 1, (n, 1), generator=generator)
+    made = tokens[rows, first + torch.arange(length)]
+    made[:, : len(bos)] = torch.tensor(bos, dtype=torch.long)
+    return made
+
+
+@torch.no_grad()
+def _continued(model: Any, starts: Tensor, seq_len: int, seed: int) -> Tensor:
+    with torch.random.fork_rng(), _plain_generation(model):
+        torch.manual_seed(seed)
+        return model.generate(
+            starts,
+            attention_mask=torch.ones_like(starts),
+            max_length=seq_len,
+            do_sample=True,
+            top_k=0,  # the default is 50
+        )
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Let `model` draw from its own distribution: no penalties, temperature or end of its config.
+
+    A text that ends is followed by what the model puts after an end, as in training.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
