@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .devices import has_bfloat16
 from .distill import Targets, precompute_targets
@@ -108,15 +109,18 @@ def distil(job: Job, plan: Plan, folder: Path) -> tuple[bool, Plan]:
     }
     work = job.work / f"end-to-end-{text_fingerprint(*map(str, made_from.values()))}"
     claim(work, made_from, what="a training run")
-    targets = {
-        name: Targets(precompute_targets(job.model, ids, work / name, progress=job.progress))
-        for name, ids in (("targets", learn), ("heldout", judge))
-    }
-    done = trained(str(folder), folder, settings, targets["targets"], targets["heldout"], work=work)
+    targets = [_targets(job, ids) for ids in (learn, judge)]
+    done = trained(str(folder), folder, settings, *targets, work=work)
     seconds = time.perf_counter() - start
     notes = distilled_notes(done, settings.steps, seconds, written=len(job.written))
     logger.info("distilled: %s", notes)
     return done.is_kept, plan.replace(results={**plan.results, "distilled": notes})
+
+
+def _targets(job: Job, tokens: Tensor) -> Targets:
+    """Return what the dense model says of tokens, kept in the work folder for any plan."""
+    folder = job.work / f"targets-{tensor_fingerprint(tokens)}"
+    return Targets(precompute_targets(job.model, tokens, folder, progress=job.progress))
 
 
 def end_to_end_settings(teacher: str, *, device: torch.device, **settings: Any) -> Tuning:

@@ -33,7 +33,7 @@ def find_front(job: Job, store: LevelStore) -> list[Plan]:
         )
     low = said.settings.get("low", 0)
     asked = {"asked": f"{f'{low} bits per weight' if low else 'the least'} to {job.budget.text}"}
-    search = run_search(job, store)
+    search = run_search(job, store, starts=job.starts)
     report = {key: value for key, value in search.report.items() if key not in ("front", "loss")}
     name = "kl_nats" if said.fitness == "kl" else "loss"
     plans = [

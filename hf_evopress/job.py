@@ -101,6 +101,7 @@ class Job:
         self.units, self.menus = self.problem.units, self.problem.menus
         chosen((x for menu in self.menus.values() for x in menu), recipe.refine_levels)
         self.space, self.budget = self.problem.space, self.problem.budget
+        self.starts = self.problem.starts(recipe.search.start)
         self.tables = Tables(
             self.problem,
             recipe,

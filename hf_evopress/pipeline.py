@@ -115,7 +115,7 @@ def find_plan(job: Job, store: LevelStore) -> Plan:
 
     The search's state is kept after each round: a run that was stopped gives the same plan.
     """
-    search = run_search(job, store, starts=[*rivals(job, store).values()])
+    search = run_search(job, store, starts=[*job.starts, *rivals(job, store).values()])
     return job.plan(
         job.levels(search.best),
         search={

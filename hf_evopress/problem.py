@@ -20,6 +20,7 @@ from .drop_counts import drop_counts
 from .level import DENSE, DROP, Level
 from .menu import menus
 from .patterns import matches
+from .plan import Plan
 from .recipe import Recipe
 from .size import header_bytes
 from .space import Genome, SearchSpace
@@ -51,6 +52,27 @@ class Problem:
         """Return the genome of a plan's levels, the inverse of `levels`."""
         said = {unit: str(level) for unit, level in levels.items()}
         return self.space.genome(self.added.space_levels(said))
+
+    def starts(self, plans: Sequence[str]) -> list[Genome]:
+        """Return the genomes of plans to begin a search with: files, folders, Hub repositories.
+
+        Raises ValueError that names one that is over the budget or not of these menus.
+        """
+        found = []
+        for name in plans:
+            levels = dict(Plan.from_pretrained(name).levels)
+            try:
+                genome = self.genome(levels)
+            except ValueError as error:
+                raise ValueError(f"the search cannot start from {name}: {error}") from error
+            if not self.budget.allows(self.space, genome):
+                bits = self.space.bits_per_weight(genome)
+                raise ValueError(
+                    f"the search cannot start from {name}, of {bits:.3f} bits per weight: the "
+                    f"budget is {self.budget.text}"
+                )
+            found.append(genome)
+        return found
 
 
 def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:

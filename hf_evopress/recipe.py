@@ -107,6 +107,7 @@ class Search:
     sensitivity_tokens: int = 6144  # 0: none, then evolve guesses from bits alone
     settings: Mapping[str, Any] = field(default_factory=dict)
     compare: tuple[str, ...] = ()  # strategies measured beside it, and where it starts from
+    start: tuple[str, ...] = ()  # plans to begin with as well: files, folders, Hub names
 
     def __post_init__(self) -> None:
         _one_of("search strategy", self.strategy, list(STRATEGIES))

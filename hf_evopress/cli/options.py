@@ -97,6 +97,14 @@ Compare = Annotated[
     list[str] | None,
     typer.Option(help="Another strategy to measure beside and to start from. Repeat."),
 ]
+StartPlans = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--start",
+        help="A plan to begin with as well: a file, a folder or a Hub name, such as one of an "
+        "earlier or another's search. Repeat.",
+    ),
+]
 FitnessWords = Annotated[
     str,
     typer.Option(
@@ -162,7 +170,7 @@ def recipe_of(**words: Any) -> Recipe:
     if "bits" in given:
         given["bits"] = bits_of(given["bits"])
     search: dict[str, Any] = {
-        k: given[k] for k in ("strategy", "fitness", "seed", "compare") if k in given
+        k: given[k] for k in ("strategy", "fitness", "seed", "compare", "start") if k in given
     }
     search["dtype"] = given.get("search_dtype", "auto")
     if "generations" in given:

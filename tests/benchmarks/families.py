@@ -66,12 +66,19 @@ class Bench:
         settings: dict[str, Any] = {"generations": words.generations}
         if words.tokens:
             settings["tokens"] = words.tokens
+        if words.patience:
+            settings["patience"] = words.patience
         recipe = {
             "model": words.model,
             "work": words.work,
             "budget": dict(budget),
             "data": {"sources": [words.data], "seq_len": words.seq_len, **counts},
-            "search": {"strategy": strategy, "settings": settings, "dtype": words.dtype},
+            "search": {
+                "strategy": strategy,
+                "settings": settings,
+                "dtype": words.dtype,
+                "start": words.start,
+            },
             **more,
         }
         job = Job(Recipe.from_dict(recipe))
@@ -132,10 +139,11 @@ def joint(bench: Bench) -> Iterator[Found]:
     everything.build()  # the stores of the parts are served from it
     for bits in bench.words.at:
         parts: list[Found] = []
-        for name, family in FAMILIES.items():
-            job = bench.job({"bits": bits}, **family)
+        for name in bench.words.parts:
+            job = bench.job({"bits": bits}, **FAMILIES[name])
             store = job.build()
             starts = [job.genome(part.levels) for part in parts] if name == "everything" else []
+            starts += job.starts
             parts.append(bench.found(f"{bits} bits: {name}", job, store, starts=starts))
             yield parts[-1]
         yield from uniform(f"{bits} bits", job, store)
@@ -273,6 +281,10 @@ def arguments() -> argparse.Namespace:
                         help="to search in; bfloat16 is twice as fast on some CPUs")  # fmt: skip
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--tokens", type=int, nargs="+", help="of the strategy's rounds")
+    parser.add_argument("--patience", type=int, help="generations without success")
+    parser.add_argument("--start", nargs="+", default=[], help="plans to begin with")
+    parser.add_argument("--parts", nargs="+", default=[*FAMILIES], choices=[*FAMILIES],
+                        help="of joint: rows to search")  # fmt: skip
     parser.add_argument("--drop-tokens", type=int, default=2048)
     parser.add_argument("--pairs-of", type=int, default=12)
     parser.add_argument("--seq-len", type=int, default=512)

@@ -23,13 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_evopress import tune
+import torch
+
 from hf_evopress.block_tuning import Tuning
 from hf_evopress.data import tokenize_file
 from hf_evopress.devices import has_bfloat16
 from hf_evopress.evaluate import compare_many
 from hf_evopress.export.evopress import EvoPressExport
 from hf_evopress.fingerprint import text_fingerprint
+from hf_evopress.finish import distil
 from hf_evopress.job import Job
 from hf_evopress.measure import best_uniform
 from hf_evopress.pipeline import find_plan
@@ -106,12 +108,17 @@ def refined(job: Job, store: Any, levels: Any, mode: str, words: argparse.Namesp
         bfloat16=has_bfloat16(job.model.device),
     )
     settings = Settings(mode, tuple(words.alphas), tuning)
-    name = text_fingerprint(repr(settings), str(words.sequences), str(sorted(levels.items())))
+    name = text_fingerprint(
+        repr(settings),
+        str(words.sequences),
+        str(sorted(levels.items())),
+        *([str(words.written)] if words.written else []),
+    )
     return refine(
         job.model,
         store,
         levels,
-        job.tokens["calibration"][: words.sequences],
+        torch.cat([job.tokens["calibration"][: words.sequences], job.written]),
         job.tokens["heldout"],
         Path(words.work) / "refined" / name,
         settings=settings,
@@ -122,26 +129,15 @@ def refined(job: Job, store: Any, levels: Any, mode: str, words: argparse.Namesp
 
 def distilled(job: Job, states: Any, levels: Any, words: argparse.Namespace) -> Any:
     """Return the model of these states after distillation of its floats, from its checkpoint."""
-    settings = tune.Tuning(
-        train=words.distil_train,
-        teacher=words.model,
-        steps=words.distil_steps,
-        learning_rate=words.distil_lr,
-        batch=1,
-        seq_len=words.seq_len,
-        sequences=words.distil_sequences or words.calibration,
-        bf16=has_bfloat16(job.model.device),
-    )  # fmt: skip
-    made_from = (str(getattr(states, "refined", "")), str(sorted(levels.items())), repr(settings))
-    folder = Path(words.work) / "distilled" / text_fingerprint(*made_from)
+    wanted = (job.recipe.distil, words.written, getattr(states, "refined", ""), levels)
+    folder = Path(words.work) / "distilled" / text_fingerprint(*map(str, wanted))
     if not (folder / "config.json").is_file():
-        source = Path(f"{folder}.source")
+        source, plan, tokenizer = Path(f"{folder}.source"), job.plan(levels), job.tokenizer
         if not (source / "config.json").is_file():
-            plan, tokenizer = job.plan(levels), job.tokenizer
             EvoPressExport().save(job.load_model(), plan, states.state, source, tokenizer=tokenizer)
-        kept = Path(words.work) / f"targets-{settings.sequences}"
-        done = tune.tune(str(source), folder, settings, data=[words.data], targets=kept)
-        print("held-out KL", done.kl, "kept" if done.is_kept else "not kept", flush=True)
+        _, plan = distil(job, plan, source)
+        print(plan.results["distilled"], flush=True)
+        source.rename(folder)
     return load(str(folder))
 
 
@@ -167,6 +163,7 @@ def share(job: Job, other: Job | None) -> Job:
 
 def recipe(words: argparse.Namespace, bits: float) -> Recipe:
     counts = {"calibration": words.calibration, "search": words.search, "heldout": 2, "test": 0}
+    counts["written"] = words.written
     return Recipe.from_dict(
         {
             "model": words.model,
@@ -176,6 +173,8 @@ def recipe(words: argparse.Namespace, bits: float) -> Recipe:
             **({"families": words.family} if words.family else {}),
             "data": {"sources": [words.data], "seq_len": words.seq_len, **counts},
             "search": {"strategy": "knapsack"},
+            "refine": "best+end-to-end",
+            "distil": {"steps": words.distil_steps, "learning_rate": words.distil_lr},
         }
     )
 
@@ -198,11 +197,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--zero-rate", type=float, default=tuning.zero_rate)
     parser.add_argument("--float-rate", type=float, default=tuning.float_rate)
     parser.add_argument("--distil-steps", type=int, default=100, help="of end-to-end")
-    parser.add_argument(
-        "--distil-train", default="scales,factors,norms", help="as of hf-evopress tune"
-    )
     parser.add_argument("--distil-lr", type=float, help="learning rate of end-to-end")
-    parser.add_argument("--distil-sequences", type=int, help="to learn from; as many as calibrated")
+    parser.add_argument("--written", type=int, default=0, help="sequences of the model's own text")
     parser.add_argument("--sequences", type=int, default=None, help="of calibration, to refine on")
     parser.add_argument("--level", nargs="+", help="the menu; default: the package's")
     parser.add_argument("--family", nargs="+", help="of levels to offer, such as all")
