@@ -149,8 +149,8 @@ Calibration = Annotated[int, typer.Option(help="Calibration sequences.")]
 Written = Annotated[
     int,
     typer.Option(
-        help="Sequences that the dense model writes itself, for refinement to learn from beside "
-        "those of the text; with fewer than a thousand of these more helps."
+        help="Sequences that the dense model writes itself, for refinement to learn from as well; "
+        "they help where the text is short (less than a million tokens)."
     ),
 ]
 SearchPool = Annotated[int, typer.Option(help="Search sequences to draw from.")]
