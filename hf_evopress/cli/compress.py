@@ -53,6 +53,7 @@ from .tune import show_follow_up
 if TYPE_CHECKING:
     from ..job import Job
     from ..pipeline import Result
+    from ..plan import Plan
     from ..store import LevelStore
 
 
@@ -212,7 +213,10 @@ def search(
     with bars() as progress:
         job = Job(recipe, report_to=report_to or (), progress=progress)
         plan = find_plan(job, job.build())
-    path = plan.save(out) if job.ranks.is_first else out
+    _show_plan(plan, plan.save(out) if job.ranks.is_first else out)
+
+
+def _show_plan(plan: Plan, path: str | Path) -> None:
     console.print(plan.summary(), markup=False)
     for name, found in plan.search.get("against", {}).items():
         console.print(
