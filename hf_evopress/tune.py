@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import activate, check_target, load_adapter
 from .data import bos_of, load_tokens, tokenize_file
+from .devices import has_bfloat16
 from .distill import Sequences, Targets, distillation_loss, precompute_targets
 from .export.base import check_target as check_model_target
 from .fingerprint import claim
@@ -278,25 +279,29 @@ def _datasets(
     )
     if settings.teacher is None:
         return Sequences(tokens), None
-    teacher = load(settings.teacher)
     learn = tokens[:n]
     if settings.written:
-        more = write_sequences(
-            teacher,
-            learn,
-            settings.written,
-            where / "written",
-            bos=bos_of(tokenizer),
-            seed=settings.seed,
-            progress=progress,
-        )
-        learn = torch.cat([learn, more])
+        learn = torch.cat([learn, _written(learn, tokenizer, settings, where, progress)])
+    teacher = load(settings.teacher)
     parts = {"targets": learn, "heldout": tokens[n:]}
     train, heldout = (
         Targets(precompute_targets(teacher, ids, where / name, progress=progress))
         for name, ids in parts.items()
     )
     return train, heldout
+
+
+def _written(
+    learn: Tensor, tokenizer: Any, settings: Tuning, where: Path, progress: Progress | None
+) -> Tensor:
+    """Return what the teacher writes, in bfloat16 where that is faster: its words are its own."""
+    assert settings.teacher is not None  # Tuning says so
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    writer = load(settings.teacher, dtype=torch.bfloat16 if has_bfloat16(device) else None)
+    bos, seed = bos_of(tokenizer), settings.seed
+    return write_sequences(
+        writer, learn, settings.written, where / "written", bos=bos, seed=seed, progress=progress
+    )
 
 
 @torch.no_grad()
