@@ -20,6 +20,7 @@ SUPPORTED = (
     "Mistral, Qwen, Gemma, Phi, SmolLM, OPT, GPT-2, GPT-NeoX and Falcon"
 )
 _CHOOSING = "Indexer"  # picks the tokens that attention sees: as a router, never compressed
+_READ_PAST = ("MambaMixer", "dt_proj")  # a layer whose weight the module reads without calling it
 _ROUTERS = ("gate", "router", "shared_expert_gate", "shared_gate")
 
 
@@ -69,8 +70,9 @@ def find_units(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
     """Return the linear weights inside the decoder blocks, in module order.
 
     `skip` are globs ("*.v_proj", "model.layers.0.*") or regular expressions ("re:...") on
-    module paths. Embeddings, the output head, routers, indexers of sparse attention, tied weights
-    and the insides of nn.MultiheadAttention, which reads its children's weights, are never units.
+    module paths. Embeddings, the output head, routers, indexers of sparse attention, tied weights,
+    and layers whose weight is read without a call (inside nn.MultiheadAttention, Mamba's dt_proj)
+    are never units.
     """
     path, blocks = find_blocks(model)
     tied = {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", ())}
@@ -121,6 +123,8 @@ def _linears(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear]]:
     for relative, module in block.named_modules(prefix=path):
         if isinstance(module, nn.MultiheadAttention) or type(module).__name__.endswith(_CHOOSING):
             closed.append(relative + ".")
+        if type(module).__name__.endswith(_READ_PAST[0]):
+            closed.append(f"{relative}.{_READ_PAST[1]}")
         if _is_linear(module) and not any(relative.startswith(prefix) for prefix in closed):
             yield relative, module  # type: ignore[misc]
 

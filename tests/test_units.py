@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from hf_evopress.units import Unit, find_blocks, find_units
 
@@ -128,3 +128,9 @@ def test_blocks_are_found_where_the_head_is_called_the_decoder():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert {unit.block for unit in find_units(model)} == {0, 1}
+
+
+def test_a_layer_whose_weight_is_read_without_a_call_is_no_unit():
+    config = MambaConfig(num_hidden_layers=2, hidden_size=32, state_size=8, vocab_size=64)
+    names = {unit.name.rpartition(".")[2] for unit in find_units(MambaForCausalLM(config))}
+    assert names == {"in_proj", "x_proj", "out_proj"}
