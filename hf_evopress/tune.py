@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -209,6 +209,7 @@ def prepared(model: Any, settings: Tuning, *, kappa_file: Path | None = None) ->
         return model
     from peft import LoraConfig, get_peft_model
 
+    _unpack(model)
     torch.manual_seed(settings.seed)
     if settings.start:
         made = load_adapter(model, local_folder(settings.start), is_trainable=True)
@@ -226,6 +227,16 @@ def prepared(model: Any, settings: Tuning, *, kappa_file: Path | None = None) ->
         activate(made, ["default", "beside"], train=["default"])
     check_trainable(made)
     return made
+
+
+@torch.no_grad()
+def _unpack(model: Any) -> None:
+    """Give layers that unpack at their first call, those of compressed-tensors, their weight.
+
+    PEFT wraps no layer without one.
+    """
+    if any(type(m) is nn.Linear and not hasattr(m, "weight") for m in model.modules()):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 
 
 def _kappa_file(model: str, work: Path) -> Path:

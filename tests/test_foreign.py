@@ -159,8 +159,20 @@ def test_an_adapter_is_trained_over_a_model_of_bitsandbytes(
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     load_with(base, nf4()).save_pretrained(tmp_path / "nf4")
     byte_tokenizer.save_pretrained(tmp_path / "nf4")
+    check_training(tmp_path / "nf4", base / "task.txt", tmp_path / "lora")
+
+
+def test_an_adapter_is_trained_over_packed_compressed_tensors(
+    base: Path, trained_llama: Any, byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    folder = foreign_formats.compressed_int4(tmp_path / "int4", trained_llama, byte_tokenizer)
+    check_training(folder, base / "task.txt", tmp_path / "lora")
+
+
+def check_training(model: Path, text: Path, out: Path) -> None:
     settings = Tuning(steps=20, batch=4, seq_len=32, sequences=32, rank=4, learning_rate=2e-3)
-    done = tune(str(tmp_path / "nf4"), tmp_path / "lora", settings, data=[str(base / "task.txt")])
+    done = tune(str(model), out, settings, data=[str(text)])
     layers = {key.rpartition(".lora_")[0] for key in load_file(done.folder / WEIGHTS)}
     assert len(layers) == 21  # seven in each of three blocks
     assert sum(done.losses[-5:]) < sum(done.losses[:5])
