@@ -33,6 +33,7 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[str]:
     """The lines of the shell blocks: continued lines joined, comments and outputs left out."""
     text = "\n".join(blocks("sh") + blocks("bash")).replace("\\\n", " ")
+    text = re.sub(r"^torchrun \S+ \d+ -m hf_evopress", "hf-evopress", text, flags=re.MULTILINE)
     lines = (line.partition(" #")[0].strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
