@@ -8,7 +8,7 @@ has time for, while a calibration text of 100 sequences is soon learnt by heart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
 
 from .calibrate import check_tokens
 from .fingerprint import claim, model_fingerprint, tensor_fingerprint
@@ -24,7 +24,9 @@ from .resources import atomic_path
 from .store import Progress
 
 START = 16  # tokens of the text that a sequence begins with, at most half of it
-_BATCH_TOKENS = 65536  # written side by side: the cache of a batch grows to as many positions
+_BATCH_TOKENS = 65536  # written side by side, fewer where their keys and values take more than
+_CACHE_BYTES = 2 * 2**30
+_TELL = 16  # tokens between two reports of progress
 
 
 def write_sequences(
@@ -60,18 +62,31 @@ def write_sequences(
     }
     claim(Path(folder), made_from, what="text written by a model")
     starts = _starts(tokens, n_sequences, start, bos, seed)
-    parts = starts.split(max(1, _BATCH_TOKENS // seq_len))
+    parts = starts.split(_batch(model, seq_len))
     made = []
     for number, part in enumerate(parts):
+
+        def tell(position: int, before: int = number * seq_len) -> None:
+            if progress and (position % _TELL == 0 or position == seq_len):
+                progress("write", before + position, len(parts) * seq_len)
+
         file = Path(folder) / f"written_{number:05d}.safetensors"
         if not file.is_file():
-            ids = _continued(model, part.to(model.device), seq_len, seed + number)
+            ids = _continued(model, part.to(model.device), seq_len, seed + number, tell)
             with atomic_path(file) as temporary:
                 save_file({"input_ids": ids.int().cpu()}, temporary)
         made.append(load_file(file)["input_ids"].long())
-        if progress:
-            progress("write", number + 1, len(parts))
     return torch.cat(made)
+
+
+def _batch(model: Any, seq_len: int) -> int:
+    """Return how many sequences are written side by side."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    position = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return max(1, min(_BATCH_TOKENS, _CACHE_BYTES // position) // seq_len)
 
 
 def _starts(tokens: Tensor, n: int, length: int, bos: Sequence[int], seed: int) -> Tensor:
@@ -85,7 +100,9 @@ def _starts(tokens: Tensor, n: int, length: int, bos: Sequence[int], seed: int) 
 
 
 @torch.no_grad()
-def _continued(model: Any, starts: Tensor, seq_len: int, seed: int) -> Tensor:
+def _continued(
+    model: Any, starts: Tensor, seq_len: int, seed: int, tell: Callable[[int], None]
+) -> Tensor:
     with torch.random.fork_rng(), _plain_generation(model):
         torch.manual_seed(seed)
         return model.generate(
@@ -94,7 +111,19 @@ def _continued(model: Any, starts: Tensor, seq_len: int, seed: int) -> Tensor:
             max_length=seq_len,
             do_sample=True,
             top_k=0,  # the default is 50
+            stopping_criteria=[_Never(tell)],
         )
+
+
+class _Never(StoppingCriteria):
+    """Stops no sequence, and tells how long they are."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self.tell = tell
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+        self.tell(input_ids.shape[1])
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager

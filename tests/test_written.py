@@ -59,13 +59,13 @@ def test_a_stopped_run_goes_on_to_the_same_text(
 
     def stop(what: str, done: int, total: int) -> None:
         steps.append((what, done, total))
-        if len(steps) == 2:
+        if done > 64:  # the first two of three batches are written
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write_sequences(trained_llama, tokens, 6, tmp_path / "cut", progress=stop)
     assert torch.equal(whole, write_sequences(trained_llama, tokens, 6, tmp_path / "cut"))
-    assert steps == [("write", 1, 3), ("write", 2, 3)]
+    assert steps == [("write", done, 96) for done in (32, 64, 96)]
 
 
 def test_the_models_own_sampling_settings_do_not_count(
@@ -86,6 +86,16 @@ def test_every_sequence_begins_with_bos_where_the_texts_do(
 ) -> None:
     made = write_sequences(trained_llama, text_tokens(3, 32), 4, tmp_path, bos=[7])
     assert made[:, 0].tolist() == [7, 7, 7, 7]
+
+
+def test_fewer_are_written_side_by_side_where_the_cache_is_large(trained_llama: Any) -> None:
+    config = trained_llama.config
+    position = 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert written_module._batch(trained_llama, 1024) == 64
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(written_module, "_CACHE_BYTES", 3 * 1024 * position)
+        assert written_module._batch(trained_llama, 1024) == 3
+        assert written_module._batch(trained_llama, 8192) == 1
 
 
 def test_a_start_as_long_as_the_sequence_is_refused(
