@@ -39,13 +39,13 @@ def finish(
     Without held-out sequences the first two of calibration judge and make no level. Files are in
     work/refined-<fingerprint of the plan>; a run that was stopped goes on from there.
     """
+    start = time.perf_counter()
     settings = settings or job.refine_settings(job.recipe.blockwise)
     tokens, heldout = job.refining_tokens()
     made_from = [repr(settings), *(f"{u} {x}" for u, x in plan.levels.items())]
     if len(job.written):
         made_from.append(tensor_fingerprint(job.written))
     name = text_fingerprint(*made_from)
-    start = time.perf_counter()
     has_moments = bool(job.recipe.search.sensitivity_tokens and job.units)
     made = refine(
         job.model,

@@ -21,7 +21,7 @@ from typing import Any
 from .mixture import parse as parse_fitness
 from .plugins import did_you_mean
 from .resources import atomic_write, bundled, parse_size
-from .search import STRATEGIES, check_settings
+from .search import STARTING, STRATEGIES, check_settings
 
 KINDS = ("attention", "mlp")
 BLOCKWISE = ("none", "fast", "best")  # see hf_evopress.refine
@@ -114,6 +114,11 @@ class Search:
         _one_of("search.dtype", self.dtype, SEARCH_DTYPES)
         for name in self.compare:
             _one_of("search strategy", name, list(STRATEGIES))
+        if self.start and self.strategy not in STARTING:
+            raise ValueError(
+                f"strategy {self.strategy} begins with no plan of others, got start "
+                f"{', '.join(self.start)}; those that do: {', '.join(STARTING)}"
+            )
         parse_fitness(self.fitness)
         _at_least(self, 0, "sensitivity_tokens")
         check_settings(self.strategy, self.settings)

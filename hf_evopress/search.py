@@ -48,6 +48,8 @@ STRATEGIES: dict[str, tuple[Callable[[Run, Any], Strategy], type]] = {
     "window": (knapsack, KnapsackSettings),
     "drop_perplexity": (knapsack, KnapsackSettings),
 }
+# Strategies that take plans to begin with; the others know all that they look at.
+STARTING = ("evolve", "evopress", "random", "pareto", "swap")
 # Strategies that choose by losses other than the predicted KL; see `hf_evopress.tables`.
 TABLES: dict[str, str | None] = {
     "layer_error": "error",

@@ -20,7 +20,7 @@ SUPPORTED = (
     "Mistral, Qwen, Gemma, Phi, SmolLM, OPT, GPT-2, GPT-NeoX and Falcon"
 )
 _CHOOSING = "Indexer"  # picks the tokens that attention sees: as a router, never compressed
-_READ_PAST = ("MambaMixer", "dt_proj")  # a layer whose weight the module reads without calling it
+_MAMBA = "MambaMixer"  # reads the weight of its dt_proj without calling it
 _ROUTERS = ("gate", "router", "shared_expert_gate", "shared_gate")
 
 
@@ -97,14 +97,14 @@ def find_units(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
 def linear_layers(model: nn.Module) -> list[str]:
     """Return the paths of the linear layers in the decoder blocks, those of any quantizer too.
 
-    What an adapter may be put on. Routers are left out.
+    What an adapter may be put on. Left out are routers, and layers that are read without a call.
     """
     path, blocks = find_blocks(model)
     routed = _expert_counts(model)
     return [
         name
         for i, block in enumerate(blocks)
-        for name, module in block.named_modules(prefix=f"{path}.{i}")
+        for name, module in _called(block, f"{path}.{i}")
         if isinstance(getattr(module, "in_features", None), int)
         and isinstance(getattr(module, "out_features", None), int)
         and not _is_router(name, module, routed)
@@ -119,14 +119,22 @@ def _linears(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear]]:
             f"{path}.{name} is a {type(module).__name__}: bring the model into its plain form "
             "first, hf_evopress.plain.make_plain(model)"
         )
-    closed: list[str] = []  # modules whose children are not ours to change
-    for relative, module in block.named_modules(prefix=path):
-        if isinstance(module, nn.MultiheadAttention) or type(module).__name__.endswith(_CHOOSING):
-            closed.append(relative + ".")
-        if type(module).__name__.endswith(_READ_PAST[0]):
-            closed.append(f"{relative}.{_READ_PAST[1]}")
-        if _is_linear(module) and not any(relative.startswith(prefix) for prefix in closed):
-            yield relative, module  # type: ignore[misc]
+    for name, module in _called(block, path):
+        if _is_linear(module):
+            yield name, module  # type: ignore[misc]
+
+
+def _called(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of one block with their full paths, without those not ours to change."""
+    closed: list[str] = []
+    for name, module in block.named_modules(prefix=path):
+        kind = type(module).__name__
+        if isinstance(module, nn.MultiheadAttention) or kind.endswith(_CHOOSING):
+            closed.append(f"{name}.")
+        if kind.endswith(_MAMBA):
+            closed.append(f"{name}.dt_proj")
+        if not any(name.startswith(prefix) for prefix in closed):
+            yield name, module
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -56,6 +56,10 @@ def test_overrides_reach_into_groups(tmp_path: Path) -> None:
         ("model: m\nbudget: {bits: 3}\nsearch: {fitness: lk}", "unknown fitness 'lk'"),
         ("model: m\nbudget: {bits: 3}\nsearch: {settings: {genrations: 3}}", "'generations'"),
         ("model: m\nbudget: {bits: 3}\ndata: {calibration: 0}", "at least 1, got 0"),
+        (
+            "model: m\nbudget: {bits: 3}\nsearch: {strategy: knapsack, start: p.json}",
+            r"knapsack begins with no plan.* p\.json; those that do: evolve",
+        ),
         ("model: m\nbudget: {bits: 3}\ndata: {written: 8}", "written is 8.*say refine"),
         ("model: m\nbudget: {bits: 3}\ndtype: float64", "unknown dtype 'float64'"),
         ("- just\n- a list", "is a mapping"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
-from hf_evopress.units import Unit, find_blocks, find_units
+from hf_evopress.units import Unit, find_blocks, find_units, linear_layers
 
 PER_BLOCK = {
     "llama": 7,
@@ -132,5 +132,7 @@ def test_blocks_are_found_where_the_head_is_called_the_decoder():
 
 def test_a_layer_whose_weight_is_read_without_a_call_is_no_unit():
     config = MambaConfig(num_hidden_layers=2, hidden_size=32, state_size=8, vocab_size=64)
-    names = {unit.name.rpartition(".")[2] for unit in find_units(MambaForCausalLM(config))}
+    model = MambaForCausalLM(config)
+    names = {unit.name.rpartition(".")[2] for unit in find_units(model)}
+    assert {name.rpartition(".")[2] for name in linear_layers(model)} == names
     assert names == {"in_proj", "x_proj", "out_proj"}

@@ -150,7 +150,7 @@ Written = Annotated[
     int,
     typer.Option(
         help="Sequences that the dense model writes itself, for refinement to learn from as well; "
-        "they help where the text is short (less than a million tokens)."
+        "they help where the text is short."
     ),
 ]
 SearchPool = Annotated[int, typer.Option(help="Search sequences to draw from.")]
