@@ -5,6 +5,26 @@
 
 Importing the package imports neither torch nor transformers: public names load on first use,
 and the format is registered as soon as transformers imports its quantizers.
+
+The rooms, in the order of the pipeline; each imports only from rooms above it:
+
+    base         what any Python project needs: plug-ins, files, devices, processes
+    plans        levels and plans as text, and where plans live: files, the Hub
+    methods      what one weight may become: one method per file, over shared tensor maths
+    models       what a model is made of: units, sub-blocks, experts, block by block
+    search       which unit gets which level: space, budget, knapsack, evolution
+    recipes      the YAML file that decides everything
+    calibration  text in, second moments of inputs and output gradients out
+    store        every level of every unit, packed as it will ship
+    scoring      what a plan or a model is worth: fitness, evaluator, evaluation
+    loading      the format inside transformers: config, quantizer, compressed layers
+    export       the format for other programs
+    refine       better codes at the same bytes
+    adapters     EoRA and LoRD as PEFT adapters; merging
+    training     transformers' Trainer on a compressed model
+    sharing      the Hub, cards, reports, plots
+    jobs         the whole line, step by step, resumable: start at jobs/pipeline.py
+    cli          words in, print out
 """
 
 from __future__ import annotations
@@ -12,23 +32,23 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .after_import import after_import
+from .base.after_import import after_import
 
 if TYPE_CHECKING:
-    from .config import EvoPressConfig as EvoPressConfig
-    from .layers import CompressedLinear as CompressedLinear
-    from .level import Level as Level
-    from .plan import Plan as Plan
-    from .quantizer import EvoPressQuantizer as EvoPressQuantizer
+    from .loading.config import EvoPressConfig as EvoPressConfig
+    from .loading.layers import CompressedLinear as CompressedLinear
+    from .loading.quantizer import EvoPressQuantizer as EvoPressQuantizer
+    from .plans.level import Level as Level
+    from .plans.plan import Plan as Plan
 
 __version__ = "0.1.0"
 
 _PUBLIC = {  # name -> module that defines it
-    "CompressedLinear": "layers",
-    "EvoPressConfig": "config",
-    "EvoPressQuantizer": "quantizer",
-    "Level": "level",
-    "Plan": "plan",
+    "CompressedLinear": "loading.layers",
+    "EvoPressConfig": "loading.config",
+    "EvoPressQuantizer": "loading.quantizer",
+    "Level": "plans.level",
+    "Plan": "plans.plan",
 }
 
 __all__ = ["__version__", "register", *_PUBLIC]
@@ -39,11 +59,11 @@ def register() -> None:
 
     `import hf_evopress` does this by itself.
     """
-    import_module(".quantizer", __name__)  # registers when it is first imported
+    import_module(".loading.quantizer", __name__)  # registers when it is first imported
 
 
 def _teach_peft() -> None:
-    import_module(".peft_layers", __name__).register_with_peft()
+    import_module(".adapters.peft_layers", __name__).register_with_peft()
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 from random import Random
 
-from hf_evopress.space import Genome, SearchSpace
+from hf_evopress.search.space import Genome, SearchSpace
 
 
 def random_space(rng: Random, *, max_blocks: int = 2, max_units: int = 3) -> SearchSpace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,24 +14,28 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_evopress"
 NAME = "hf_evopress"
 
-# A module imports from rows above and from its own row, without cycles. A name with `/` stands
-# for every module in that folder; the first row knows names, levels and integers, never torch.
-LAYERS = (
-    "level patterns plugins resources after_import hub_errors plan_repo card_template plan_push "
-    "plan genes space budget drop_counts knapsack pareto paired mixture search_log surrogate "
-    "rounds evopress_search swap evolve baselines search recipe recipe_schema",
-    "devices checksums linalg packing recompute grid codes obs sparse methods/ compose menu "
-    "runtimes layers",
-    "experts plain ranks data token_cache units sub_blocks dropped fingerprint stream calibrate "
-    "sensitivity store stitch fitness/ objective head evaluator scores diagnose patching "
-    "asymmetric written two_streams rounding block_tuning refined refine refined_levels foreign",
-    "config compress_on_load loading_checks quantizer",
-    "peft_layers adapters lord eora eora_ranks merge kappa distill tunable trainer "
-    "export/ evaluate size report plots cards hub html_report published",
-    "problem tables reporting job repair tune finish measure pipeline refine_plan front convert "
-    "end_to_end follow_up",
-    "cli/ __main__",
-)
+# The rooms, in the order of the pipeline. A module imports from its own room and from rooms above.
+ROOMS = [
+    "base",
+    "plans",
+    "methods",
+    "models",
+    "search",
+    "recipes",
+    "calibration",
+    "store",
+    "scoring",
+    "loading",
+    "export",
+    "refine",
+    "adapters",
+    "training",
+    "sharing",
+    "jobs",
+    "cli",
+]
+NO_TORCH = ("plans", "search", "recipes")  # names, levels and integers
+ROOM_RULE = f"a room imports only from rooms above it: {', '.join(ROOMS)}"
 # Heavy or optional: imported inside the function that needs them.
 LAZY = {"peft", "datasets", "gguf", "matplotlib", "compressed_tensors", "lm_eval", "optimum"}
 MAX_FILE_LINES = 400
@@ -56,21 +60,24 @@ MODULES = {module_name(path): path for path in FILES}
 PACKAGES = {name for name, path in MODULES.items() if path.name == "__init__.py"}
 
 
-def layer(module: str) -> int:
-    """Return the row of LAYERS that holds `module`; the package itself is above them all."""
-    folder, _, name = module.rpartition(".")
-    for row, names in enumerate(LAYERS):
-        if (folder + "/" if folder else name) in names.split():
-            return row
-    raise LookupError(f"{module} is in no row of LAYERS in {Path(__file__).name}: add it")
+def room(module: str) -> int:
+    """Return the place in ROOMS of the room that `module` lies in."""
+    name = module.partition(".")[0]
+    if name not in ROOMS:
+        raise LookupError(f"{module} is in no room: move it into one of {', '.join(ROOMS)}")
+    return ROOMS.index(name)
 
 
-def imports(path: Path, *, everywhere: bool = True) -> Iterator[str]:
+def imports(
+    path: Path, *, everywhere: bool = True, nodes: Sequence[ast.AST] | None = None
+) -> Iterator[str]:
     """Yield the absolute names that a file imports, in functions too unless told otherwise."""
     package = module_name(path).split(".") if path.name == "__init__.py" else None
     parents = package or module_name(path).split(".")[:-1]
     base = [NAME, *(p for p in parents if p)]
-    for node in ast.walk(tree(path)) if everywhere else top_level(tree(path)):
+    if nodes is None:
+        nodes = list(ast.walk(tree(path)) if everywhere else top_level(tree(path)))
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -90,10 +97,10 @@ def top_level(node: ast.AST) -> Iterator[ast.AST]:
         yield from top_level(child)
 
 
-def inner_imports(path: Path, *, everywhere: bool = True) -> set[str]:
+def inner_imports(path: Path, *, nodes: Sequence[ast.AST] | None = None) -> set[str]:
     """Return the modules of the package that a file imports."""
     found = set()
-    for name in imports(path, everywhere=everywhere):
+    for name in imports(path, nodes=nodes):
         if name == NAME or name.startswith(f"{NAME}."):
             inner = name.removeprefix(NAME).removeprefix(".")
             while inner and inner not in MODULES:
@@ -103,11 +110,54 @@ def inner_imports(path: Path, *, everywhere: bool = True) -> set[str]:
     return found - {module_name(path), ""}
 
 
-@pytest.mark.parametrize("module", sorted(MODULES.keys() - PACKAGES))
-def test_a_module_imports_from_its_own_row_or_a_row_above(module: str) -> None:
-    row = layer(module)
-    too_high = sorted(m for m in inner_imports(MODULES[module]) - PACKAGES if layer(m) > row)
-    assert not too_high, f"{module} (row {row}) imports {too_high} of later rows"
+def lines_of(path: Path) -> Iterator[tuple[int, set[str]]]:
+    """Yield the line of every import of a file and the modules of the package that it names."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node.lineno, inner_imports(path, nodes=[node])
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - PACKAGES - {"__main__"}))
+def test_a_room_imports_only_from_rooms_above(module: str) -> None:
+    path = MODULES[module]
+    wrong = [
+        f"{path.relative_to(PACKAGE.parent)}:{line} imports {other}"
+        for line, found in lines_of(path)
+        for other in sorted(found)
+        if room(other) > room(module)
+    ]
+    assert not wrong, f"{'; '.join(wrong)}; {ROOM_RULE}"
+
+
+def test_nothing_lies_loose_outside_the_rooms() -> None:
+    loose = {path.name for path in PACKAGE.glob("*.py")}
+    assert loose == {"__init__.py", "__main__.py"}, "every module lies in a room"
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == set(ROOMS)
+
+
+@pytest.mark.parametrize("name", [*ROOMS[:-1], "methods/maths", "scoring/fitness"])
+def test_a_door_plate_says_what_goes_in_and_out_and_imports_nothing(name: str) -> None:
+    path = PACKAGE / name / "__init__.py"
+    assert not list(imports(path))
+    doc = ast.get_docstring(tree(path)) or ""
+    assert 3 <= len(doc.splitlines()) <= 8
+    assert "In:" in doc and "Out:" in doc and "Open first:" in doc
+    named = [w.strip(".,;()`") for w in doc.split() if w.strip(".,;()`").endswith(".py")]
+    missing = [
+        w for w in named if not list((PACKAGE / name).rglob(w)) and not (PACKAGE / w).exists()
+    ]
+    assert named and not missing, f"{name}/__init__.py names {missing}"
+
+
+def test_the_map_of_the_package_lists_every_room_in_order() -> None:
+    doc = ast.get_docstring(tree(PACKAGE / "__init__.py")) or ""
+    listed = [
+        line.split()[0]
+        for line in doc.splitlines()
+        if line.split()[:1] and line.split()[0] in ROOMS
+    ]
+    assert listed == ROOMS
 
 
 def test_there_are_no_import_cycles() -> None:
@@ -126,14 +176,20 @@ def test_there_are_no_import_cycles() -> None:
         visit(module, ())
 
 
-@pytest.mark.parametrize("module", [m for m in LAYERS[0].split() if m in MODULES])
-def test_the_first_row_never_names_torch(module: str) -> None:
+TORCHLESS = [
+    *sorted(m for m in MODULES.keys() - PACKAGES if m.partition(".")[0] in NO_TORCH),
+    "jobs.search_log",
+]
+
+
+@pytest.mark.parametrize("module", TORCHLESS)
+def test_plans_search_and_recipes_never_name_torch(module: str) -> None:
     roots = {name.partition(".")[0] for name in imports(MODULES[module])}
     assert not roots & {"torch", "transformers", "numpy", "safetensors"}
 
 
-def test_the_first_row_loads_without_torch() -> None:
-    modules = [f"{NAME}.{m}" for m in LAYERS[0].split() if m in MODULES]
+def test_plans_search_and_recipes_load_without_torch() -> None:
+    modules = [f"{NAME}.{m}" for m in TORCHLESS]
     assert not loaded_by(f"import {', '.join(modules)}") & {"torch", "transformers"}
 
 
@@ -165,19 +221,27 @@ def test_heavy_packages_are_imported_inside_functions(path: Path) -> None:
     assert not roots & LAZY
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("methods.")])
-def test_a_method_knows_no_other_method_no_model_and_no_path(module: str) -> None:
-    others = {m for m in inner_imports(MODULES[module]) if m.startswith("methods.")}
-    assert others <= {"methods.base"}
-    assert layer("compose") == layer(module)
-    assert "compose" not in inner_imports(MODULES[module])
+METHODS = [m for m in MODULES if m.startswith("methods.")]
+
+
+@pytest.mark.parametrize("module", METHODS)
+def test_a_method_knows_no_model_and_no_path(module: str) -> None:
     roots = {name.partition(".")[0] for name in imports(MODULES[module])}
     assert not roots & {"transformers", "pathlib", "os", "safetensors", "huggingface_hub"}
 
 
+@pytest.mark.parametrize("module", [m for m in METHODS if m != "methods.menu"])
+def test_a_method_knows_no_other_method(module: str) -> None:
+    if module == "methods.compose":  # what the rest of the package calls methods through
+        return
+    others = {m for m in inner_imports(MODULES[module]) if m.startswith("methods.")}
+    assert {m for m in others if not m.startswith("methods.maths")} <= {"methods.base"}
+
+
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("export.")])
 def test_an_export_never_sees_the_search(module: str) -> None:
-    assert not inner_imports(MODULES[module]) & {"search", "space", "knapsack", "evaluator"}
+    seen = {m for m in inner_imports(MODULES[module]) if m.startswith(("search.", "scoring."))}
+    assert not seen
 
 
 @every_file

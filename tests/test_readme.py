@@ -18,7 +18,7 @@ from typer.main import get_command
 
 from hf_evopress import EvoPressConfig, Plan
 from hf_evopress.cli import app
-from hf_evopress.units import find_units
+from hf_evopress.models.units import find_units
 
 from .hub_server import Hub
 

@@ -9,8 +9,8 @@ import pytest
 from transformers.quantizers import auto
 
 import hf_evopress
-from hf_evopress.config import EvoPressConfig
-from hf_evopress.quantizer import EvoPressQuantizer
+from hf_evopress.loading.config import EvoPressConfig
+from hf_evopress.loading.quantizer import EvoPressQuantizer
 
 LOOK = (
     "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as q; "
@@ -29,7 +29,7 @@ def run(code: str) -> str:
     "imports",
     [
         "import hf_evopress; import transformers",
-        "import hf_evopress.quantizer",
+        "import hf_evopress.loading.quantizer",
     ],
 )
 def test_the_format_is_registered_whatever_is_imported_first(imports: str) -> None:

@@ -15,10 +15,11 @@ import pytest
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_evopress import EvoPressConfig, Plan, plan_repo
-from hf_evopress.cards import write_card
-from hf_evopress.hub import check_folder, pull, push_folder
-from hf_evopress.recipe import Recipe
+from hf_evopress import EvoPressConfig, Plan
+from hf_evopress.plans import repo as plan_repo
+from hf_evopress.recipes.recipe import Recipe
+from hf_evopress.sharing.cards import write_card
+from hf_evopress.sharing.hub import check_folder, pull, push_folder
 
 from .hub_server import Hub
 
@@ -197,7 +198,7 @@ def test_more_bytes_than_the_disk_has_are_refused(
 ) -> None:
     hub.put("me/big", {"config.json": b"{}" * 100})
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr("hf_evopress.hub.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("hf_evopress.sharing.hub.shutil.disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="need 200 bytes, .* has 10 free"):
         pull("me/big", tmp_path / "got")
 

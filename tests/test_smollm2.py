@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_evopress
-from hf_evopress import pipeline
-from hf_evopress.adapters import load_adapter
-from hf_evopress.recipe import Recipe
-from hf_evopress.repair import adapt
-from hf_evopress.size import stored_bytes
+from hf_evopress.adapters.folder import load_adapter
+from hf_evopress.adapters.repair import adapt
+from hf_evopress.jobs import pipeline
+from hf_evopress.models.size import stored_bytes
+from hf_evopress.recipes.recipe import Recipe
 
 CACHE = Path(__file__).parent.parent / ".cache"
 MODEL, TEXT = CACHE / "SmolLM2-135M-Instruct", CACHE / "demo.txt"

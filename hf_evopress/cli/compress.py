@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..recipe import Recipe
+from ..recipes.recipe import Recipe
 from .console import bars, console, table
 from .inspect import show_front
 from .options import (
@@ -51,10 +51,10 @@ from .options import (
 from .tune import show_follow_up
 
 if TYPE_CHECKING:
-    from ..job import Job
-    from ..pipeline import Result
-    from ..plan import Plan
-    from ..store import LevelStore
+    from ..jobs.job import Job
+    from ..jobs.pipeline import Result
+    from ..plans.plan import Plan
+    from ..store.level_store import LevelStore
 
 
 def compress(
@@ -151,7 +151,7 @@ def levels(
     """
     words = {key: value for key, value in locals().items() if key != "diagnose"}
     recipe = recipe_of(**words, ratio=None if sparsity else 1.0)
-    from ..job import Job
+    from ..jobs.job import Job
 
     with bars() as progress:
         job = Job(recipe, progress=progress)
@@ -207,8 +207,8 @@ def search(
     if bits is not None and ":" in bits:
         return _front(words, out)
     recipe = recipe_of(**words)
-    from ..job import Job
-    from ..pipeline import find_plan
+    from ..jobs.job import Job
+    from ..jobs.pipeline import find_plan
 
     with bars() as progress:
         job = Job(recipe, report_to=report_to or (), progress=progress)
@@ -244,7 +244,7 @@ def apply(
     \b
     hf-evopress apply plan.json --model me/my-finetune --data text.txt --out my-finetune-3.3bit
     """
-    from ..pipeline import apply_plan
+    from ..jobs.pipeline import apply_plan
 
     folder = apply_plan(
         plan,
@@ -265,8 +265,8 @@ def _front(words: dict[str, Any], out: str) -> None:
     if words["strategy"] not in ("evolve", "pareto"):
         raise ValueError(f"a range of bits needs strategy pareto, not {words['strategy']}")
     recipe = recipe_of(**{**words, "bits": high, "strategy": "pareto", "low": bits_of(low)})
-    from ..front import check_front_target, find_front, save_front
-    from ..job import Job
+    from ..jobs.front import check_front_target, find_front, save_front
+    from ..jobs.job import Job
 
     check_front_target(out)
     with bars() as progress:
@@ -278,17 +278,17 @@ def _front(words: dict[str, Any], out: str) -> None:
 
 
 def _run(recipe: Recipe, test: str | None) -> None:
-    from ..pipeline import compress as run_line
+    from ..jobs.pipeline import compress as run_line
 
     if recipe.adapter is not None or recipe.tune is not None:
-        from ..follow_up import check_follow_up
+        from ..jobs.follow_up import check_follow_up
 
         check_follow_up(recipe)
     with bars() as progress:
         result = run_line(recipe, test=test, progress=progress)
     show_result(result)
     if recipe.adapter is not None or recipe.tune is not None:
-        from ..follow_up import follow_up
+        from ..jobs.follow_up import follow_up
 
         with bars() as progress:
             made = follow_up(recipe, result.folder, progress=progress)
@@ -297,8 +297,8 @@ def _run(recipe: Recipe, test: str | None) -> None:
 
 def show_result(result: Result) -> None:
     """Print heat map, figures and a sentence of a model that was made."""
-    from ..cards import exact_bits, refined
-    from ..report import heat_map, results_table
+    from ..sharing.cards import exact_bits, refined
+    from ..sharing.report import heat_map, results_table
 
     drawn = heat_map(result.plan, exact_bits(result.plan), color=console.is_terminal)
     console.print(drawn, markup=False, soft_wrap=True)
@@ -352,7 +352,7 @@ def _level_errors(store: LevelStore) -> Any:
 
 def _diagnose(job: Job, store: LevelStore, level: str) -> None:
     """Print the units that a level costs most, and an alarm for those it breaks."""
-    from ..diagnose import diagnose
+    from ..scoring.diagnose import diagnose
 
     n_tokens = job.recipe.search.sensitivity_tokens
     n = max(1, n_tokens // job.recipe.data.seq_len)

@@ -32,8 +32,8 @@ def export(
         --tie q_proj,k_proj,v_proj --tie gate_proj,up_proj --out mixed
     hf-evopress export mixed --format compressed_tensors --out mixed-vllm
     """
-    from ..convert import convert
-    from ..size import stored_bytes
+    from ..jobs.convert import convert
+    from ..models.size import stored_bytes
 
     with error_console.status("writing"):
         folder = convert(model, out, format=format)

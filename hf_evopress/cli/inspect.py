@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from .. import plugins
-from ..plan import Plan
-from ..plan_repo import FILE_NAME, INDEX_NAME, list_plans
-from ..search_log import ENDING, read_log
+from ..base import plugins
+from ..jobs.search_log import ENDING, read_log
+from ..plans.plan import Plan
+from ..plans.repo import FILE_NAME, INDEX_NAME, list_plans
 from .console import bars, console, table
 
 
@@ -42,7 +42,7 @@ def show(
         return _show_log(plan, png)
     if file is None and _is_front(plan):
         return show_front(plan, png)
-    from ..report import heat_map, level_table
+    from ..sharing.report import heat_map, level_table
 
     loaded = Plan.from_pretrained(plan, filename=file)
     console.print(loaded.summary(), markup=False)
@@ -52,7 +52,7 @@ def show(
         for unit, level in loaded.items():
             console.print(f"{unit}  {level}", markup=False, soft_wrap=True)
     if png is not None:
-        from ..plots import heat_map_plot
+        from ..sharing.plots import heat_map_plot
 
         console.print(f"heat map drawn to {heat_map_plot(loaded, png)}", markup=False)
 
@@ -72,7 +72,7 @@ def show_front(folder: str, png: Path | None = None) -> None:
     console.print(table(("plan", "bits/weight", "KL (nats)"), rows))
     console.print(f"hf-evopress apply {Path(folder) / rows[0][0]} --out FOLDER", markup=False)
     if png is not None:
-        from ..plots import pareto_plot
+        from ..sharing.plots import pareto_plot
 
         known = [(e.bits_per_weight, e.kl_nats) for e in entries]
         points = [(bits, loss) for bits, loss in known if bits is not None and loss is not None]
@@ -93,7 +93,7 @@ def _show_log(path: str, png: Path | None) -> None:
     ]
     console.print(table(("generation", "loss", "bits/weight", "tokens"), lines))
     if png is not None:
-        from ..plots import convergence_plot
+        from ..sharing.plots import convergence_plot
 
         console.print(f"curve drawn to {convergence_plot(rows, png)}", markup=False)
 
@@ -151,7 +151,7 @@ def evaluate(
     \b
     hf-evopress evaluate smol-3.3bit --against HuggingFaceTB/SmolLM2-135M-Instruct --data wiki.txt
     """
-    from ..pipeline import evaluate_model
+    from ..jobs.pipeline import evaluate_model
 
     with bars() as progress:
         measured = evaluate_model(

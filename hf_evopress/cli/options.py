@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..recipe import KINDS, Recipe
+from ..recipes.recipe import KINDS, Recipe
 
 Model = Annotated[str, typer.Argument(help="A dense model: a Hub name or a folder.")]
 Bits = Annotated[

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..plugins import did_you_mean
-from ..recipe import END_TO_END, REFINE
+from ..base.plugins import did_you_mean
+from ..recipes.recipe import END_TO_END, REFINE
 from .compress import show_result
 from .console import bars
 from .options import Calibration, Out, Revision, Seed, SeqLen, Texts, Work, Written
@@ -64,8 +64,8 @@ def refine(
     Stop it with Ctrl-C at any time; the same command goes on at the next block, or from the last
     checkpoint in OUT.work.
     """
-    from ..end_to_end import refine_end_to_end
-    from ..refine_plan import refine_plan
+    from ..jobs.end_to_end import refine_end_to_end
+    from ..jobs.refine_plan import refine_plan
 
     training = {"--steps": steps, "--learning-rate": learning_rate}
     if mode == END_TO_END:

@@ -10,8 +10,8 @@ import typer
 from .console import bars, console, table
 
 if TYPE_CHECKING:
-    from ..plan import Plan
-    from ..published import Kind, Published
+    from ..plans.plan import Plan
+    from ..plans.published import Kind, Published
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 KindOption = Annotated[str | None, typer.Option(help="bits, sparsity or drop; default: as found.")]
@@ -37,8 +37,8 @@ def push(
     \b
     hf-evopress push smol-3.3bit me/smol-3.3bit
     """
-    from ..cards import CARD, is_ours, write_card
-    from ..hub import plans_in, push_folder
+    from ..sharing.cards import CARD, is_ours, write_card
+    from ..sharing.hub import plans_in, push_folder
 
     if not plans_in(Path(folder)) and is_ours(Path(folder) / CARD):
         write_card(folder, name=repo)
@@ -66,7 +66,7 @@ def pull(
     \b
     hf-evopress pull me/smol-3.3bit smol-3.3bit --revision v1
     """
-    from ..hub import pull as download
+    from ..sharing.hub import pull as download
 
     with bars() as progress:
         path = download(repo, folder, revision=revision, progress=progress)
@@ -82,7 +82,7 @@ def plans(
     \b
     hf-evopress plans HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    from ..plan_repo import Entry, find_repos, list_plans
+    from ..plans.repo import Entry, find_repos, list_plans
 
     rows = []
     for repo in find_repos(base_model, limit=limit):
@@ -111,7 +111,7 @@ def card(
     \b
     hf-evopress card smol-3.3bit --name me/smol-3.3bit
     """
-    from ..cards import write_card
+    from ..sharing.cards import write_card
 
     console.print(f"card written to {write_card(folder, name=name)}", markup=False, soft_wrap=True)
 
@@ -127,7 +127,7 @@ def report(
     \b
     hf-evopress report smol-3.3bit
     """
-    from ..html_report import write_report
+    from ..sharing.html_report import write_report
 
     console.print(f"report written to {write_report(source, out)}", markup=False, soft_wrap=True)
 
@@ -154,7 +154,8 @@ def import_config(
     \b
     hf-evopress import Llama-3.1-8B_3bit.txt --model meta-llama/Llama-3.1-8B --out plan.json
     """
-    from ..published import STEP, config_files, fit_to, read_published, to_plan
+    from ..models.skeleton import fit_to
+    from ..plans.published import STEP, config_files, read_published, to_plan
 
     files = config_files(source)
     several = Path(source).is_dir()
@@ -201,9 +202,9 @@ def export_config(
     \b
     hf-evopress export-config plan.json Llama-3.1-8B_3bit.txt
     """
-    from ..plan import Plan
-    from ..published import published_text
-    from ..resources import atomic_write
+    from ..base.resources import atomic_write
+    from ..plans.plan import Plan
+    from ..plans.published import published_text
 
     text = published_text(
         Plan.from_pretrained(plan), kind=_kind(kind), sparsity=sparsity, step=step, n_blocks=blocks
@@ -214,8 +215,8 @@ def export_config(
 
 
 def _kind(word: str | None) -> Kind | None:
-    from ..plugins import did_you_mean
-    from ..published import KINDS
+    from ..base.plugins import did_you_mean
+    from ..plans.published import KINDS
 
     for kind in KINDS:
         if word == kind:

@@ -10,8 +10,8 @@ import typer
 from .console import bars, console, table
 
 if TYPE_CHECKING:
-    from ..repair import Merged
-    from ..tune import Tuned
+    from ..adapters.repair import Merged
+    from ..training.tune import Tuned
 
 Model = Annotated[str, typer.Argument(help="A compressed model: a folder or a Hub name.")]
 Out = Annotated[str, typer.Option("--out", "-o", help="Folder to write.")]
@@ -76,7 +76,7 @@ def adapt(
     be of another quantizer, with --dense: bitsandbytes, GPTQ, AWQ, compressed-tensors, torchao,
     FP8, or the path of a GGUF file. HQQ is refused, as transformers cannot load it.
     """
-    from ..repair import adapt as run
+    from ..adapters.repair import adapt as run
 
     with bars() as progress:
         folder = run(
@@ -140,8 +140,8 @@ def tune(
     Stopped runs go on from their last checkpoint, in OUT.work.
     """
     words = dict(locals())
-    from ..tune import Tuning
-    from ..tune import tune as run
+    from ..training.tune import Tuning
+    from ..training.tune import tune as run
 
     settings = Tuning(**{k: words[k] for k in Tuning.__dataclass_fields__ if k in words})
     with bars() as progress:
@@ -179,7 +179,7 @@ def merge(
     \b
     hf-evopress merge smol-3.3bit smol-task --data task.txt --out smol-task-3.3bit
     """
-    from ..repair import merge as run
+    from ..adapters.repair import merge as run
 
     with bars() as progress:
         result = run(
@@ -209,8 +209,8 @@ def show_follow_up(made: dict[str, Any]) -> None:
 
 
 def _show_adapter(folder: Path) -> None:
-    from ..adapters import read_adapter
-    from ..resources import format_size
+    from ..adapters.folder import read_adapter
+    from ..base.resources import format_size
 
     adapter = read_adapter(folder)
     ranks = sorted(adapter.ranks.values())

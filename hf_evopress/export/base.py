@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..level import Level
 from ..methods.base import State
-from ..plan import Plan
+from ..plans.level import Level
+from ..plans.plan import Plan
 
 States = Callable[[str, Level], State]  # the packed tensors of (unit, level)
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import compose
-from ..experts import SplitExperts
-from ..level import Level
+from ..methods import compose
 from ..methods.base import State
-from ..plan import Plan
+from ..models.experts import SplitExperts
+from ..plans.level import Level
+from ..plans.plan import Plan
 from .base import Export, States
 
 Scheme = tuple[int, int, bool]

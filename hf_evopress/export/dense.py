@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .. import compose
-from ..dropped import dropped_units, set_zero
-from ..plain import make_stock
-from ..plan import Plan
+from ..methods import compose
+from ..models.dropped import dropped_units, set_zero
+from ..models.plain import make_stock
+from ..plans.plan import Plan
 from .base import Export, States
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..dropped import replace_dropped
-from ..layers import replace_linears
-from ..plain import match_plan
-from ..plan import Plan
-from ..quantizer import attach
+from ..loading.layers import replace_linears
+from ..loading.quantizer import attach
+from ..models.dropped import replace_dropped
+from ..models.plain import match_plan
+from ..plans.plan import Plan
 from .base import Export, States
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..dropped import dropped_units, replace_dropped
-from ..plain import make_stock
-from ..plan import Plan
-from ..stream import BlockStream
-from ..sub_blocks import find_sub_blocks
-from ..units import find_blocks
+from ..models.dropped import dropped_units, replace_dropped
+from ..models.plain import make_stock
+from ..models.stream import BlockStream
+from ..models.sub_blocks import find_sub_blocks
+from ..models.units import find_blocks
+from ..plans.plan import Plan
 from .base import Export, States
 from .dense import write_weights
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..level import Term, Value
-from ..linalg import Stats
-from ..plugins import did_you_mean
-from ..recompute import forgetful_linear
+from ..base.plugins import did_you_mean
+from ..plans.level import Term, Value
+from .maths.linalg import Stats
+from .maths.recompute import forgetful_linear
 
 Shape = tuple[int, int]  # (out_features, in_features)
 Grid = tuple[Tensor, Tensor, Tensor]  # codes, scales and zero points

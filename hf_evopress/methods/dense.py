@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linalg import Stats
 from .base import Method, Shape, State
+from .maths.linalg import Stats
 
 
 class Dense(Method):

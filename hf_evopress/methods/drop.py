@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linalg import Stats
 from .base import Method, Shape, State
+from .maths.linalg import Stats
 
 _NOT_A_SUB_BLOCK = (
     "drop is a level of whole sub-blocks such as model.layers.3.self_attn, not of a linear "
@@ -24,7 +24,7 @@ _NOT_A_SUB_BLOCK = (
 
 
 class Drop(Method):
-    """`drop`: the sub-block is gone; see `hf_evopress.dropped` for what stands in its place."""
+    """`drop`: the sub-block is gone; see `models/dropped.py` for what stands in its place."""
 
     name = "drop"
 

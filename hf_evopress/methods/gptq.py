@@ -21,10 +21,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..codes import CODE_PARAMS, SCALE_DTYPES, CodedMethod, pack_state
-from ..linalg import DAMP, SINK, Stats
-from ..obs import MAX_VALUES, Rounding, solve
 from .base import Param, State
+from .maths.codes import CODE_PARAMS, SCALE_DTYPES, CodedMethod, pack_state
+from .maths.linalg import DAMP, SINK, Stats
+from .maths.obs import MAX_VALUES, Rounding, solve
 
 
 class GPTQ(CodedMethod):

@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..grid import dequantize, find_grid, quantize
-from ..level import Term
-from ..linalg import Stats
-from ..packing import pack, packed_bytes, unpack
+from ..plans.level import Term
 from .base import Method, Operator, Param, Shape, State
+from .maths.grid import dequantize, find_grid, quantize
+from .maths.linalg import Stats
+from .maths.packing import pack, packed_bytes, unpack
 
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 BITS = {"int8": 8, "int4": 4}

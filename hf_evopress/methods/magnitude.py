@@ -4,7 +4,7 @@ A baseline (Han et al. 2015, arXiv:1506.02626; the layer-wise form). Unstructure
 the whole weight; n:m, the largest n of every m neighbours. Kept weights are not adjusted; with
 bits=b, each is rounded to the nearest code of its group.
 
-Stores what `hf_evopress.sparse` says: 16 (1 - s) + 1 bits per weight at sparsity s, with bits=b
+Stores what `maths/sparse.py` says: 16 (1 - s) + 1 bits per weight at sparsity s, with bits=b
 b (1 - s) + 1 + (16 + b) / group_size; pattern=2:4 takes 0.75 instead of 1 for the places. Sparsity
 saves bytes, not time.
 
@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..linalg import Stats
-from ..sparse import ANY, SparseMethod, largest, largest_of_each, n_kept, round_kept
 from .base import State
+from .maths.linalg import Stats
+from .maths.sparse import ANY, SparseMethod, largest, largest_of_each, n_kept, round_kept
 
 
 class Magnitude(SparseMethod):

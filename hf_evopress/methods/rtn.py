@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..codes import CODE_PARAMS, SCALE_DTYPES, CodedMethod, n_groups, pack_state
-from ..grid import find_grid, quantize
-from ..linalg import Stats
 from .base import Param, State
+from .maths.codes import CODE_PARAMS, SCALE_DTYPES, CodedMethod, n_groups, pack_state
+from .maths.grid import find_grid, quantize
+from .maths.linalg import Stats
 
 
 class RoundToNearest(CodedMethod):

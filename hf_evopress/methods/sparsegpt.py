@@ -7,7 +7,7 @@ m neighbours are kept, chosen when the loop reaches them. With bits=b the kept w
 in the same loop, to a grid that is found from kept weights only, and later weights absorb both
 errors. As in `gptq` the Hessian gives position 0 its due and is damped (`sink`, `damp`).
 
-Stores what `hf_evopress.sparse` says: 16 (1 - s) + 1 bits per weight at sparsity s, with bits=b
+Stores what `maths/sparse.py` says: 16 (1 - s) + 1 bits per weight at sparsity s, with bits=b
 b (1 - s) + 1 + (16 + b) / group_size; pattern=2:4 takes 0.75 instead of 1 for the places. Time as
 `gptq`; the factor of the Hessian is shared by all levels.
 
@@ -27,9 +27,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import DAMP, SINK, Stats
-from ..obs import BLOCK, MAX_VALUES, Rounding, blocks, solve
-from ..sparse import (
+from .base import Param, State
+from .maths.linalg import DAMP, SINK, Stats
+from .maths.obs import BLOCK, MAX_VALUES, Rounding, blocks, solve
+from .maths.sparse import (
     ANY,
     FLOAT_BITS,
     SCALE_DTYPES,
@@ -42,7 +43,6 @@ from ..sparse import (
     share,
     to_stored,
 )
-from .base import Param, State
 
 
 class SparseGPT(SparseMethod):

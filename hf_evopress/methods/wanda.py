@@ -4,7 +4,7 @@ Sun et al. 2023 (arXiv:2306.11695): score |w_ij| sqrt(H_jj), compared within a r
 within m neighbours for n:m. A baseline: kept weights are not adjusted; with bits=b, each is rounded
 to the nearest code of its group. `sink` weighs position 0 as in `gptq`; 0.0 is the published score.
 
-Stores what `hf_evopress.sparse` says: 16 (1 - s) + 1 bits per weight at sparsity s, with bits=b
+Stores what `maths/sparse.py` says: 16 (1 - s) + 1 bits per weight at sparsity s, with bits=b
 b (1 - s) + 1 + (16 + b) / group_size; pattern=2:4 takes 0.75 instead of 1 for the places. Sparsity
 saves bytes, not time.
 
@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import SINK, Stats
-from ..sparse import (
+from .base import Param, State
+from .maths.linalg import SINK, Stats
+from .maths.sparse import (
     ANY,
     SPARSE_PARAMS,
     SparseMethod,
@@ -29,7 +30,6 @@ from ..sparse import (
     round_kept,
     share,
 )
-from .base import Param, State
 
 
 class Wanda(SparseMethod):

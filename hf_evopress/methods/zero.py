@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linalg import Stats
 from .base import Method, Operator, Shape, State
+from .maths.linalg import Stats
 
 
 class Zero(Method):

@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_evopress import knapsack
-from hf_evopress.adapters import adapter_bytes
-from hf_evopress.compose import cost_bits, normalize
-from hf_evopress.data import tokenize_file
-from hf_evopress.eora import Walk, attached
-from hf_evopress.eora_ranks import ranks_for_size
-from hf_evopress.evaluate import compare_many
-from hf_evopress.layers import compress_linear
+from hf_evopress.adapters.eora import Walk, attached
+from hf_evopress.adapters.eora_ranks import ranks_for_size
+from hf_evopress.adapters.folder import adapter_bytes
+from hf_evopress.calibration.data import tokenize_file
+from hf_evopress.calibration.output_moments import load_moments
+from hf_evopress.loading.layers import compress_linear
+from hf_evopress.methods.compose import cost_bits, normalize
 from hf_evopress.methods.lowrank import Metric
-from hf_evopress.sensitivity import load_moments
-from hf_evopress.space import SearchSpace
-from hf_evopress.store import LevelStore
+from hf_evopress.scoring.evaluate import compare_many
+from hf_evopress.search import knapsack
+from hf_evopress.search.space import SearchSpace
+from hf_evopress.store.level_store import LevelStore
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_evopress import pipeline
-from hf_evopress.recipe import Recipe
+from hf_evopress.jobs import pipeline
+from hf_evopress.recipes.recipe import Recipe
 from tests.conftest import byte_level_tokenizer, make_structured_text
 
 SECONDS = 150  # for one architecture

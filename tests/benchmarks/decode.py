@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_evopress import compose
-from hf_evopress.layers import CompressedLinear, prepare_linears, replace_linears
-from hf_evopress.level import Level
+from hf_evopress.loading.layers import CompressedLinear, prepare_linears, replace_linears
+from hf_evopress.loading.runtimes import RUNTIMES
+from hf_evopress.methods import compose
 from hf_evopress.methods.base import State
-from hf_evopress.plan import Plan
-from hf_evopress.runtimes import RUNTIMES
-from hf_evopress.units import find_units
+from hf_evopress.models.units import find_units
+from hf_evopress.plans.level import Level
+from hf_evopress.plans.plan import Plan
 
 
 def main() -> None:

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from quality import data
 
-from hf_evopress.evaluator import Evaluator
-from hf_evopress.evolve import mutate
-from hf_evopress.fitness.kl import KL
-from hf_evopress.job import Job
-from hf_evopress.knapsack import solve
-from hf_evopress.recipe import Recipe
-from hf_evopress.rounds import Run
+from hf_evopress.jobs.job import Job
+from hf_evopress.recipes.recipe import Recipe
+from hf_evopress.scoring.evaluator import Evaluator
+from hf_evopress.scoring.fitness.kl import KL
+from hf_evopress.search.evolve import mutate
+from hf_evopress.search.knapsack import solve
+from hf_evopress.search.rounds import Run
 
 SETTINGS: dict[str, tuple[KL, str, bool]] = {
     "exact: all columns, one by one": (KL(top_k=0), "float32", False),

@@ -22,15 +22,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from hf_evopress.data import tokenize_file
-from hf_evopress.evaluate import compare_many
-from hf_evopress.job import Job
-from hf_evopress.level import DROP, Level
-from hf_evopress.measure import best_uniform
-from hf_evopress.paired import compare
-from hf_evopress.pipeline import run_search
-from hf_evopress.recipe import Recipe
-from hf_evopress.store import LevelStore
+from hf_evopress.calibration.data import tokenize_file
+from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.measure import best_uniform
+from hf_evopress.jobs.pipeline import run_search
+from hf_evopress.plans.level import DROP, Level
+from hf_evopress.recipes.recipe import Recipe
+from hf_evopress.scoring.evaluate import compare_many
+from hf_evopress.search.paired import compare
+from hf_evopress.store.level_store import LevelStore
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "bits": {"families": ["quant"]},

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from typing import Any
 
-from hf_evopress.size import stored_bytes
+from hf_evopress.models.size import stored_bytes
 
 CHILD = """
 import json, resource, sys, time

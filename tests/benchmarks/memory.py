@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_evopress.calibrate import calibrate, load_stats
-from hf_evopress.evaluator import Evaluator
-from hf_evopress.fitness.kl import KL
-from hf_evopress.menu import menus
-from hf_evopress.sensitivity import load_moments, output_moments
-from hf_evopress.store import LevelStore, Source
-from hf_evopress.units import find_units
+from hf_evopress.calibration.input_moments import calibrate, load_stats
+from hf_evopress.calibration.output_moments import load_moments, output_moments
+from hf_evopress.methods.menu import menus
+from hf_evopress.models.units import find_units
+from hf_evopress.scoring.evaluator import Evaluator
+from hf_evopress.scoring.fitness.kl import KL
+from hf_evopress.store.level_store import LevelStore, Source
 
 STEPS = ("load", "calibrate", "sensitivities", "store", "search round")
 LEVELS = ["gptq:bits=2,group_size=64", "gptq:bits=4,group_size=64"]
@@ -53,7 +53,7 @@ def main() -> None:
 def measure(step: str, depth: int, folder: Path, words: argparse.Namespace) -> float:
     """Return the peak memory in MB of a fresh process that does one step."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_evopress.pipeline"])  # imported once, for all
+    context.set_forkserver_preload(["hf_evopress.jobs.pipeline"])  # imported once, for all
     answers: Any = context.Queue()
     process = context.Process(target=work, args=(step, depth, str(folder), words, answers))
     process.start()

@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hf_evopress.compose import normalize
-from hf_evopress.data import tokenize_file
-from hf_evopress.evaluate import compare_many
-from hf_evopress.job import Job
-from hf_evopress.measure import best_uniform
-from hf_evopress.pipeline import find_plan
-from hf_evopress.recipe import Recipe
+from hf_evopress.calibration.data import tokenize_file
+from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.measure import best_uniform
+from hf_evopress.jobs.pipeline import find_plan
+from hf_evopress.methods.compose import normalize
+from hf_evopress.recipes.recipe import Recipe
+from hf_evopress.scoring.evaluate import compare_many
 
 CONTROLS = {
     "RTN {bits}": "rtn:bits={bits},group_size=64,clip=false",

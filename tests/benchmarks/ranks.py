@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from evaluator import candidates, recipe
 
-from hf_evopress.job import Job
+from hf_evopress.jobs.job import Job
 
 
 def main() -> None:

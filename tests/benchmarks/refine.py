@@ -25,22 +25,22 @@ from typing import Any
 
 import torch
 
-from hf_evopress.block_tuning import Tuning
-from hf_evopress.data import tokenize_file
-from hf_evopress.devices import has_bfloat16
-from hf_evopress.evaluate import compare_many
+from hf_evopress.adapters.repair import load
+from hf_evopress.base.devices import has_bfloat16
+from hf_evopress.base.fingerprint import text_fingerprint
+from hf_evopress.calibration.data import tokenize_file
+from hf_evopress.calibration.output_moments import load_moments
 from hf_evopress.export.evopress import EvoPressExport
-from hf_evopress.fingerprint import text_fingerprint
-from hf_evopress.finish import distil
-from hf_evopress.job import Job
-from hf_evopress.measure import best_uniform
-from hf_evopress.pipeline import find_plan
-from hf_evopress.plan import Plan
-from hf_evopress.recipe import END_TO_END, Recipe
-from hf_evopress.refine import Settings, refine
-from hf_evopress.repair import load
-from hf_evopress.sensitivity import load_moments
-from hf_evopress.store import LevelStore
+from hf_evopress.jobs.finish import distil
+from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.measure import best_uniform
+from hf_evopress.jobs.pipeline import find_plan
+from hf_evopress.plans.plan import Plan
+from hf_evopress.recipes.recipe import END_TO_END, Recipe
+from hf_evopress.refine.block_tuning import Tuning
+from hf_evopress.refine.blockwise import Settings, refine
+from hf_evopress.scoring.evaluate import compare_many
+from hf_evopress.store.level_store import LevelStore
 
 
 def main() -> None:

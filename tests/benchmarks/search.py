@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from quality import data, share
 
-from hf_evopress.data import tokenize_file
-from hf_evopress.evaluator import Evaluator
-from hf_evopress.fitness.kl import KL
-from hf_evopress.fitness.perplexity import Perplexity
-from hf_evopress.job import Job
-from hf_evopress.paired import compare
-from hf_evopress.plots import pareto_plot
-from hf_evopress.recipe import Recipe
-from hf_evopress.resources import atomic_write
-from hf_evopress.search import Search
-from hf_evopress.store import LevelStore
+from hf_evopress.base.resources import atomic_write
+from hf_evopress.calibration.data import tokenize_file
+from hf_evopress.jobs.job import Job
+from hf_evopress.recipes.recipe import Recipe
+from hf_evopress.scoring.evaluator import Evaluator
+from hf_evopress.scoring.fitness.kl import KL
+from hf_evopress.scoring.fitness.perplexity import Perplexity
+from hf_evopress.search.ask_tell import Search
+from hf_evopress.search.paired import compare
+from hf_evopress.sharing.plots import pareto_plot
+from hf_evopress.store.level_store import LevelStore
 
 RUNS = {
     "uniform": "uniform",

@@ -26,17 +26,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_evopress import knapsack
-from hf_evopress.adapters import read_adapter
-from hf_evopress.data import tokenize_file
-from hf_evopress.evaluate import compare_many
-from hf_evopress.layers import replace_linears
-from hf_evopress.plan import Plan
-from hf_evopress.quantizer import attach
-from hf_evopress.repair import load
-from hf_evopress.space import SearchSpace
-from hf_evopress.store import LevelStore
-from hf_evopress.tune import Tuning, tune
+from hf_evopress.adapters.folder import read_adapter
+from hf_evopress.adapters.repair import load
+from hf_evopress.calibration.data import tokenize_file
+from hf_evopress.loading.layers import replace_linears
+from hf_evopress.loading.quantizer import attach
+from hf_evopress.plans.plan import Plan
+from hf_evopress.scoring.evaluate import compare_many
+from hf_evopress.search import knapsack
+from hf_evopress.search.space import SearchSpace
+from hf_evopress.store.level_store import LevelStore
+from hf_evopress.training.tune import Tuning, tune
 
 
 def main() -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from hf_evopress import compose, plugins
-from hf_evopress.level import Level
-from hf_evopress.linalg import Stats
+from hf_evopress.base import plugins
+from hf_evopress.methods import compose
+from hf_evopress.methods.maths.linalg import Stats
+from hf_evopress.plans.level import Level
 
 SHAPES = ((24, 64), (64, 64), (7, 128))
 NAMES = plugins.names("methods")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_evopress import compose
-from hf_evopress.experts import split_experts
 from hf_evopress.export.compressed_tensors import CompressedTensorsExport
-from hf_evopress.level import Level
-from hf_evopress.plan import Plan
-from hf_evopress.units import find_units
+from hf_evopress.methods import compose
+from hf_evopress.models.experts import split_experts
+from hf_evopress.models.units import find_units
+from hf_evopress.plans.level import Level
+from hf_evopress.plans.plan import Plan
 
 pytest.importorskip("compressed_tensors", reason="an extra: hf-evopress[compressed-tensors]")
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_evopress import compose
-from hf_evopress.dropped import dropped_units, replace_dropped
 from hf_evopress.export.dense import DenseExport
 from hf_evopress.export.pruned import PrunedExport
-from hf_evopress.level import DROP
-from hf_evopress.plan import Plan
-from hf_evopress.sub_blocks import find_sub_blocks
+from hf_evopress.methods import compose
+from hf_evopress.models.dropped import dropped_units, replace_dropped
+from hf_evopress.models.sub_blocks import find_sub_blocks
+from hf_evopress.plans.level import DROP
+from hf_evopress.plans.plan import Plan
 
 IDS = torch.arange(3, 19).view(2, 8)
 TinyModel = Callable[..., Any]
@@ -139,7 +139,7 @@ def test_the_dense_export_has_zero_weights_for_what_is_dropped(
 def test_a_corrected_bias_needs_a_bias_in_the_stock_model(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    from hf_evopress.linalg import Stats
+    from hf_evopress.methods.maths.linalg import Stats
 
     level = compose.normalize("lowrank:rank=4,centred=true")
     for arch, unit in (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_evopress import compose
-from hf_evopress.level import DENSE
+from hf_evopress.methods import compose
+from hf_evopress.plans.level import DENSE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

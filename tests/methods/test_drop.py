@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hf_evopress import compose
-from hf_evopress.menu import menus
+from hf_evopress.methods import compose
+from hf_evopress.methods.menu import menus
 
 
 def test_drop_is_refused_for_a_linear_weight_with_the_way_out() -> None:

@@ -7,10 +7,9 @@ from itertools import chain
 import pytest
 import torch
 
-from hf_evopress import compose
-from hf_evopress.grid import dequantize, find_grid, quantize
-from hf_evopress.linalg import DAMP, Stats
-from hf_evopress.methods import gptq
+from hf_evopress.methods import compose, gptq
+from hf_evopress.methods.maths.grid import dequantize, find_grid, quantize
+from hf_evopress.methods.maths.linalg import DAMP, Stats
 
 ROWS, COLUMNS = 24, 96
 
@@ -166,7 +165,7 @@ def test_layers_too_large_for_one_pass_are_made_in_parts(monkeypatch):
 
 
 def test_the_hessian_is_factored_once_for_all_levels(monkeypatch):
-    from hf_evopress import linalg
+    from hf_evopress.methods.maths import linalg
 
     calls = []
     factor = linalg._inverse_factor

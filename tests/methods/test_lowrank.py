@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_evopress import compose
-from hf_evopress.level import Level
-from hf_evopress.linalg import Stats
+from hf_evopress.methods import compose
 from hf_evopress.methods.lowrank import LowRank, spectrum
+from hf_evopress.methods.maths.linalg import Stats
+from hf_evopress.plans.level import Level
 
 SHAPES = [(24, 64), (64, 24), (32, 32)]
 

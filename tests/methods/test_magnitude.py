@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_evopress import compose
+from hf_evopress.methods import compose
 
 W = torch.randn(10, 32, generator=torch.Generator().manual_seed(0)).half().float()
 

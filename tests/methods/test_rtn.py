@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_evopress import codes, compose
+from hf_evopress.methods import compose
+from hf_evopress.methods.maths import codes
 
 W = torch.randn(24, 96, generator=torch.Generator().manual_seed(0))
 

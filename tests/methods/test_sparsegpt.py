@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_evopress import compose
-from hf_evopress.grid import dequantize, find_grid, quantize
-from hf_evopress.linalg import DAMP, Stats
-from hf_evopress.methods import sparsegpt
+from hf_evopress.methods import compose, sparsegpt
+from hf_evopress.methods.maths.grid import dequantize, find_grid, quantize
+from hf_evopress.methods.maths.linalg import DAMP, Stats
 
 ROWS, COLUMNS = 24, 192
 
@@ -185,7 +184,7 @@ def test_a_weight_too_large_for_one_pass_is_made_in_parts_with_an_exact_count(mo
 
 
 def test_the_hessian_is_factored_once_for_all_levels(monkeypatch):
-    from hf_evopress import linalg
+    from hf_evopress.methods.maths import linalg
 
     calls = []
     factor = linalg._inverse_factor

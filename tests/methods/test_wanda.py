@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hf_evopress import compose
-from hf_evopress.linalg import Stats
+from hf_evopress.methods import compose
+from hf_evopress.methods.maths.linalg import Stats
 
 G = torch.Generator().manual_seed(0)
 W = torch.randn(10, 32, generator=G)

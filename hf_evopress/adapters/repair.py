@@ -1,0 +1,255 @@
+"""Repair and tune, from folders to folders: adapt, tune and merge as the command line runs them."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..base.progress import Progress
+from ..calibration.data import load_tokens, tokenize_file
+from ..calibration.output_moments import load_moments, output_moments
+from ..export.base import check_target as check_model_target
+from ..export.base import whole_folder
+from ..loading.quantizer import register_with_transformers
+from ..models.plain import make_plain
+from ..scoring.evaluate import Report, compare_many
+from .eora import attached, eora
+from .folder import CONFIG, WEIGHTS, Adapter, check_target, read_adapter
+from .foreign import check_package, check_readable
+from .lord import from_peft
+from .merge import merge_adapter
+
+logger = logging.getLogger(__name__)
+
+_HELD_OUT = 4  # sequences of the data that figures are measured on
+
+
+def adapt(
+    model: str,
+    out: str | Path,
+    *,
+    data: Sequence[str],
+    dense: str | None = None,
+    rank: int | None = None,
+    size: str | int | None = None,
+    error: float | None = None,
+    prefix: bool = False,
+    dtype: str = "bfloat16",
+    n_sequences: int = 64,
+    seq_len: int = 1024,
+    seed: int = 0,
+    sensitivity_tokens: int = 6144,
+    progress: Progress | None = None,
+) -> Path:
+    """Return `out` with the EoRA adapter of the compressed `model` on the text in `data`.
+
+    model: of ours, or of any quantizer in `foreign`; a folder, a Hub name, or a GGUF file in one.
+    dense: the model that it was compressed from, by default the one its plan names. With `size`
+    ranks are shared out by what errors cost the model (`sensitivity_tokens`; 0: by their size).
+    """
+    check_target(out)
+    source = load(model)
+    dense = dense or dense_name(source, model)
+    check_readable(source)
+    base = load(dense)
+    words = tokenizer_of(dense if _gguf_file(model) else model)  # a GGUF file's is a translation
+    tokens = load_tokens(list(data), words, n_sequences=n_sequences, seq_len=seq_len, seed=seed)
+    request: dict[str, Any] = {"rank": rank, "size": size, "error": error, "prefix": prefix}
+    with tempfile.TemporaryDirectory(prefix="evopress-") as folder:
+        moments = None
+        if size is not None and sensitivity_tokens:
+            some = tokens[: max(1, sensitivity_tokens // seq_len)]
+            output_moments(base, some, folder, seed=seed, progress=progress)
+            moments = partial(load_moments, folder)
+        return eora(
+            source, base, tokens, out, **request, dtype=dtype, moments=moments, progress=progress
+        )
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged checkpoint and, where text was given, what was measured on it.
+
+    reports: "without adapter" and "merged", both against the model with its adapter beside it,
+    or against the dense model, and then "with adapter" as well.
+    """
+
+    folder: Path
+    reports: Mapping[str, Report] = field(default_factory=dict)
+
+
+def merge(
+    model: str,
+    adapter: str,
+    out: str | Path,
+    *,
+    exact: bool = False,
+    data: Sequence[str] = (),
+    work: str | None = None,
+    against: str | None = None,
+    test: str | None = None,
+    window: int = 512,
+    n_sequences: int = 56,
+    seq_len: int = 1024,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Merged:
+    """Return the checkpoint `out`: `model` with `adapter` in its own packed tensors.
+
+    exact: as a low-rank term of each level, which keeps every bit and adds the adapter's bytes.
+    Otherwise the levels are made anew from the sum, at the same bits: text from `data`, or the
+    statistics in `work`, calibrate those that need it.
+    """
+    check_model_target(out)
+    factors = read_adapter(local_folder(adapter))
+    tokens = held_out = None
+    if data:
+        everything = load_tokens(
+            list(data),
+            tokenizer_of(model),
+            n_sequences=n_sequences + _HELD_OUT,
+            seq_len=seq_len,
+            seed=seed,
+        )
+        tokens, held_out = everything[:n_sequences], everything[n_sequences:].flatten()
+    if test is not None:
+        held_out = tokenize_file(test, tokenizer_of(model))
+    before = load(model, dtype="auto")
+    if _plan(before) is None:
+        raise ValueError(
+            f"{model} has no plan, so there are no packed levels to merge into; PEFT's "
+            "merge_and_unload() merges into dense layers"
+        )
+    after = load(model, dtype="auto")
+    if exact:
+        after = from_peft(after, factors)
+    else:
+        after = merge_adapter(after, factors, tokens, stats=work, progress=progress)
+    reports: Mapping[str, Report] = {}
+    if held_out is not None:
+        dense = None if against is None else load(against)
+        reports = _measure(before, after, factors, held_out, dense, window, progress)
+    save_checkpoint(after, out, model)
+    return Merged(Path(out), reports)
+
+
+def _measure(
+    before: Any,
+    after: Any,
+    adapter: Adapter,
+    tokens: Tensor,
+    dense: Any,
+    window: int,
+    progress: Progress | None,
+) -> dict[str, Report]:
+    scaled = {n: (A, adapter.scaling.get(n, 1.0) * B) for n, (A, B) in adapter.factors.items()}
+
+    def beside(ids: Tensor) -> Tensor:
+        with attached(before, scaled):
+            return before(input_ids=ids.to(before.device), use_cache=False).logits
+
+    models: dict[str, Any] = {"without adapter": before, "merged": after}
+    if dense is not None:
+        models["with adapter"] = beside
+    window = min(window, len(tokens))
+    return compare_many(
+        models, beside if dense is None else dense, tokens, window=window, progress=progress
+    )
+
+
+# -- what the three share --------------------------------------------------------------------
+
+
+def load(name: str, *, dtype: Any = None) -> Any:
+    """Return the model called `name`, in float32 on a CPU and bfloat16 on a GPU unless told.
+
+    A name ending in .gguf is that of a file, in a folder or in a Hub repository.
+    """
+    register_with_transformers()
+    has_gpu = torch.cuda.is_available()
+    dtype = dtype or (torch.bfloat16 if has_gpu else torch.float32)
+    where, file = _gguf_file(name) or (name, {})
+    if not file:
+        _check_folder(Path(where))
+        check_package(where)
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **file)
+    if getattr(model, "hf_quantizer", None) is None:
+        make_plain(model)
+    model = model.eval().requires_grad_(False)
+    is_placed = model.device.type == "cuda"  # by its quantizer
+    return model.to("cuda") if has_gpu and not is_placed else model
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "config.json").is_file() and (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} holds a model and an adapter, and transformers would load another model, "
+            f"the base that {CONFIG} names: move {CONFIG} and {WEIGHTS} to a folder of their own"
+        )
+
+
+def tokenizer_of(name: str) -> Any:
+    """Return the tokenizer in a model's folder or repository."""
+    where, file = _gguf_file(name) or (name, {})
+    return AutoTokenizer.from_pretrained(where, **file)
+
+
+def _gguf_file(name: str) -> tuple[str, dict[str, str]] | None:
+    """Return where transformers finds a GGUF file, and the file; None for another name."""
+    if not name.endswith(".gguf"):
+        return None
+    path = Path(name)
+    if path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    owner, _, rest = name.partition("/")
+    repo, _, file = rest.partition("/")
+    if not (owner and repo and file):
+        raise FileNotFoundError(
+            f"there is no GGUF file {name}; give its path, or OWNER/REPOSITORY/FILE.gguf on the Hub"
+        )
+    return f"{owner}/{repo}", {"gguf_file": file}
+
+
+def dense_name(compressed: Any, name: str) -> str:
+    """Return the model that `compressed` says it was made from."""
+    plan = _plan(compressed)
+    if plan is None or plan.base_model is None:
+        raise ValueError(f"{name} does not say which model it was made from: give --dense MODEL")
+    return plan.base_model
+
+
+def _plan(model: Any) -> Any:
+    """Return the plan of a checkpoint of this package, None for any other model."""
+    return getattr(getattr(model.config, "quantization_config", None), "plan", None)
+
+
+def local_folder(name: str) -> Path:
+    """Return the folder of an adapter, downloaded if `name` is a Hub repository."""
+    if Path(name).is_dir() or name.startswith((".", "/", "~")):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+
+
+def save_checkpoint(model: Any, out: str | Path, source: str) -> Path:
+    """Return `out` with the model, its plan and the tokenizer of `source`, whole or not at all."""
+    with whole_folder(Path(out)) as folder:
+        model.save_pretrained(folder)
+        tokenizer_of(source).save_pretrained(folder)
+        model.hf_quantizer.quantization_config.plan.save(folder)
+    return Path(out)
+
+
+def perplexity_of(model: Any, tokens: Tensor, window: int) -> float:
+    """Return the perplexity of `model` on tokens (n,), in windows of `window` tokens."""
+    return compare_many({"model": model}, None, tokens, window=window)["model"].perplexity

@@ -1,0 +1,327 @@
+"""Second moments of the inputs of every unit, in one pass over calibration tokens.
+
+The model is streamed block by block: hidden states of all tokens at one block, and the moments
+of one block, are all that is in memory. One file per block, whole or absent, so that a killed
+run resumes at the next block.
+
+Activations at position 0 depend on the first token only (causality), so their second moment
+comes from a few sequences of length 1. It is what makes calibration see attention sinks.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint, text_fingerprint
+from ..base.progress import Progress
+from ..base.ranks import ALONE, Ranks
+from ..base.resources import atomic_path
+from ..methods.maths.linalg import Stats
+from ..models.experts import others
+from ..models.stream import BlockStream
+from ..models.units import Unit, find_units
+
+logger = logging.getLogger(__name__)
+
+Group = tuple[str, ...]  # names of units that share one input
+
+FOLDER = "stats"
+_BATCH_TOKENS = 4096
+
+
+def calibrate(
+    model: nn.Module,
+    tokens: Tensor,
+    folder: str | Path,
+    *,
+    units: Sequence[Unit] | None = None,
+    heldout_tokens: Tensor | None = None,
+    prefix: Sequence[int] | None = None,
+    n_sink: int = 64,
+    accumulate: torch.dtype = torch.float32,
+    batch_tokens: int = _BATCH_TOKENS,
+    ranks: Ranks = ALONE,
+    progress: Progress | None = None,
+) -> Path:
+    """Return `folder`/stats after writing the moments of every block that is not there yet.
+
+    tokens, heldout_tokens (n_sequences, seq_len) int64; the latter give a second Gram, to score
+    levels on text that did not make them. prefix: token ids with which every use of the model
+    starts (a chat template): the sink moment is then taken over all its positions, otherwise
+    over position 0 of `n_sink` likely first tokens. accumulate: dtype of the sums. ranks:
+    processes that share the folder; each takes the moments of its blocks.
+    Raises ValueError where the folder holds moments made from something else.
+    """
+    units = list(units) if units is not None else find_units(model)
+    sets = _token_sets(model, tokens, heldout_tokens, prefix, n_sink)
+    root = Path(folder) / FOLDER
+    with ranks.first_alone():
+        claim(root, _made_from(model, units, sets, accumulate), what="calibration statistics")
+    by_block: dict[int, list[str]] = {}
+    for unit in units:
+        by_block.setdefault(unit.block, []).append(unit.name)
+    mine = [i for n, i in enumerate(sorted(by_block)) if ranks.owns(n)]
+    missing = [i for i in mine if not _file(root, i).is_file()]
+    if not missing:
+        ranks.wait()
+        return root
+    stream = BlockStream(model)
+    stream.check(tokens[:1, :8])
+    with torch.no_grad():
+        runs = {k: _Run(stream, ids, batch_tokens) for k, ids in sets.items()}
+        for i in range(missing[-1] + 1):
+            if i in missing:
+                made = {
+                    k: run.moments(i, by_block[i], accumulate if k == "gram" else torch.float32)
+                    for k, run in runs.items()
+                }
+                _lend(made["gram"], by_block[i])
+                _write(_file(root, i), made, by_block[i])
+            else:
+                for run in runs.values():
+                    run.advance(i)
+            if progress:
+                progress("calibration", i + 1, missing[-1] + 1)
+    ranks.wait()
+    return root
+
+
+def load_stats(folder: str | Path, block: int) -> dict[str, Stats]:
+    """Return the statistics of the units of one block; units with one input share one Stats."""
+    path = _file(Path(folder) / FOLDER, block)
+    if not path.is_file():
+        raise FileNotFoundError(f"no calibration statistics at {path}: run calibrate first")
+    result = {}
+    with safe_open(path, framework="pt") as file:
+        keys = set(file.keys())
+        for g, group in enumerate(json.loads(file.metadata()["groups"])):
+            tensors = {
+                name: file.get_tensor(f"{g}.{name}")
+                for name in ("gram", "sink", "mean", "heldout")
+                if f"{g}.{name}" in keys
+            }
+            stats = Stats(**tensors, n_tokens=group["n_tokens"])
+            result.update(dict.fromkeys(group["units"], stats))
+    return result
+
+
+class Moment:
+    """Running sums of x and x x^T of one input."""
+
+    def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
+        n = x.shape[-1]
+        self.total = torch.zeros(n, n, dtype=dtype, device=x.device)
+        self.sum = torch.zeros(n, dtype=torch.float64, device=x.device)
+        self.n_tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add the rows of x (..., in). Only the upper triangle of the total is kept up to date."""
+        X = x.reshape(-1, x.shape[-1]).float()
+        n = X.shape[1]
+        # x x^T is symmetric: four strips from the diagonal rightwards are 5/8 of the products
+        width = -(-n // 4) if n >= 256 else n
+        for start in range(0, n, width):
+            left, right = X[:, start : start + width], X[:, start:]
+            into = self.total[start : start + width, start:]
+            if into.dtype == torch.float32:
+                into.addmm_(left.T, right)
+            else:
+                into += left.T @ right
+        self.sum += X.sum(0)  # float64 only across batches: a float64 reduction is 10x slower
+        self.n_tokens += len(X)
+
+    @classmethod
+    def pooled(cls, moments: Sequence[Moment]) -> Moment:
+        """Return the moments of all that was added to any of `moments`."""
+        made = copy.copy(moments[0])
+        made.total = torch.stack([m.total for m in moments]).sum(0)
+        made.sum = torch.stack([m.sum for m in moments]).sum(0)
+        made.n_tokens = sum(m.n_tokens for m in moments)
+        return made
+
+    def gram(self) -> Tensor:
+        """Return the mean of x x^T, (in, in) float32."""
+        upper = self.total.triu()
+        return ((upper + upper.triu(1).T) / self.n_tokens).float()
+
+    def mean(self) -> Tensor:
+        """Return the mean of x, (in,) float32."""
+        return (self.sum / self.n_tokens).float()
+
+
+def _lend(made: dict[Group, Moment], names: Sequence[str]) -> None:
+    """Give experts that no token went to the moments of the other experts of their block."""
+    seen = {name: moment for group, moment in made.items() for name in group}
+    for name in names:
+        if name not in seen and (lenders := others(name, seen)):
+            made[(name,)] = Moment.pooled([seen[lender] for lender in lenders])
+            logger.warning("no token went to %s: it takes the statistics of the others", name)
+
+
+class _Run:
+    """One set of sequences on its way through the blocks."""
+
+    def __init__(self, stream: BlockStream, ids: Tensor, batch_tokens: int) -> None:
+        self.stream = stream
+        size = max(1, batch_tokens // ids.shape[1])
+        self.hidden = [stream.embed(part) for part in ids.split(size)]
+
+    def advance(self, block: int) -> None:
+        """Run one block over all sequences, in place."""
+        for b, hidden in enumerate(self.hidden):
+            self.hidden[b] = self.stream.run_block(block, hidden)
+
+    def moments(self, block: int, names: Sequence[str], dtype: torch.dtype) -> dict[Group, Moment]:
+        """Run one block over all sequences and return the moments of its distinct inputs."""
+        made: dict[Group, Moment] = {}
+        with unit_inputs(self.stream.model, names) as seen:
+            for b, hidden in enumerate(self.hidden):
+                seen.clear()
+                self.hidden[b] = self.stream.run_block(block, hidden)
+                for group, x in distinct_inputs(seen):
+                    if group not in made:
+                        made[group] = Moment(x, dtype)
+                    made[group].add(x)
+        return made
+
+
+@contextmanager
+def unit_inputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Yield a dict that every forward fills with the inputs of the linears called `names`."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def noted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen[name] = args[0] if args else kwargs["input"]
+
+        return noted
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
+        for name in names
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def distinct_inputs(seen: dict[str, Tensor]) -> Iterator[tuple[Group, Tensor]]:
+    """Yield each distinct input once with the names of the units that read it.
+
+    Two live tensors with the same storage address, shape and strides are the same numbers.
+    """
+    groups: dict[Any, list[str]] = {}
+    for name, x in seen.items():
+        if not x.numel():  # an expert that no token went to
+            continue
+        groups.setdefault((x.data_ptr(), tuple(x.shape), x.stride(), x.dtype), []).append(name)
+    for names in groups.values():
+        yield tuple(names), seen[names[0]]
+
+
+def _token_sets(
+    model: nn.Module,
+    tokens: Tensor,
+    heldout: Tensor | None,
+    prefix: Sequence[int] | None,
+    n_sink: int,
+) -> dict[str, Tensor]:
+    """Return what to run for each moment: "gram", "sink" and perhaps "heldout"."""
+    n_vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    check_tokens(tokens, n_vocab)
+    sets = {"gram": tokens}
+    if prefix is not None and len(prefix):
+        sets["sink"] = torch.tensor([list(prefix)], dtype=torch.long)
+    elif n_sink:
+        sets["sink"] = first_tokens(tokens, n_sink)[:, None]
+    if heldout is not None and len(heldout):
+        sets["heldout"] = heldout
+    for ids in sets.values():
+        check_tokens(ids, n_vocab)
+    return sets
+
+
+def check_tokens(tokens: Tensor, n_vocab: int) -> None:
+    """Raise ValueError where `tokens` are no (n_sequences, seq_len) int64 below `n_vocab`."""
+    if tokens.ndim != 2 or tokens.dtype != torch.long or not tokens.numel():
+        raise ValueError(
+            "tokens are a LongTensor (n_sequences, seq_len) with at least one token, got "
+            f"{tuple(tokens.shape)} {tokens.dtype}"
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= n_vocab:
+        raise ValueError(
+            f"token ids run from {low} to {high}, the model has {n_vocab} embeddings: "
+            "use the model's own tokenizer"
+        )
+
+
+def first_tokens(tokens: Tensor, n: int) -> Tensor:
+    """Return up to `n` distinct tokens with which a sequence is likely to start, (<= n,) int64.
+
+    Where all sequences start with the same token (BOS), it alone; otherwise the first tokens by
+    frequency, topped up with the most frequent tokens of the text.
+    """
+    firsts = Counter(tokens[:, 0].tolist())
+    if len(firsts) == 1 and len(tokens) > 1:
+        return tokens[:1, 0].clone()
+    values, counts = tokens.unique(return_counts=True)
+    everywhere = values[counts.argsort(descending=True, stable=True)].tolist()
+    chosen = dict.fromkeys([t for t, _ in firsts.most_common(n)] + everywhere)
+    return torch.tensor(list(chosen)[:n], dtype=torch.long)
+
+
+def _made_from(
+    model: nn.Module, units: Sequence[Unit], sets: dict[str, Tensor], accumulate: torch.dtype
+) -> dict[str, Any]:
+    names = {"gram": "tokens", "sink": "first tokens", "heldout": "held-out tokens"}
+    return {
+        "model": model_fingerprint(model),
+        "units": text_fingerprint(*(unit.name for unit in units)),
+        "accumulate": str(accumulate).removeprefix("torch."),
+        **{names[k]: tensor_fingerprint(sets[k]) if k in sets else None for k in names},
+    }
+
+
+def _file(root: Path, block: int) -> Path:
+    return root / f"block_{block:05d}.safetensors"
+
+
+def _write(path: Path, made: dict[str, dict[Group, Moment]], names: Sequence[str]) -> None:
+    """Write the moments of one block; every unit must belong to one group."""
+    grams = made["gram"]
+    counts = Counter(name for group in grams for name in group)
+    for name in names:
+        if counts[name] != 1:
+            problem = "was never run" if not counts[name] else "shares its input only at times"
+            raise ValueError(f"{name} {problem} during calibration: use more tokens or skip it")
+    tensors: dict[str, Tensor] = {}
+    groups = []
+    for g, (group, moment) in enumerate(grams.items()):
+        groups.append({"units": list(group), "n_tokens": moment.n_tokens})
+        tensors[f"{g}.gram"], tensors[f"{g}.mean"] = moment.gram(), moment.mean()
+        for kind in ("sink", "heldout"):
+            if group in made.get(kind, {}):
+                tensors[f"{g}.{kind}"] = made[kind][group].gram()
+        if not all(bool(t.isfinite().all()) for k, t in tensors.items() if k.startswith(f"{g}.")):
+            raise ValueError(
+                f"the inputs of {', '.join(group)} hold inf or NaN during calibration: load the "
+                "model in bfloat16 or float32 and check its weights"
+            )
+    with atomic_path(path) as temporary:
+        tensors = {k: t.cpu().contiguous() for k, t in tensors.items()}
+        save_file(tensors, temporary, metadata={"groups": json.dumps(groups)})

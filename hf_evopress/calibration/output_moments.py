@@ -1,0 +1,293 @@
+"""How much an error in each unit's output costs the model, from one forward and backward.
+
+With labels y_t sampled from the model's own distribution p_t, and g_t the gradient of
+-sum_t log p_t(y_t) with respect to a unit's output at token t, a change dW of its weight adds
+to the KL divergence per token about
+
+    1/2 mean_t (g_t . dW x_t)^2  ~  1/2 tr(G dW H dW^T),   G = E[g g^T],  H = E[x x^T].
+
+The right-hand side (Martens and Grosse 2015, arXiv:1503.05671: K-FAC) scores every level of
+every unit, also levels made later, without another model run. It is smoother than the left-hand
+side, whose noise a knapsack would exploit; that one is here as a diagnostic (`token_losses`).
+
+Memory: hidden states wait on disk, one block at a time is run again with its graph and gone
+backwards through; weights never get gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint, text_fingerprint
+from ..base.progress import Progress
+from ..base.ranks import ALONE, Ranks
+from ..base.resources import atomic_path
+from ..models.experts import others
+from ..models.stream import BlockStream
+from ..models.units import Unit, find_units
+from .input_moments import Moment, check_tokens
+
+FOLDER = "moments"
+_BATCH_TOKENS = 1024
+
+
+def kfac_loss(delta: Tensor, H: Tensor, G: Tensor) -> float:
+    """Return 1/2 tr(G dW H dW^T), the KL in nats per token that an error dW is expected to add.
+
+    delta (out, in); H (in, in) and G (out, out) second moments, all float32.
+    """
+    return 0.5 * float(((G @ delta) * (delta @ H)).sum())
+
+
+def output_moments(
+    model: nn.Module,
+    tokens: Tensor,
+    folder: str | Path,
+    *,
+    units: Sequence[Unit] | None = None,
+    seed: int = 0,
+    batch_tokens: int = _BATCH_TOKENS,
+    ranks: Ranks = ALONE,
+    progress: Progress | None = None,
+) -> Path:
+    """Return `folder`/moments after writing G of every unit that is not there yet.
+
+    tokens (n_sequences, seq_len) int64; a few thousand tokens are enough. One file per block,
+    whole or absent: a killed run resumes. G is the mean over tokens of g g^T, (out, out) float32,
+    and tokens that do not come to a unit, an expert, count as zeros.
+    Raises ValueError where the folder holds moments made from something else.
+    """
+    units = list(units) if units is not None else find_units(model)
+    check_tokens(tokens, model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    root = Path(folder) / FOLDER
+    made_from = {
+        "model": model_fingerprint(model),
+        "units": text_fingerprint(*(unit.name for unit in units)),
+        "tokens": tensor_fingerprint(tokens),
+        "seed": seed,
+    }
+    with ranks.first_alone():
+        claim(root, made_from, what="output moments")
+    by_block = _by_block(units)
+    mine = [i for n, i in enumerate(sorted(by_block)) if ranks.owns(n)]
+    missing = [i for i in mine if not _file(root, i).is_file()]
+    if not missing:
+        ranks.wait()
+        return root
+    with _Backward(model, tokens, root, seed=seed, batch_tokens=batch_tokens) as backward:
+        for block in reversed(range(min(missing), backward.stream.n_blocks)):
+            names = by_block[block] if block in missing else []
+            moments: dict[str, Moment] = {}
+            for pairs in backward.step(block, names):
+                for name, (_, g) in pairs.items():
+                    if name not in moments:
+                        moments[name] = Moment(g, torch.float32)
+                    moments[name].add(g)
+            if names:
+                _lend(moments, names)
+                for moment in moments.values():  # experts see a part of the tokens
+                    moment.n_tokens = tokens.numel()
+                _write(_file(root, block), {n: m.gram() for n, m in moments.items()}, names)
+            if progress:
+                total = backward.stream.n_blocks - min(missing)
+                progress("sensitivity", backward.stream.n_blocks - block, total)
+    ranks.wait()
+    return root
+
+
+def load_moments(folder: str | Path, block: int) -> dict[str, Tensor]:
+    """Return G (out, out) float32 of each unit of one block."""
+    path = _file(Path(folder) / FOLDER, block)
+    if not path.is_file():
+        raise FileNotFoundError(f"no output moments at {path}: run output_moments first")
+    return load_file(path)
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """1/2 mean_t (g_t . dW x_t)^2 in nats per token, split by where in a sequence it arises."""
+
+    first: float  # position 0, where attention sinks live
+    rest: float
+
+    @property
+    def total(self) -> float:
+        return self.first + self.rest
+
+
+def token_losses(
+    model: nn.Module,
+    tokens: Tensor,
+    deltas: Mapping[str, Tensor],
+    *,
+    seed: int = 0,
+    batch_tokens: int = _BATCH_TOKENS,
+) -> dict[str, TokenLoss]:
+    """Return the token-level loss estimate of each unit's error dW (out, in).
+
+    A diagnostic: a large share at position 0 is a broken attention sink. Not an objective for a
+    knapsack, which would pick the units where one label per token happens to underestimate.
+    """
+    known = {unit.name: unit for unit in find_units(model)}
+    for name in deltas:
+        if name not in known:
+            raise ValueError(f"the model has no unit {name!r}")
+    by_block = _by_block([known[name] for name in deltas])
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in deltas}
+    with (
+        TemporaryDirectory() as scratch,
+        _Backward(model, tokens, Path(scratch), seed=seed, batch_tokens=batch_tokens) as backward,
+    ):
+        for block in reversed(range(min(by_block), backward.stream.n_blocks)):
+            for pairs in backward.step(block, by_block.get(block, [])):
+                for name, (x, g) in pairs.items():
+                    dy = F.linear(x.float(), deltas[name].to(x.device, torch.float32))
+                    loss = (g.float() * dy).sum(-1).square()
+                    loss = loss.view(-1, tokens.shape[1])  # some models flatten (batch, seq)
+                    sums[name] += torch.stack([loss[:, 0].sum(), loss[:, 1:].sum()]).cpu()
+    return {
+        name: TokenLoss(*(0.5 * total / tokens.numel()).tolist()) for name, total in sums.items()
+    }
+
+
+def _lend(moments: dict[str, Moment], names: Sequence[str]) -> None:
+    """Let experts that no token went to count as if one token of the other experts had."""
+    seen = dict(moments)
+    for name in names:
+        if name not in seen and (lenders := others(name, seen)):
+            lent = Moment.pooled([seen[lender] for lender in lenders])
+            lent.total, lent.n_tokens = lent.total / lent.n_tokens, 1
+            moments[name] = lent
+
+
+class _Backward:
+    """A model after a forward over all tokens, to be gone through backwards, block by block."""
+
+    def __init__(
+        self, model: nn.Module, tokens: Tensor, folder: Path, *, seed: int, batch_tokens: int
+    ) -> None:
+        self.model = model
+        self.stream = BlockStream(model)
+        self.batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
+        self._scratch = TemporaryDirectory(dir=folder, prefix=".inputs.")
+        self._generator = torch.Generator().manual_seed(seed)
+        self._gradients: list[Tensor] = []  # of the loss, at the output of the block to come
+        # float16 gradients of single tokens vanish; bfloat16 and float32 have the range
+        self._scale = 1024.0 if model.dtype == torch.float16 else 1.0
+        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+
+    def __enter__(self) -> _Backward:
+        self.model.requires_grad_(False)
+        try:
+            self.stream.check(self.batches[0][:1, :8])
+            self._forward()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self._scratch.cleanup()
+
+    def step(self, block: int, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """Yield for each batch the inputs and output gradients of the linears called `names`.
+
+        Blocks must be taken from the last to the first, each to the end.
+        """
+        inputs = load_file(self._inputs(block))
+        for b in range(len(self.batches)):
+            hidden = inputs.pop(str(b)).to(self._gradients[b].device).requires_grad_()
+            with _outputs(self.model, names) as seen, torch.enable_grad():
+                out = self.stream.run_block(block, hidden)
+            outputs = [y for _, y in seen.values()]
+            self._gradients[b], *found = torch.autograd.grad(
+                out, [hidden, *outputs], self._gradients[b], allow_unused=True
+            )
+            yield {
+                name: (x.detach(), g.float() / self._scale)
+                for (name, (x, _)), g in zip(seen.items(), found, strict=True)
+                if g is not None
+            }
+
+    @torch.no_grad()
+    def _forward(self) -> None:
+        """Put the input of each block on disk, and the gradients at the last output in memory."""
+        hidden = [self.stream.embed(ids) for ids in self.batches]
+        for block in range(self.stream.n_blocks):
+            save_file({str(b): h.contiguous() for b, h in enumerate(hidden)}, self._inputs(block))
+            hidden = [self.stream.run_block(block, h) for h in hidden]
+        for ids, last in zip(self.batches, hidden, strict=True):
+            parts = [
+                self._head_gradient(i, h) for i, h in zip(ids.split(1), last.split(1), strict=True)
+            ]
+            self._gradients.append(torch.cat(parts))
+
+    def _head_gradient(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Return the gradient of -sum log p(y), y sampled from p, at the last block's output."""
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_()
+            logits = self.stream.head(ids, hidden).flatten(0, 1).float()
+            with torch.no_grad():
+                # on the CPU, in order of tokens: the same labels on any device and batch size
+                p = logits.softmax(-1).cpu()
+                labels = torch.multinomial(p, 1, generator=self._generator)[:, 0]
+            loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+            (gradient,) = torch.autograd.grad(loss * self._scale, hidden)
+        return gradient
+
+    def _inputs(self, block: int) -> Path:
+        return Path(self._scratch.name) / f"{block:05d}.safetensors"
+
+
+@contextmanager
+def _outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Yield a dict that a forward fills with (input, output) of the linears called `names`."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str):  # type: ignore[no-untyped-def]
+        def noted(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = (args[0], output)
+
+        return noted
+
+    hooks = [model.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _by_block(units: Sequence[Unit]) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for unit in units:
+        found.setdefault(unit.block, []).append(unit.name)
+    return found
+
+
+def _file(root: Path, block: int) -> Path:
+    return root / f"block_{block:05d}.safetensors"
+
+
+def _write(path: Path, moments: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    for name in names:
+        if name not in moments:
+            raise ValueError(f"the loss does not depend on {name}: skip it, or use more tokens")
+        if not bool(moments[name].isfinite().all()):
+            raise ValueError(
+                f"the output gradients of {name} hold inf or NaN: load the model in bfloat16 or "
+                "float32 and check its weights"
+            )
+    with atomic_path(path) as temporary:
+        save_file({name: G.cpu().contiguous() for name, G in moments.items()}, temporary)

@@ -1,0 +1,139 @@
+"""Text that the dense model writes itself, for levels to learn from where text is short.
+
+A few tokens of the text at hand, from anywhere in it, are continued by tokens drawn from the
+model's own distribution, nothing cut off: LLM-QAT (Liu et al. 2023, arXiv:2305.17888, section
+3.1). What a compressed model has to keep is this distribution, and there is as much of it as one
+has time for, while a calibration text of 100 sequences is soon learnt by heart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria
+
+from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint
+from ..base.progress import Progress
+from ..base.resources import atomic_path
+from .input_moments import check_tokens
+
+START = 16  # tokens of the text that a sequence begins with, at most half of it
+_BATCH_TOKENS = 65536  # written side by side, fewer where their keys and values take more than
+_CACHE_BYTES = 2 * 2**30
+_TELL = 16  # tokens between two reports of progress
+
+
+def write_sequences(
+    model: Any,
+    tokens: Tensor,
+    n_sequences: int,
+    folder: str | Path,
+    *,
+    bos: Sequence[int] = (),
+    start: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return (n_sequences, seq_len) int64 that `model` wrote, kept in `folder`.
+
+    tokens (n, seq_len): how long they are, and where the first `start` tokens (by default 16)
+    are from. bos: what each begins with, if anything. Batches that are there are not written
+    again. Raises ValueError where `folder` holds those of another model, text or seed.
+    """
+    check_tokens(tokens, model.get_input_embeddings().weight.shape[0])
+    seq_len = tokens.shape[1]
+    start = min(START, seq_len // 2) if start is None else start
+    if not len(bos) < start < seq_len:
+        raise ValueError(
+            f"start must be in {len(bos) + 1} .. {seq_len - 1}, below seq_len; got {start}"
+        )
+    made_from = {
+        "model": model_fingerprint(model),
+        "tokens": tensor_fingerprint(tokens),
+        "shape": [n_sequences, seq_len],
+        "start": [start, *bos],
+        "seed": seed,
+    }
+    claim(Path(folder), made_from, what="text written by a model")
+    starts = _starts(tokens, n_sequences, start, bos, seed)
+    parts = starts.split(_batch(model, seq_len))
+    made = []
+    for number, part in enumerate(parts):
+
+        def tell(position: int, before: int = number * seq_len) -> None:
+            if progress and (position % _TELL == 0 or position == seq_len):
+                progress("write", before + position, len(parts) * seq_len)
+
+        file = Path(folder) / f"written_{number:05d}.safetensors"
+        if not file.is_file():
+            ids = _continued(model, part.to(model.device), seq_len, seed + number, tell)
+            with atomic_path(file) as temporary:
+                save_file({"input_ids": ids.int().cpu()}, temporary)
+        made.append(load_file(file)["input_ids"].long())
+    return torch.cat(made)
+
+
+def _batch(model: Any, seq_len: int) -> int:
+    """Return how many sequences are written side by side."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    position = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return max(1, min(_BATCH_TOKENS, _CACHE_BYTES // position) // seq_len)
+
+
+def _starts(tokens: Tensor, n: int, length: int, bos: Sequence[int], seed: int) -> Tensor:
+    """Return (n, length) pieces of random sequences, from random places."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(tokens), (n, 1), generator=generator)
+    first = torch.randint(tokens.shape[1] - length + 1, (n, 1), generator=generator)
+    made = tokens[rows, first + torch.arange(length)]
+    made[:, : len(bos)] = torch.tensor(bos, dtype=torch.long)
+    return made
+
+
+@torch.no_grad()
+def _continued(
+    model: Any, starts: Tensor, seq_len: int, seed: int, tell: Callable[[int], None]
+) -> Tensor:
+    with torch.random.fork_rng(), _plain_generation(model):
+        torch.manual_seed(seed)
+        return model.generate(
+            starts,
+            attention_mask=torch.ones_like(starts),
+            max_length=seq_len,
+            do_sample=True,
+            top_k=0,  # the default is 50
+            stopping_criteria=[_Never(tell)],
+        )
+
+
+class _Never(StoppingCriteria):
+    """Stops no sequence, and tells how long they are."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self.tell = tell
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+        self.tell(input_ids.shape[1])
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Let `model` draw from its own distribution: no penalties, temperature or end of its config.
+
+    A text that ends is followed by what the model puts after an end, as in training.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,68 @@
+"""Token windows kept on disk: text is fetched and tokenized once for any number of runs.
+
+    tokens/<fingerprint>.safetensors     calibration, search, heldout, test
+
+The fingerprint covers the sources (files by their bytes, datasets by their names), tokenizer,
+sizes, lengths and seed. A run that goes on tomorrow uses the windows it began with, also where
+the Hub has gone or a dataset has grown.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..base.fingerprint import text_fingerprint
+from ..base.resources import atomic_path, sha256
+from .data import DEFAULT_SOURCE, load_splits
+
+logger = logging.getLogger(__name__)
+
+
+def cached_splits(
+    folder: str | Path,
+    sources: Sequence[str],
+    tokenizer: Any,
+    sizes: Mapping[str, int],
+    *,
+    seq_len: int,
+    seed: int = 0,
+    split: str = "train",
+    column: str = "text",
+) -> dict[str, Tensor]:
+    """Return what `load_splits` returns, from `folder` where it has been made before."""
+    cut = {"seq_len": seq_len, "seed": seed, "split": split, "column": column}
+    file = Path(folder) / f"{tokens_fingerprint(sources, tokenizer, sizes, cut)}.safetensors"
+    if file.is_file():
+        try:
+            kept = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged; delete it to read the text anew") from error
+        return {name: kept[name].long() for name in sizes}
+    tokens = load_splits(
+        sources, tokenizer, sizes, seq_len=seq_len, seed=seed, split=split, column=column
+    )
+    with atomic_path(file) as temporary:
+        save_file({name: part.to(torch.int32) for name, part in tokens.items()}, temporary)
+    logger.info("tokens kept in %s", file)
+    return tokens
+
+
+def tokens_fingerprint(
+    sources: Sequence[str], tokenizer: Any, sizes: Mapping[str, int], cut: Mapping[str, Any]
+) -> str:
+    """Return 16 hex digits over everything that decides the windows."""
+    texts = [sha256(name) if Path(name).is_file() else name for name in sources or [DEFAULT_SOURCE]]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # a slow tokenizer has no text of its own: vocabulary and name have to do
+    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
+    template = str(getattr(tokenizer, "chat_template", None))
+    return text_fingerprint(*texts, words, template, json.dumps([dict(sizes), dict(cut)]))

@@ -1,0 +1,128 @@
+"""The dense model and a compressed prefix side by side, block by block.
+
+What block i reads is known twice: as the dense model has it, and as the blocks before it, already
+compressed, produce it. The differences are what refinement works on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..methods.maths.linalg import Stats
+from ..models.experts import others
+from ..models.patching import patched
+from ..models.stream import BlockStream
+from .asymmetric import CrossMoment, Shift
+from .input_moments import distinct_inputs, first_tokens, unit_inputs
+
+BATCH_TOKENS = 4096
+
+
+class TwoStreams:
+    """Hidden states of one set of sequences at the input of `block`, in batches.
+
+    dense, compressed: (batch, seq, dim) each; targets: the dense block's outputs, after aim().
+    """
+
+    def __init__(self, stream: BlockStream, tokens: Tensor, *, batch_tokens: int) -> None:
+        self.stream, self.block = stream, 0
+        size = max(1, batch_tokens // tokens.shape[1])
+        self.dense = [stream.embed(part) for part in tokens.split(size)]
+        self.compressed = list(self.dense)
+        self.targets: list[Tensor] = []
+
+    def aim(self) -> None:
+        """Run the dense block: its outputs are the targets."""
+        self.targets = [self.stream.run_block(self.block, h) for h in self.dense]
+
+    def advance(self) -> None:
+        """Go on to the next block, while the model computes at the levels of this one."""
+        self.compressed = [self.stream.run_block(self.block, h) for h in self.compressed]
+        self.dense, self.targets, self.block = self.targets, [], self.block + 1
+
+
+Sets = Mapping[str, TwoStreams]
+
+
+def two_streams(stream: BlockStream, tokens: Tensor, heldout: Tensor, *, n_sink: int = 64) -> Sets:
+    """Return the streams of all tokens (gram), of single first tokens (sink), and held out."""
+    sets = {"gram": tokens, "sink": first_tokens(tokens, n_sink)[:, None], "heldout": heldout}
+    return {kind: TwoStreams(stream, ids, batch_tokens=BATCH_TOKENS) for kind, ids in sets.items()}
+
+
+def input_groups(
+    stream: BlockStream, block: int, hidden: Tensor, names: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """Return the units that share each distinct input, in the order in which they run.
+
+    An expert that no token goes to is in none of them; another unit that is not run is an error.
+    """
+    with unit_inputs(stream.model, names) as seen:
+        stream.run_block(block, hidden)
+    groups = [group for group, _ in distinct_inputs(seen)]
+    absent = set(names) - {name for group in groups for name in group}
+    if absent := {name for name in absent if not others(name, names)}:
+        raise ValueError(f"block {block} never ran {', '.join(sorted(absent))}")
+    return groups
+
+
+def cross_moments(sets: Sets, name: str, forwards: Mapping[str, Any]) -> tuple[Stats, Shift | None]:
+    """Return the moments of a unit's input in the compressed stream, and its shift.
+
+    forwards: those of the units of this block that are finished, and of dropped sub-blocks. The
+    shift is None where a unit sees other tokens in the two streams, as an expert may. ValueError
+    where it sees none.
+    """
+    made: dict[str, CrossMoment] = {}
+    is_paired = True
+    for kind in ("gram", "sink"):
+        streams = sets[kind]
+        for dense, compressed in zip(streams.dense, streams.compressed, strict=True):
+            x = input_of(streams.stream, streams.block, name, dense)
+            with patched(streams.stream.model, forwards):
+                own = input_of(streams.stream, streams.block, name, compressed)
+            if own is None:  # an expert that no token of the batch goes to
+                is_paired = False
+                continue
+            # experts see the tokens that are routed to them, which the two streams may do apart
+            same = x is not None and x.shape == own.shape
+            is_paired &= same and own[..., 0].numel() == dense[..., 0].numel()
+            other = x if x is not None and is_paired else own
+            made.setdefault(kind, CrossMoment(own)).add(other, own)
+    if "gram" not in made:
+        raise ValueError(f"no token of the compressed model comes to {name}")
+    gram, sink = made["gram"], made.get("sink")
+    stats = Stats(
+        gram.own.gram(),
+        None if sink is None else sink.own.gram(),
+        gram.own.mean(),
+        gram.own.n_tokens,
+    )
+    if not is_paired or sink is None:
+        return stats, None
+    return stats, Shift(gram.shift(), sink.shift())
+
+
+class _Reached(Exception):
+    """Ends a forward once the input of interest has been seen."""
+
+
+def input_of(stream: BlockStream, block: int, name: str, hidden: Tensor) -> Tensor | None:
+    """Return what the linear called `name` reads when `hidden` goes into `block`, if anything."""
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["input"])
+        raise _Reached
+
+    hook = stream.model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        stream.run_block(block, hidden)
+    except _Reached:
+        return seen[0]
+    finally:
+        hook.remove()
+    return None

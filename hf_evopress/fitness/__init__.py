@@ -1,1 +1,0 @@
-"""What the search minimises, one fitness per file, found by file name."""

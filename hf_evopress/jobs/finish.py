@@ -1,0 +1,146 @@
+"""The finish of a plan: levels refined block by block, then the whole model end to end.
+
+Either is kept only where text that it did not learn from says that the model is closer.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.devices import has_bfloat16
+from ..base.fingerprint import claim, tensor_fingerprint, text_fingerprint
+from ..calibration.output_moments import load_moments
+from ..plans.plan import Plan
+from ..recipes.recipe import END_TO_END
+from ..refine.blockwise import Settings, refine
+from ..refine.distillation import Targets, precompute_targets
+from ..store.level_store import LevelStore
+from ..training.tune import Tuned, Tuning, trained
+from .job import Job
+
+logger = logging.getLogger(__name__)
+
+KINDS = "scales,factors,norms"  # what learns end to end: no byte more
+
+
+def finish(
+    job: Job, store: LevelStore, plan: Plan, *, settings: Settings | None = None
+) -> tuple[LevelStore, Plan]:
+    """Return what holds the refined levels of `plan`, and the plan with losses before and after.
+
+    Calibration sequences make the levels, held-out ones judge each block, search sequences
+    (which never made a level) the whole: where the loss is not lower, `store` itself is returned.
+    Without held-out sequences the first two of calibration judge and make no level. Files are in
+    work/refined-<fingerprint of the plan>; a run that was stopped goes on from there.
+    """
+    start = time.perf_counter()
+    settings = settings or job.refine_settings(job.recipe.blockwise)
+    tokens, heldout = job.refining_tokens()
+    made_from = [repr(settings), *(f"{u} {x}" for u, x in plan.levels.items())]
+    if len(job.written):
+        made_from.append(tensor_fingerprint(job.written))
+    name = text_fingerprint(*made_from)
+    has_moments = bool(job.recipe.search.sensitivity_tokens and job.units)
+    made = refine(
+        job.model,
+        store,
+        plan.levels,
+        tokens,
+        heldout,
+        job.work / f"refined-{name}",
+        settings=settings,
+        moments=(lambda block: load_moments(job.work, block)) if has_moments else None,
+        progress=job.progress,
+    )
+    before, after = (job.loss(states, plan.levels) for states in (store, made))
+    notes = {
+        "mode": settings.mode,
+        "fitness": job.recipe.search.fitness,
+        "before": before,
+        "after": after,
+        "is_kept": after < before,
+        "written": len(job.written),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    logger.info("refined: %s", notes)
+    if not after < before:
+        logger.warning(
+            "refinement did not lower the loss on held-out tokens (%.4f before, %.4f after) and "
+            "is not kept; more calibration sequences may help",
+            before,
+            after,
+        )
+    chosen = made if after < before else store
+    return chosen, plan.replace(results={**plan.results, "refined": notes})
+
+
+def distil(job: Job, plan: Plan, folder: Path) -> tuple[bool, Plan]:
+    """Return whether the model in `folder` came closer to the dense one, and the plan with notes.
+
+    Scales, factors and norms learn end to end from the dense model on the calibration and search
+    sequences and those it wrote itself; the held-out ones judge. The folder is replaced where they
+    say that it is closer. Files are in work/end-to-end-<fingerprint>; a run that was stopped goes
+    on from there.
+    """
+    start = time.perf_counter()
+    parts = [job.tokens[kind] for kind in ("calibration", "search", "heldout")]
+    learn, judge = torch.cat(parts[:2]), parts[2]
+    if not len(judge):
+        learn, judge = learn[2:], learn[:2]
+    learn = torch.cat([learn, job.written])
+    settings = end_to_end_settings(
+        job.recipe.model,
+        steps=job.recipe.distil.steps,
+        learning_rate=job.recipe.distil.learning_rate,
+        seed=job.recipe.data.seed,
+        device=job.model.device,
+    )
+    made_from = {
+        # the config holds the checksums of all tensors
+        "model": text_fingerprint((folder / "config.json").read_text(encoding="utf-8")),
+        "tokens": tensor_fingerprint(learn),
+        "settings": {k: v for k, v in vars(settings).items() if k != "steps"},
+    }
+    work = job.work / f"end-to-end-{text_fingerprint(*map(str, made_from.values()))}"
+    claim(work, made_from, what="a training run")
+    targets = [_targets(job, ids) for ids in (learn, judge)]
+    done = trained(str(folder), folder, settings, *targets, work=work)
+    seconds = time.perf_counter() - start
+    notes = distilled_notes(done, settings.steps, seconds, written=len(job.written))
+    logger.info("distilled: %s", notes)
+    return done.is_kept, plan.replace(results={**plan.results, "distilled": notes})
+
+
+def _targets(job: Job, tokens: Tensor) -> Targets:
+    """Return what the dense model says of tokens, kept in the work folder for any plan."""
+    folder = job.work / f"targets-{tensor_fingerprint(tokens)}"
+    return Targets(precompute_targets(job.model, tokens, folder, progress=job.progress))
+
+
+def end_to_end_settings(teacher: str, *, device: torch.device, **settings: Any) -> Tuning:
+    """Return how a compressed model learns end to end from `teacher`."""
+    return Tuning(train=KINDS, teacher=teacher, batch=1, bf16=has_bfloat16(device), **settings)
+
+
+def distilled_notes(done: Tuned, steps: int, seconds: float, *, written: int) -> dict[str, Any]:
+    """Return what a plan's results say of learning end to end.
+
+    written: sequences among those learnt from that the dense model wrote itself.
+    """
+    assert done.kl is not None  # there is a teacher
+    return {
+        "mode": END_TO_END,
+        "steps": steps,
+        "fitness": "kl",
+        "before": done.kl[0],
+        "after": done.kl[1],
+        "is_kept": done.is_kept,
+        "written": written,
+        "seconds": round(seconds, 1),
+    }

@@ -1,0 +1,181 @@
+"""The final table: what was shipped is what was scored, and how good it is on unseen text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ..calibration.data import tokenize_file
+from ..loading.quantizer import register_with_transformers
+from ..models.size import stored_bytes
+from ..plans.level import Level
+from ..plans.plan import Plan
+from ..scoring.evaluate import Report, compare_many
+from ..scoring.evaluator import Evaluator
+from ..search.space import Genome
+from ..store.level_store import LevelStore
+from .job import Job
+
+UNREFINED = "before refinement"
+PROMPT = "The capital of France is"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the final table."""
+
+    name: str
+    bits_per_weight: float
+    size_bytes: int
+    report: Report
+
+
+def verify(job: Job, states: LevelStore, plan: Plan, folder: Path) -> None:
+    """Raise RuntimeError unless `folder`, reloaded, gives bit for bit the logits that were scored.
+
+    In the dtype that plans were compared in, and in that of the figures.
+    """
+    register_with_transformers()
+    for dtype in dict.fromkeys((job.search_dtype, job.model.dtype)):
+        with job.computing_in(dtype):
+            check_reloaded(job.evaluator(states), plan, _reload(job, folder))
+
+
+def measure(
+    job: Job,
+    store: LevelStore,
+    plan: Plan,
+    folder: Path,
+    tokens: Tensor,
+    window: int,
+    max_windows: int | None,
+    *,
+    rivals: Mapping[str, Genome] | None = None,
+    is_refined: bool = False,
+) -> tuple[tuple[Row, ...], str]:
+    """Return the rows dense, uniform, rivals, searched on `tokens` (n,), and a sentence.
+
+    The searched row is the checkpoint in `folder`, reloaded; where that is refined there is a row
+    of the same plan as it was before, in the levels of `store`.
+    """
+    register_with_transformers()
+    reloaded, evaluator = _reload(job, folder), job.evaluator(store)
+    models: dict[str, Any] = {"dense": job.model}
+    sizes = {"dense": (16.0, job.space.dense_bits // 8)}
+    uniform = best_uniform(job, store)
+    for name, genome in [*([uniform] if uniform else []), *(rivals or {}).items()]:
+        models[name] = partial(_logits, evaluator, job.levels(genome))
+        sizes[name] = (job.space.bits_per_weight(genome), job.space.size_bytes(genome))
+    models["searched"] = reloaded
+    genome = job.genome(plan)
+    sizes["searched"] = (job.space.bits_per_weight(genome), stored_bytes(folder))
+    if is_refined:
+        models[UNREFINED] = partial(_logits, evaluator, plan.levels)
+        sizes[UNREFINED] = sizes["searched"]
+    reports = compare_many(
+        models, job.model, tokens, window=window, max_windows=max_windows, progress=job.progress
+    )
+    rows = tuple(Row(name, *sizes[name], reports[name]) for name in models)
+    return rows, generate(job.tokenizer, reloaded)
+
+
+def _reload(job: Job, folder: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=job.model.dtype)
+    return model.eval().to(job.model.device)
+
+
+@torch.no_grad()
+def check_reloaded(evaluator: Evaluator, plan: Plan, reloaded: Any) -> None:
+    """Raise RuntimeError unless the reloaded model gives the logits that were scored."""
+    ids = evaluator.tokens[:1].to(evaluator.device)
+    scored = evaluator.logits(plan.levels, ids)
+    loaded = reloaded(input_ids=ids, use_cache=False).logits
+    if not torch.equal(scored, loaded):
+        raise RuntimeError(
+            "the reloaded checkpoint does not give the logits that the search scored "
+            f"(largest difference {float((scored - loaded).abs().max()):.3g}); "
+            "please report this with the recipe"
+        )
+
+
+def best_uniform(job: Job, store: LevelStore) -> tuple[str, tuple[int, ...]] | None:
+    """Return name and genome of the uniform plan within the budget that is expected to lose least.
+
+    Without sensitivities it is the dearest; None if none fits.
+    """
+    fitting = {
+        level: genome
+        for level, genome in job.space.uniform().items()
+        if job.budget.allows(job.space, genome)
+    }
+    if not fitting:
+        return None
+    expected = {level: _expected(store, job.levels(g)) for level, g in fitting.items()}
+    known = {level: loss for level, loss in expected.items() if loss is not None}
+    if len(known) == len(fitting):
+        best = min(known, key=known.__getitem__)
+    else:
+        best = max(fitting, key=lambda level: (job.space.cost(fitting[level]), level))
+    return f"uniform {best}", fitting[best]
+
+
+def _expected(store: LevelStore, levels: Mapping[str, Level]) -> float | None:
+    """Return the sum of what the levels of a plan are expected to lose, None if it is not known."""
+    total = 0.0
+    for unit, level in levels.items():
+        if unit not in store.units or level.is_dense:
+            continue
+        if (loss := store.scores(unit, level).get("sensitivity_nats")) is None:
+            return None
+        total += loss
+    return total
+
+
+def generate(tokenizer: Any, model: Any, prompt: str = PROMPT, *, n_tokens: int = 32) -> str:
+    """Return `prompt` with the model's greedy continuation."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=n_tokens, do_sample=False)
+    return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def _logits(evaluator: Evaluator, levels: Mapping[str, Level], ids: Tensor) -> Tensor:
+    return evaluator.logits(levels, ids.to(evaluator.device))
+
+
+def unseen_tokens(job: Job, test: str | None, window: int) -> tuple[Tensor, int]:
+    """Return what to measure on, tokens (n,) of a text or unseen ones of the data, and a window."""
+    if test is not None:
+        tokens = tokenize_file(test, job.tokenizer)
+        if len(tokens) < window:
+            raise ValueError(f"{test} has {len(tokens)} tokens, one window needs {window}")
+        return tokens, window
+    return job.tokens["test"].flatten(), job.recipe.data.seq_len
+
+
+def figures(rows: tuple[Row, ...]) -> dict[str, Any]:
+    """Return the rows as a plan's results hold them."""
+    return {
+        "evaluation": {
+            row.name: {
+                "bits_per_weight": round(row.bits_per_weight, 4),
+                "size_bytes": row.size_bytes,
+                # a collapsed model's is infinite, which JSON does not know
+                "perplexity": perplexity if math.isfinite(perplexity) else None,
+                "kl_nats": row.report.kl_nats,
+                "top1_agreement": row.report.top1_agreement,
+                "window": row.report.window,
+                "n_tokens": row.report.n_tokens,
+            }
+            for row in rows
+            for perplexity in [row.report.perplexity]
+        }
+    }

@@ -1,0 +1,253 @@
+"""What a recipe leaves open: units, their menus, droppable sub-blocks, as one space and a budget.
+
+Nothing here needs weights: a model on the meta device has names, shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..base.patterns import matches
+from ..methods import compose
+from ..methods.menu import menus
+from ..models.size import header_bytes
+from ..models.sub_blocks import KINDS, Droppable, SubBlock, droppable, find_sub_blocks
+from ..models.units import Unit, find_units
+from ..plans.level import DENSE, DROP, Level
+from ..plans.plan import Plan
+from ..recipes.recipe import Recipe
+from ..search.budget import Budget
+from ..search.drop_counts import drop_counts
+from ..search.space import Genome, SearchSpace
+
+NOTHING = Droppable({}, {}, {})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The units to compress, the levels offered to each, what may be dropped; space and budget.
+
+    Under a budget of drops no unit is searched: what is kept stays dense.
+    """
+
+    units: tuple[Unit, ...]
+    menus: Mapping[str, list[Level]]
+    added: Droppable
+    space: SearchSpace
+    budget: Budget
+
+    def levels(self, genome: Genome) -> dict[str, Level]:
+        """Return the levels of a plan: unit -> level, and the sub-blocks that are dropped."""
+        found = self.added.plan_levels(self.space.levels(genome))
+        return {unit: compose.normalize(level) for unit, level in found.items()}
+
+    def genome(self, levels: Mapping[str, Any]) -> Genome:
+        """Return the genome of a plan's levels, the inverse of `levels`."""
+        said = {unit: str(level) for unit, level in levels.items()}
+        return self.space.genome(self.added.space_levels(said))
+
+    def starts(self, plans: Sequence[str]) -> list[Genome]:
+        """Return the genomes of plans to begin a search with: files, folders, Hub repositories.
+
+        Raises ValueError that names one that is over the budget or not of these menus.
+        """
+        found = []
+        for name in plans:
+            levels = dict(Plan.from_pretrained(name).levels)
+            try:
+                genome = self.genome(levels)
+            except ValueError as error:
+                raise ValueError(f"the search cannot start from {name}: {error}") from error
+            if not self.budget.allows(self.space, genome):
+                bits = self.space.bits_per_weight(genome)
+                raise ValueError(
+                    f"the search cannot start from {name}, of {bits:.3f} bits per weight: the "
+                    f"budget is {self.budget.text}"
+                )
+            found.append(genome)
+        return found
+
+
+def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
+    """Return the problem that `recipe` poses for a model, in the dtype to ship, on any device."""
+    said = recipe.budget
+    units = [] if said.drop is not None else find_units(skeleton, skip=recipe.skip)
+    shapes = {unit.name: unit.shape for unit in units}
+    offered = menus(shapes, recipe.levels, families=recipe.families, sparsity=said.sparsity)
+    offered = _pinned(offered, recipe.pin)
+    added = NOTHING
+    if recipe.drop.kinds or said.drop is not None:
+        added = droppable(
+            skeleton,
+            units,
+            kinds=recipe.drop.kinds or KINDS,  # type: ignore[arg-type]
+            keep_first=recipe.drop.keep_first,
+            keep_last=recipe.drop.keep_last,
+        )
+    space = _space(skeleton, units, offered, added, recipe)
+    if said.drop is not None:
+        budget = Budget.of_drops(space)
+    else:
+        budget = Budget.parse(
+            space, bits=said.bits, size=said.size, ratio=said.ratio, sparsity=said.sparsity
+        )
+    return Problem(tuple(units), offered, added, space, budget)
+
+
+def _space(
+    skeleton: nn.Module,
+    units: Sequence[Unit],
+    offered: Mapping[str, list[Level]],
+    added: Droppable,
+    recipe: Recipe,
+) -> SearchSpace:
+    fixed, dense = _fixed_bits(skeleton, units, offered)
+    sub_blocks = {sub.name: sub for sub in find_sub_blocks(skeleton)} if added.options else {}
+    menu: dict[str, Any] = {
+        unit.name: [_option(level, unit, recipe) for level in offered[unit.name]] for unit in units
+    }
+    menu |= {sub: _sub_options(options, recipe) for sub, options in added.options.items()}
+    sizes = {unit.name: unit.n_weights for unit in units}
+    # Where only drops are searched, a sub-block stands for the weights in it.
+    inside = {u.name: u.n_weights for u in find_units(skeleton)} if not units else {}
+    for sub in added.options:
+        sizes[sub] = sum(inside.get(u, 0) for u in sub_blocks[sub].units)
+    space = SearchSpace.build(
+        sizes,
+        menu,
+        fixed_bits=fixed - added.kept_bits,
+        dense_bits=dense,
+        ties=_ties([*((u.name, u.block) for u in units), *added.blocks.items()], recipe.tie),
+        pins=_pins(menu, recipe.pin),
+        forbid=_forbidden(menu, added, recipe.forbid),
+        inside=added.inside,
+        blocks={**{unit.name: unit.block for unit in units}, **added.blocks},
+    )
+    limits = _drop_limits(sub_blocks, recipe)
+    kinds = {sub: sub_blocks[sub].kind for sub in added.options}
+    return replace(space, counts=drop_counts(space, kinds, limits)) if limits else space
+
+
+def _fixed_bits(
+    skeleton: nn.Module, units: Sequence[Unit], offered: Mapping[str, list[Level]]
+) -> tuple[int, int]:
+    """Return the most bits shipped besides the units, and the bits of the dense checkpoint."""
+    unit_keys = {f"{unit.name}.weight" for unit in units}
+    tied = set(getattr(skeleton, "all_tied_weights_keys", ()))
+    others = {
+        key: tensor
+        for key, tensor in skeleton.state_dict().items()
+        if key not in unit_keys and key not in tied
+    }
+    rest = sum(16 * tensor.numel() for tensor in others.values())
+    # every packed tensor of a unit, and the empty `weight` that makes loading without us fail
+    packed = [
+        f"{unit.name}.{key}"
+        for unit in units
+        for key in {"weight", *(k for x in offered[unit.name] for k in _keys(x, unit.shape))}
+    ]
+    dense = rest + 16 * sum(unit.n_weights for unit in units)
+    return rest + 8 * header_bytes([*others, *packed]), dense
+
+
+@lru_cache(maxsize=None)
+def _keys(level: Level, shape: tuple[int, int]) -> tuple[str, ...]:
+    return tuple(compose.empty(level, shape, torch.bfloat16))
+
+
+def _option(level: Level, unit: Unit, recipe: Recipe) -> tuple[str, int] | tuple[str, int, int]:
+    bits = compose.cost_bits(level, unit.shape)
+    if recipe.budget.sparsity is None:
+        return str(level), bits
+    return str(level), bits, compose.kept_values(level, unit.shape)
+
+
+def _sub_options(options: Sequence[tuple[str, int]], recipe: Recipe) -> list[Any]:
+    if recipe.budget.sparsity is None:
+        return list(options)
+    return [(level, bits, 0) for level, bits in options]
+
+
+def _pinned(offered: dict[str, list[Level]], pins: Mapping[str, str]) -> dict[str, list[Level]]:
+    """Return the menus with one level only for units that a pattern pins; the last one wins."""
+    made = dict(offered)
+    for pattern, level in pins.items():
+        if compose.normalize(level) != DROP:
+            names = [unit for unit in offered if matches(unit, pattern)]
+            made.update({unit: [compose.normalize(level)] for unit in names})
+    return made
+
+
+def _pins(menu: Mapping[str, Sequence[Any]], pins: Mapping[str, str]) -> dict[str, str]:
+    """Return unit -> pinned level. Sub-blocks take `drop` and `dense` only, units no `drop`."""
+    made: dict[str, str] = {}
+    for pattern, text in pins.items():
+        level = str(compose.normalize(text))
+        found = [unit for unit in menu if matches(unit, pattern)]
+        able = [unit for unit in found if level in {option[0] for option in menu[unit]}]
+        if not able:
+            what = "units that do not take it" if found else f"none of the {len(menu)} units"
+            raise ValueError(
+                f"pin {pattern}={level} matches {what}; only sub-blocks can be dropped, and only "
+                "where drops are searched"
+            )
+        made.update(dict.fromkeys(able, level))
+    return made
+
+
+def _forbidden(
+    menu: Mapping[str, Sequence[Any]], added: Droppable, forbid: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """Return unit -> patterns of levels; of a sub-block only `drop` can be forbidden."""
+    made: dict[str, list[str]] = {}
+    for pattern, levels in forbid.items():
+        found = [unit for unit in menu if matches(unit, pattern)]
+        if not found:
+            raise ValueError(f"forbid {pattern}={levels} matches none of the {len(menu)} units")
+        for unit in found:
+            if unit not in added.options:
+                made.setdefault(unit, []).append(levels)
+            elif matches(str(DROP), levels) and not matches(str(DENSE), levels):
+                made.setdefault(unit, []).append(str(DROP))
+    return made
+
+
+def _drop_limits(sub_blocks: Mapping[str, SubBlock], recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """Return kind -> how many sub-blocks must and may go; shares are of all that the model has."""
+    drop, share = recipe.drop, recipe.budget.drop
+    if share is None and drop.max is None:
+        return {}
+    limits: dict[str, tuple[int, int]] = {}
+    for kind in KINDS:
+        n = sum(sub.kind == kind for sub in sub_blocks.values())
+        # By way of the decimal text: 0.1 of 30 is 3, not one less.
+        least = int(Fraction(str(share or 0)) * n)
+        most = int(Fraction(str(drop.max)) * n) if share is None else least
+        limits[kind] = (least, most)
+        if share is not None and n and not least:
+            raise ValueError(f"{share} of {n} {kind} sub-blocks is none; ask for 1/{n} or more")
+    return limits
+
+
+def _ties(units: Sequence[tuple[str, int]], tie: tuple[tuple[str, ...], ...]) -> list[list[str]]:
+    """Return the units to tie: those of one block whose last name part is in one tuple of `tie`.
+
+    units: (name, block), droppable sub-blocks among them.
+    """
+    known = {name.rpartition(".")[2] for name, _ in units}
+    for part in (p for parts in tie for p in parts):
+        if part not in known:
+            raise ValueError(f"tie names {part!r}; units of this model are {sorted(known)}")
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, block in units:
+        for number, parts in enumerate(tie):
+            if name.rpartition(".")[2] in parts:
+                groups.setdefault((block, number), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]

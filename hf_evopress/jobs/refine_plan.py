@@ -1,0 +1,103 @@
+"""Finish a plan that is already there: compress its model by it, refined, without a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..base.fingerprint import versions
+from ..base.progress import Progress
+from ..plans.plan import Plan
+from ..recipes.recipe import Recipe
+from .job import Job
+from .measure import unseen_tokens
+from .pipeline import Result, ship
+
+
+def refine_plan(
+    plan: str | Path,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    mode: str = "best",
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    data: Sequence[str] = (),
+    test: str | None = None,
+    window: int = 2048,
+    max_windows: int | None = 10,
+    work: str | Path | None = None,
+    n_sequences: int = 56,
+    written: int = 0,
+    seq_len: int = 1024,
+    seed: int = 0,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Return the model of `plan` with its levels refined, in folder `out`, reloaded and measured.
+
+    plan: a file, a folder, a compressed model or a repository on the Hub. model: the dense model,
+    by default the plan's own. Only the plan's levels are made, then finished in a mode of
+    `recipes.recipe.REFINE`; steps and learning_rate are of its end-to-end part. written: sequences
+    that the dense model writes itself, to learn from as well.
+    """
+    found = Plan.from_pretrained(plan)
+    recipe = recipe_of_plan(
+        found,
+        model=model,
+        out=str(out),
+        work=str(work) if work is not None else None,
+        mode=mode,
+        distil={"steps": steps, "learning_rate": learning_rate},
+        data={
+            "sources": list(data),
+            "seq_len": seq_len,
+            "calibration": n_sequences,
+            "written": written,
+            "seed": seed,
+        },
+        revision=revision or found.revision,
+    )
+    job = Job(recipe, progress=progress)
+    unseen, window = unseen_tokens(job, test, window)
+    store = job.build()
+    made = job.plan(
+        found.levels, search={**found.search, "versions": versions()}, results=found.results
+    )
+    return ship(job, store, made, (unseen, window, max_windows))
+
+
+def recipe_of_plan(
+    plan: Plan,
+    *,
+    model: str | None,
+    out: str,
+    work: str | None,
+    mode: str,
+    distil: Mapping[str, float | None],
+    data: dict[str, object],
+    revision: str | None,
+) -> Recipe:
+    """Return the recipe in which every unit is pinned to its level in `plan`."""
+    source = model or plan.base_model
+    if source is None:
+        raise ValueError("the plan does not name its model; give one with --model")
+    if mode == "none":
+        raise ValueError("refine none changes nothing; take fast or best, or use apply")
+    dropped = any(level.is_drop for level in plan.levels.values())
+    pins = {unit: str(level) for unit, level in plan.levels.items()}
+    return Recipe.from_dict(
+        {
+            "model": source,
+            "out": out,
+            "work": work,
+            "revision": revision if source == plan.base_model else None,
+            "budget": {"ratio": 1.0},
+            "levels": ["dense"],
+            "pin": pins,
+            "drop": {"kinds": ["attention", "mlp"]} if dropped else {},
+            "data": data,
+            "refine": mode,
+            "distil": {key: value for key, value in distil.items() if value is not None},
+        }
+    )

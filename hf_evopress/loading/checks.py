@@ -1,0 +1,90 @@
+"""What must hold once a compressed checkpoint is loaded, and errors that name what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..models.dropped import dropped_modules, dropped_units
+from ..plans.plan import Plan
+from ..store.checksums import file_shapes
+from .layers import compressed_linears, planned_levels
+
+
+def check_shapes(model: Any, files: Sequence[str]) -> None:
+    """Raise ValueError that names packed tensors that have another shape in the files.
+
+    transformers reports some of them, reads others from disk as they are, and draws random
+    numbers for the rest if it is told to ignore mismatches.
+    """
+    prefix = f"{model.base_model_prefix}."
+    expected = {
+        f"{path.removeprefix(prefix)}.{name}": tuple(tensor.shape)
+        for path, layer in compressed_linears(model).items()
+        for name, tensor in layer.named_parameters(recurse=False)
+    }
+    wrong = [
+        f"{name} is {shape}, not {expected[key]}"
+        for file in files
+        for name, shape in file_shapes(file).items()
+        if (key := name.removeprefix(prefix)) in expected and shape != expected[key]
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} packed tensors in the checkpoint do not have the shape of their "
+            f"level: {'; '.join(wrong[:8])}; download or export it again"
+        )
+
+
+def check_loaded(model: Any, plan: Plan) -> None:
+    """Raise ValueError that names packed tensors that the checkpoint did not bring."""
+    check_levels_match(model, plan)
+    missing = []
+    for path, layer in compressed_linears(model).items():
+        for name, tensor in layer.named_parameters(recurse=False):
+            full = f"{path}.{name}"
+            loaded = getattr(tensor, "_is_hf_initialized", False)
+            if not loaded and not _is_offloaded(model, full, tensor):
+                missing.append(full)
+    if missing:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} packed tensors, or has them in another shape: "
+            f"{', '.join(missing[:8])}{more}; download or export it again"
+        )
+
+
+def check_levels_match(model: Any, plan: Plan) -> None:
+    planned, layers = planned_levels(model, plan), compressed_linears(model)
+    wrong = sorted(set(layers) - set(planned))
+    wrong += [n for n, v in planned.items() if n not in layers or layers[n].level != v]
+    if len(gone := dropped_modules(model)) != len(wanted := dropped_units(plan)):
+        raise ValueError(
+            f"the plan drops {', '.join(wanted) or 'nothing'}; "
+            f"the model has dropped {', '.join(gone) or 'nothing'}"
+        )
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} layers do not hold the level that the plan gives them: "
+            f"{', '.join(wrong[:8])}"
+        )
+
+
+def _is_offloaded(model: Any, name: str, tensor: Tensor) -> bool:
+    """Return whether a tensor on the meta device is there to be read from disk."""
+    if not tensor.is_meta:
+        return False
+    try:
+        return on_cpu(model, name, tensor).shape == tensor.shape
+    except (KeyError, ValueError):
+        return False
+
+
+def on_cpu(model: Any, name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_meta:
+        return tensor
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    return load_offloaded_parameter(model, name)

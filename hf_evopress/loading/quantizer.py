@@ -1,0 +1,341 @@
+"""EvoPressQuantizer: how transformers loads, saves and dequantizes compressed models."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter
+from transformers.quantizers.base import HfQuantizer
+
+from ..methods import compose
+from ..models.dropped import replace_dropped, restore_zero, sentinel_keys
+from ..models.experts import SplitExperts
+from ..models.plain import make_stock, match_plan
+from ..plans.level import DENSE, Level
+from ..plans.plan import Plan
+from ..store.checksums import checksum, verify_files
+from .checks import check_levels_match, check_loaded, check_shapes, on_cpu
+from .config import QUANT_METHOD, EvoPressConfig
+from .layers import (
+    CompressedLinear,
+    compressed_linears,
+    planned_levels,
+    prepare_linears,
+    resolve_units,
+    restore_linears,
+)
+from .runtimes import check_runtime
+
+logger = logging.getLogger(__name__)
+
+
+class EvoPressQuantizer(HfQuantizer):
+    """The bridge that transformers calls; users meet it as `model.hf_quantizer`.
+
+    A compressed checkpoint: planned linear layers are replaced on the meta device, so that the
+    packed tensors load by name and no dense weight ever exists. A dense checkpoint with
+    EvoPressConfig(plan=...): levels that need no data are compressed weight by weight while
+    loading, others after loading, calibrated on `data`.
+    """
+
+    quantization_config: EvoPressConfig
+
+    def __init__(self, quantization_config: EvoPressConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._on_load: dict[str, Level] = {}  # parameter name -> level, of a dense checkpoint
+        self._compresses_after = False  # a dense checkpoint: not on load but once it is there
+        self._tokens: Tensor | None = None
+
+    # -- before the weights --------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what cannot work; transformers calls this before anything is read."""
+        config = self.quantization_config
+        if config.plan is None:
+            raise ValueError(
+                "EvoPressConfig has no plan: pass EvoPressConfig(plan=...), or load a model "
+                "that is already compressed"
+            )
+        if config.requested_plan is not None and config.requested_plan != config.plan:
+            raise ValueError(
+                "the model is already compressed with another plan; to apply "
+                "EvoPressConfig(plan=...), start from the dense model "
+                f"({config.plan.base_model or 'it is not named in the plan'})"
+            )
+        if self.pre_quantized:
+            return
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "a model cannot be compressed and offloaded to disk at once; compress it, "
+                "save it, and load the result with this device_map"
+            )
+        if config.data is None and (levels := _calibrated(config.plan)):
+            raise ValueError(
+                f"levels {', '.join(levels)} need calibration data: pass "
+                "EvoPressConfig(plan=..., data='text.txt'), or a plan with levels such as rtn"
+            )
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Refuse tensor parallelism: packed tensors cannot be cut along their rows yet."""
+        settings = getattr(model.config, "distributed_config", None)
+        for key in ("tp_size", "ep_size"):
+            size = getattr(settings, key, None) or 1
+            if size > 1:
+                raise ValueError(
+                    f"compressed models cannot be loaded with {key}={size}; use device_map, "
+                    "data parallelism, or dequantize() first"
+                )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, *, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        check_runtime(config.runtime, model.dtype)
+        plan = _plan_of(config)
+        match_plan(model, plan)
+        levels = planned_levels(model, plan)
+        if not self.pre_quantized:
+            if plan.base_model != model.config.name_or_path:
+                plan.check_depth(n for n, m in model.named_modules() if isinstance(m, nn.Linear))
+            self._prepare_compression(model, plan, levels)
+            return
+        _ignore_keys(model, [f"{path}." for path in replace_dropped(model, plan)])
+        files = [str(f) for f in checkpoint_files or () if str(f).endswith(".safetensors")]
+        if config.verify and config.checksums and files:
+            verify_files(files, config.checksums)
+        for name, level in levels.items():
+            linear = model.get_submodule(name)
+            shape = (linear.out_features, linear.in_features)
+            layer = CompressedLinear.empty(level, shape, linear.bias, dtype=linear.weight.dtype)
+            model.set_submodule(name, layer)
+        check_shapes(model, files)
+        _ignore_keys(model, [f"{name}.weight" for name in levels])
+
+    def _prepare_compression(self, model: Any, plan: Plan, levels: dict[str, Level]) -> None:
+        was_plain = make_stock(model)  # as the dense checkpoint is
+        self._compresses_after = was_plain or bool(_calibrated(plan))
+        if not self._compresses_after:
+            _ignore_keys(model, [f"{path}." for path in replace_dropped(model, plan)])
+            self._on_load = {f"{name}.weight": level for name, level in levels.items()}
+            return
+        if not _calibrated(plan):
+            return
+        # Statistics are those of the dense model, so nothing is compressed while loading. The
+        # data is read first: it should fail before the weights are loaded, not after.
+        from transformers import AutoTokenizer
+
+        from ..calibration.data import load_tokens
+
+        config = self.quantization_config
+        sources = [config.data] if isinstance(config.data, str) else list(config.data or ())
+        with torch.device("cpu"):  # transformers builds models inside torch.device("meta")
+            self._tokens = load_tokens(
+                sources,
+                AutoTokenizer.from_pretrained(model.config.name_or_path),
+                n_sequences=config.n_sequences,
+                seq_len=config.seq_len,
+                seed=config.seed,
+            )
+
+    # -- while the weights are loaded ----------------------------------------------------------
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Return whether `param_name` is a dense weight to be compressed while loading."""
+        return param_name in self._on_load
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Return the bytes per element that `device_map="auto"` plans with: the packed size."""
+        if param_name in self._on_load:
+            shape = (param.shape[0], param.shape[1])
+            return compose.cost_bits(self._on_load[param_name], shape) / 8 / param.numel()
+        return float(param.element_size())
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Leave out what merges experts into one tensor: here they are apart."""
+        if any(isinstance(module, SplitExperts) for module in model.modules()):
+            weight_conversions = [
+                conversion
+                for conversion in weight_conversions
+                if not (
+                    isinstance(conversion, WeightConverter)
+                    and any("experts" in target for target in conversion.target_patterns)
+                )
+            ]
+        return super().update_weight_conversions(weight_conversions, model)
+
+    def get_quantize_ops(self) -> Any:
+        """Return the operation that compresses one dense weight."""
+        from .compress_on_load import CompressOnLoad
+
+        return CompressOnLoad(self._on_load)
+
+    # -- after the weights ---------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        if self._compresses_after:
+            stitch = import_module("hf_evopress.loading.stitch")
+            stitch.compress_model(model, _plan_of(config), self._tokens)
+            self._tokens = None
+        check_loaded(model, _plan_of(config))
+        for layer in compressed_linears(model).values():
+            for tensor in layer.state.values():
+                tensor.requires_grad_(False)  # the loader gives every float tensor a gradient
+        config.requested_plan = None
+        if config.dequantize:
+            self._dequantize(model, None)
+            self.remove_quantization_config(model)
+        else:
+            prepare_linears(model, config.runtime)
+        return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Make `model` forget that it was compressed: what is saved next is a stock checkpoint."""
+        super().remove_quantization_config(model)
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_is_quantized"):
+                del module.config._is_quantized
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        restore_linears(model)
+        restore_zero(model)
+        make_stock(model)
+        if dtype is not None and dtype != model.dtype:
+            model.to(dtype)
+        return model
+
+    # -- saving and training -------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict]:
+        """Return what save_pretrained writes, after noting its checksums in the config.
+
+        For each compressed layer there is an empty tensor `<layer>.weight`, about 100 bytes of
+        header: without hf_evopress, transformers would load the folder with random weights and
+        a mere warning; a weight of the wrong shape makes it an error.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # only the adapter is written
+        self.quantization_config.plan = _with_merged(model, _plan_of(self.quantization_config))
+        state = model.state_dict()
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        self.quantization_config.checksums = {
+            name: _checksum(on_cpu(model, name, tensor))
+            for name, tensor in state.items()
+            if name not in tied and tensor.numel()
+        }
+        for name, tensor in state.items():
+            if not tensor.numel():  # all alike, or shards would be cut by where they came from
+                state[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        for key in (*(f"{n}.weight" for n in compressed_linears(model)), *sentinel_keys(model)):
+            state[key] = torch.empty(0, dtype=torch.uint8)
+        # in the order of a model that was loaded, so that shards are cut at the same places
+        from transformers.core_model_loading import dot_natural_key
+
+        return {name: state[name] for name in sorted(state, key=dot_natural_key)}, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether Trainer accepts the bare model: what has requires_grad is trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+def attach(model: Any, plan: Plan) -> EvoPressQuantizer:
+    """Make `model`, whose linear layers hold the levels of `plan`, a compressed model.
+
+    After it, save_pretrained writes a checkpoint that from_pretrained loads, and dequantize()
+    works. Raises ValueError where layers and plan disagree. Returns `model.hf_quantizer`.
+    """
+    check_levels_match(model, plan)
+    config = EvoPressConfig(plan)
+    quantizer = EvoPressQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    return quantizer
+
+
+def register_with_transformers() -> None:
+    """Add the format to the registries of transformers, unless it is there."""
+    auto: Any = import_module("transformers.quantizers.auto")
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, EvoPressConfig)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, EvoPressQuantizer)
+    # without this, EvoPressConfig(dequantize=True) over a compressed model is ignored
+    if EvoPressConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (EvoPressConfig,)
+
+
+def _plan_of(config: EvoPressConfig) -> Plan:
+    if config.plan is None:
+        raise ValueError("EvoPressConfig has no plan")
+    return config.plan
+
+
+def _with_merged(model: Any, plan: Plan) -> Plan:
+    """Return `plan` with level dense where an adapter was merged: those layers are dense now."""
+    layers = compressed_linears(model)
+    if any(name.endswith(".base_layer") for name in layers):
+        raise ValueError(
+            "the model is wrapped by adapters: save those with PeftModel.save_pretrained, or call "
+            "unload() or merge_and_unload() before saving the model"
+        )
+    paths = resolve_units(model, plan)
+    merged = [
+        unit for unit, path in paths.items() if path not in layers and not plan[unit].is_dense
+    ]
+    if not merged:
+        return plan
+    logger.warning(
+        "%d layers with a merged adapter are saved dense (%s); hf-evopress merge packs them again",
+        len(merged),
+        ", ".join(merged[:4]),
+    )
+    levels = {**plan.levels, **dict.fromkeys(merged, DENSE)}
+    return plan.replace(levels=levels, budget={}, results={})
+
+
+def _calibrated(plan: Plan) -> list[str]:
+    """Return the levels of `plan` that need calibration statistics, sorted."""
+    return sorted({str(v) for v in plan.values() if compose.needs_stats(compose.normalize(v))})
+
+
+def _ignore_keys(model: Any, keys: list[str]) -> None:
+    """Keep tensors that are there for others out of the report of unexpected keys.
+
+    Sentinels, and all that is inside a dropped sub-block: a key that ends with a dot stands for
+    all that begin with it.
+    """
+    prefix = f"{model.base_model_prefix}."
+    patterns = {
+        rf"^(.*\.)?{re.escape(key.removeprefix(prefix))}{'' if key.endswith('.') else '$'}"
+        for key in keys
+    }
+    known = model._keys_to_ignore_on_load_unexpected or set()
+    model._keys_to_ignore_on_load_unexpected = set(known) | patterns
+
+
+def _checksum(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return checksum(flat.view(torch.uint8).numpy().data, list(tensor.shape))
+
+
+# Here, not in the package's register(): when this module is what imports transformers first,
+# that runs while this module is half loaded.
+register_with_transformers()

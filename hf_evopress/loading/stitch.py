@@ -1,0 +1,65 @@
+"""Apply a plan to a dense model in memory: calibrate, compress and replace block by block."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.progress import Progress
+from ..calibration.input_moments import calibrate, load_stats
+from ..methods import compose
+from ..methods.maths.linalg import Stats
+from ..models.dropped import replace_dropped
+from ..models.plain import match_plan
+from ..models.units import Unit, find_units
+from ..plans.level import Level
+from ..plans.plan import Plan
+from .layers import compress_linear, planned_levels
+
+
+def compress_model(
+    model: Any, plan: Plan, tokens: Tensor | None, *, progress: Progress | None = None
+) -> None:
+    """Replace, in place, the linear layers and sub-blocks of `model` by their levels in `plan`.
+
+    tokens (n_sequences, seq_len) calibrate levels that need it, and may be None if none does;
+    statistics are those of the dense model, as in the level store, so the same text gives the
+    same tensors. The statistics of all blocks pass through a temporary folder; one block's are
+    in memory.
+    """
+    match_plan(model, plan)
+    levels = planned_levels(model, plan)
+    units = [unit for unit in find_units(model) if unit.name in levels]
+    with tempfile.TemporaryDirectory(prefix="evopress-") as folder, torch.no_grad():
+        if any(compose.needs_stats(level) for level in levels.values()):
+            assert tokens is not None
+            calibrate(model, tokens, folder, units=units, progress=progress)
+        for block in sorted({unit.block for unit in units}):
+            of_block = [unit for unit in units if unit.block == block]
+            _replace(model, of_block, levels, _stats(Path(folder), of_block, levels))
+            if progress:
+                progress("compress", block + 1, units[-1].block + 1)
+    replace_dropped(model, plan)
+
+
+def _stats(folder: Path, units: list[Unit], levels: Mapping[str, Level]) -> Mapping[str, Stats]:
+    if any(compose.needs_stats(level) for level in levels.values()):
+        return load_stats(folder, units[0].block)
+    return {}
+
+
+def _replace(
+    model: Any, units: list[Unit], levels: Mapping[str, Level], stats: Mapping[str, Stats]
+) -> None:
+    for unit in units:
+        linear = model.get_submodule(unit.name)
+        level = levels[unit.name]
+        weight = linear.weight.detach()
+        state = compose.compress(level, weight.float(), stats.get(unit.name))
+        state = {name: tensor.to(weight.device) for name, tensor in state.items()}
+        model.set_submodule(unit.name, compress_linear(linear, level, state))

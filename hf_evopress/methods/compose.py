@@ -1,0 +1,207 @@
+"""Whole levels: the terms of a level compressed, stored and run as one.
+
+The first term compresses the weight, each later one the error that is left; the tensors of
+term i > 0 carry the suffix `_i`. Everything else in the package deals in levels, not methods.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.plugins import load, names
+from ..plans.level import Level, Term
+from .base import Method, Operator, Shape, State
+from .maths.linalg import Stats
+
+_SUFFIXED = re.compile(r"_\d+\Z")
+
+
+@lru_cache(maxsize=None)
+def method(name: str) -> Method:
+    """Return the method called `name`; ValueError names the nearest known one."""
+    return load("methods", name)()
+
+
+def methods() -> list[Method]:
+    """Return every method that is installed, by name."""
+    return [method(name) for name in names("methods")]
+
+
+@lru_cache(maxsize=4096)
+def normalize(level: Level | str) -> Level:
+    """Return `level` in canonical form, or raise ValueError that says what is wrong with it."""
+    level = Level.parse(level)
+    for i, term in enumerate(level.terms):
+        if i and not method(term.method).can_follow:
+            raise ValueError(f"level '{level}': {term.method} cannot follow another term")
+    if len(level.terms) > 1 and level.terms[0].method in ("dense", "drop"):
+        raise ValueError(f"level '{level}': {level.terms[0].method} leaves no error to compress")
+    return Level(tuple(method(t.method).normalize(t) for t in level.terms))
+
+
+def check_shape(level: Level, shape: Shape) -> None:
+    """Raise ValueError where a weight of `shape` cannot take `level`."""
+    for part, params, _ in _parts(level):
+        part.check_shape(shape, **params)
+
+
+def needs_stats(level: Level) -> bool:
+    """Return whether `level` can be made only with calibration statistics."""
+    return any(part.uses_stats(**params) for part, params, _ in _parts(level))
+
+
+def cost_bits(level: Level, shape: Shape) -> int:
+    """Return the exact number of bits that a weight of `shape` stores at `level`."""
+    return sum(part.cost_bits(shape, **params) for part, params, _ in _parts(level))
+
+
+def kept_values(level: Level, shape: Shape) -> int:
+    """Return how many weights, or entries of factors, a weight of `shape` keeps at `level`."""
+    return sum(part.kept_values(shape, **params) for part, params, _ in _parts(level))
+
+
+def compress(level: Level, W: Tensor, stats: Stats | None) -> State:
+    """Return the packed tensors of W (out, in) float32 at `level`."""
+    return compress_stacked(level, [W], stats)[0]
+
+
+def compress_stacked(level: Level, Ws: Sequence[Tensor], stats: Stats | None) -> list[State]:
+    """Return one state per weight, for weights (out_i, in) that share one input."""
+    return compress_many([level], Ws, stats)[0]
+
+
+def compress_many(
+    levels: Sequence[Level], Ws: Sequence[Tensor], stats: Stats | None
+) -> list[list[State]]:
+    """Return, per level, one state per weight, for weights (out_i, in) that share one input.
+
+    Levels share what they can: one method makes all its first terms in one call, and levels
+    that begin with the same term share it and the error that it leaves.
+    """
+    for W in Ws:
+        if not bool(torch.isfinite(W).all()):
+            raise ValueError(f"a weight of shape {tuple(W.shape)} contains inf or NaN")
+    return _many([level.terms for level in levels], Ws, stats, 0)
+
+
+def _many(
+    levels: Sequence[tuple[Term, ...]], Ws: Sequence[Tensor], stats: Stats | None, depth: int
+) -> list[list[State]]:
+    by_method: dict[str, dict[Term, list[int]]] = {}
+    for i, terms in enumerate(levels):
+        by_method.setdefault(terms[0].method, {}).setdefault(terms[0], []).append(i)
+    result: list[list[State]] = [[] for _ in levels]
+    for name, users in by_method.items():
+        part = method(name)
+        settings = [part.filled(term.kwargs) for term in users]
+        made = part.compress_many(Ws, stats, settings)
+        for members, params, states in zip(users.values(), settings, made, strict=True):
+            named = [_rename(state, name, _suffix(depth)) for state in states]
+            for i in members:
+                result[i] = [dict(state) for state in named]
+            longer = [i for i in members if len(levels[i]) > 1]
+            if not longer:
+                continue
+            left = [
+                W - part.decompress(state, _shape(W), torch.float32, **params)
+                for W, state in zip(Ws, states, strict=True)
+            ]
+            tails = _many([levels[i][1:] for i in longer], left, stats, depth + 1)
+            for i, tail in zip(longer, tails, strict=True):
+                for state, new in zip(result[i], tail, strict=True):
+                    state.update(new)
+    return result
+
+
+def decompress(level: Level, state: State, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Return the weight (out, in) that `state` stands for: the sum of its terms, in `dtype`."""
+    (part, params, _), *others = _parts(level)
+    if not others:
+        return part.decompress(state, shape, dtype, **params)
+    total = part.decompress(_pick(state, ""), shape, torch.float32, **params)
+    for part, params, suffix in others:
+        total = total + part.decompress(_pick(state, suffix), shape, torch.float32, **params)
+    return total.to(dtype)
+
+
+def bias_fix(level: Level, state: State) -> Tensor | None:
+    """Return what `state` adds to the layer's bias, (out,) float32, or None for nothing."""
+    total: Tensor | None = None
+    for part, params, suffix in _parts(level):
+        fix = part.bias_fix(_pick(state, suffix), **params)
+        if fix is not None:
+            total = fix.float() if total is None else total + fix.float()
+    return total
+
+
+def empty(level: Level, shape: Shape, dtype: torch.dtype) -> State:
+    """Return the tensors of a state of `level` on the meta device, for loading."""
+    return {
+        f"{k}{suffix}": v
+        for part, params, suffix in _parts(level)
+        for k, v in part.empty(shape, dtype, **params).items()
+    }
+
+
+def operator(
+    level: Level, state: State, bias: Tensor | None, shape: Shape, dtype: torch.dtype
+) -> Operator:
+    """Return x (..., in) -> (..., out), the sum of the terms' operators."""
+    made = [
+        part.operator(_pick(state, suffix), None if suffix else bias, shape, dtype, **params)
+        for part, params, suffix in _parts(level)
+    ]
+    return made[0] if len(made) == 1 else _sum(made)
+
+
+def terms(level: Level, state: State) -> Iterator[tuple[Method, dict[str, Any], State, str]]:
+    """Yield for each term of `level` its method, all parameters, tensors, and their suffix."""
+    for part, params, suffix in _parts(level):
+        yield part, params, _pick(state, suffix), suffix
+
+
+def _sum(operators: Sequence[Operator]) -> Callable[[Tensor], Tensor]:
+    def total(x: Tensor) -> Tensor:
+        y = operators[0](x)
+        for other in operators[1:]:
+            y = y + other(x)
+        return y
+
+    return total
+
+
+def _parts(level: Level) -> Iterator[tuple[Method, dict[str, Any], str]]:
+    for i, term in enumerate(level.terms):
+        part = method(term.method)
+        yield part, part.filled(term.kwargs), _suffix(i)
+
+
+def _suffix(i: int) -> str:
+    return f"_{i}" if i else ""
+
+
+def _rename(state: State, method_name: str, suffix: str) -> State:
+    for name in state:
+        if _SUFFIXED.search(name):
+            raise ValueError(
+                f"{method_name} calls a tensor {name!r}; an ending such as _1 is the number of a "
+                "term of the level, so the method has to choose another name"
+            )
+    return {f"{name}{suffix}": tensor for name, tensor in state.items()}
+
+
+def _pick(state: State, suffix: str) -> State:
+    """Return the tensors of one term: those with `suffix`, or without any for the first."""
+    if suffix:
+        return {k.removesuffix(suffix): v for k, v in state.items() if k.endswith(suffix)}
+    return {k: v for k, v in state.items() if not _SUFFIXED.search(k)}
+
+
+def _shape(W: Tensor) -> Shape:
+    return (W.shape[0], W.shape[1])

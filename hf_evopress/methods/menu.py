@@ -1,0 +1,143 @@
+"""Which levels are offered to which unit: the menus of families, and one the user writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..base.plugins import did_you_mean
+from ..plans.level import Level
+from . import compose
+
+Shape = tuple[int, int]
+
+# Whole-bit levels of one group size make an additive allocator return the uniform plan at
+# whole-bit budgets; the steps between them (half groups, double groups) let a budget be used up.
+DEFAULT_BITS = (2, 3, 4, 5, 6, 8)
+FINE_BITS = (2, 3, 4)
+# Rank r costs 8 r (out + in) bits with 8-bit factors: beyond rank 32 more bits are the better buy.
+RANKS = (4, 8, 16, 32)
+RANK_MULTIPLE = 8
+# Kept weights of 3 bits and wide groups fill the gap between 2 and 3 whole bits, which is where
+# sparse levels win: 1.01 instead of 1.14 nats at 2.8 bits on SmolLM2-135M, beside gptq alone.
+JOINT_SPARSITIES = (0.3, 0.4, 0.5, 0.6)
+WIDE_GROUPS = (192, 256, 128)
+SPARSITY_STEP = 0.05
+SPARSITY_SPAN = 4  # steps to either side of the sparsity asked for
+RATIOS = tuple(n / 10 for n in range(3, 10))  # of the weight's values, kept in factors
+
+FAMILIES = ("quant", "sparse", "lowrank", "residual")
+
+
+def default_levels(method: str = "gptq") -> list[str]:
+    """Return the default menu: 2-8 bits at group 64, and 2-4 bits at groups 32 and 128 as well."""
+    whole = [f"{method}:bits={b},group_size=64" for b in DEFAULT_BITS]
+    fine = [f"{method}:bits={b},group_size={g}" for b in FINE_BITS for g in (32, 128)]
+    return whole + fine
+
+
+def menus(
+    shapes: Mapping[str, Shape],
+    levels: Sequence[str | Level] | None = None,
+    *,
+    families: Sequence[str] = (),
+    sparsity: float | None = None,
+) -> dict[str, list[Level]]:
+    """Return unit -> the levels it is offered, cheapest first.
+
+    With `levels` given, every unit must take every level, else ValueError names units, shape and
+    group sizes that would fit. Else the menu is that of `families`, by default quant, or sparse
+    where a budget of `sparsity` counts values instead of bits: a level that does not fit a
+    unit's shape is left out for that unit, and a unit that takes no group of 64 is offered the
+    largest of 32, 16 and a whole row that it takes instead.
+    """
+    if levels is None:
+        chosen = _families(families, sparsity)
+        return {unit: family_menu(shape, chosen, sparsity) for unit, shape in shapes.items()}
+    if families:
+        raise ValueError(f"say levels or families, not both; got families={list(families)}")
+    wanted = [compose.normalize(level) for level in levels]
+    if repeated := {str(x) for x in wanted if wanted.count(x) > 1}:
+        raise ValueError(f"levels are given twice: {', '.join(sorted(repeated))}")
+    for unit, shape in shapes.items():
+        for level in wanted:
+            try:
+                compose.check_shape(level, shape)
+            except ValueError as error:
+                raise ValueError(f"{unit}: {error}") from error
+    return {unit: _by_cost(wanted, shape) for unit, shape in shapes.items()}
+
+
+def family_menu(shape: Shape, families: Sequence[str], sparsity: float | None) -> list[Level]:
+    """Return the levels of some families that a weight of `shape` takes, cheapest first."""
+    group = 64 if shape[1] % 64 == 0 else next((g for g in (32, 16) if shape[1] % g == 0), -1)
+    words: list[str] = []
+    for family in families:
+        if family in ("quant", "residual"):
+            words += _quant(group)
+        if family == "residual":
+            words += [
+                f"gptq:bits={b},group_size={group} + lowrank:rank={r},factors=int8"
+                for b in FINE_BITS
+                for r in RANKS
+            ]
+        if family == "sparse":
+            words += _sparse(shape, group, sparsity)
+        if family == "lowrank":
+            words += _lowrank(shape, sparsity)
+    offered = dict.fromkeys(compose.normalize(word) for word in words)
+    return _by_cost([level for level in offered if fits(level, shape)], shape)
+
+
+def fits(level: Level, shape: Shape) -> bool:
+    """Return whether a weight of `shape` can take `level`."""
+    try:
+        compose.check_shape(level, shape)
+    except ValueError:
+        return False
+    return True
+
+
+def _families(families: Sequence[str], sparsity: float | None) -> list[str]:
+    """Return the families meant; ValueError where one cannot serve the budget."""
+    for family in families:
+        if family not in (*FAMILIES, "all"):
+            hint = did_you_mean(family, [*FAMILIES, "all"])
+            raise ValueError(f"unknown family {family!r}{hint}; there are {', '.join(FAMILIES)}")
+    if sparsity is None:
+        return list(FAMILIES) if "all" in families else list(families or ("quant",))
+    for family in families:
+        if family in ("quant", "residual"):
+            raise ValueError(
+                f"family {family} removes no weights, so a budget of sparsity {sparsity} means "
+                "nothing to it; take sparse or lowrank, or a budget in bits"
+            )
+    return ["sparse", "lowrank"] if "all" in families else list(families or ("sparse",))
+
+
+def _quant(group: int) -> list[str]:
+    if group == 64:
+        return default_levels()
+    return [f"gptq:bits={b},group_size={group}" for b in DEFAULT_BITS]
+
+
+def _sparse(shape: Shape, group: int, sparsity: float | None) -> list[str]:
+    if sparsity is None:
+        wide = next((g for g in WIDE_GROUPS if shape[1] % g == 0), group)
+        joint = [f"sparsegpt:sparsity={s},bits=3,group_size={wide}" for s in JOINT_SPARSITIES]
+        return [*joint, f"sparsegpt:pattern=2:4,bits=4,group_size={group}"]
+    steps = range(-SPARSITY_SPAN, SPARSITY_SPAN + 1)
+    around = (round(sparsity + SPARSITY_STEP * n, 4) for n in steps)
+    return [f"sparsegpt:sparsity={s}" for s in around if 0 < s < 1]
+
+
+def _lowrank(shape: Shape, sparsity: float | None) -> list[str]:
+    """Return factors of 8-bit entries for budgets of bits, of 16-bit ones where values count."""
+    tail = ",factors=int8" if sparsity is None else ""
+    even = shape[0] * shape[1] / sum(shape)  # the rank whose factors are as large as the weight
+    ranks = [int(ratio * even) // RANK_MULTIPLE * RANK_MULTIPLE for ratio in RATIOS]
+    words = [f"lowrank:rank={r}{tail}" for r in dict.fromkeys(ranks) if r]
+    return words if sparsity is None else [*words, "dense"]
+
+
+def _by_cost(levels: Sequence[Level], shape: Shape) -> list[Level]:
+    return sorted(levels, key=lambda level: (compose.cost_bits(level, shape), str(level)))

@@ -1,0 +1,158 @@
+"""The compressible parts of a model: linear weights inside its decoder blocks.
+
+Names are module paths, found by walking the module tree, so any decoder of transformers works
+without a table of architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..base.patterns import matches
+from .plain import stock_linears
+
+SUPPORTED = (
+    "decoder-only transformers models whose blocks hold nn.Linear layers, such as Llama, "
+    "Mistral, Qwen, Gemma, Phi, SmolLM, OPT, GPT-2, GPT-NeoX and Falcon"
+)
+_CHOOSING = "Indexer"  # picks the tokens that attention sees: as a router, never compressed
+_MAMBA = "MambaMixer"  # reads the weight of its dt_proj without calling it
+_ROUTERS = ("gate", "router", "shared_expert_gate", "shared_gate")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One compressible part: its module path, (out, in) shape and decoder block number."""
+
+    name: str
+    shape: tuple[int, int]
+    block: int
+
+    @property
+    def n_weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the module path and the list of the decoder blocks of a causal language model.
+
+    The list is the shallowest nn.ModuleList of the (text) decoder that has as many entries as
+    the config has hidden layers. Raises ValueError for a model without one.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"{type(model).__name__} has no config; supported: {SUPPORTED}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; supported: {SUPPORTED}")
+    n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    decoder: nn.Module = getattr(model, "get_decoder", lambda: model)()
+    inside = {id(module) for module in decoder.modules()}
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    ]
+    # ModernBERT calls its head the decoder: then any list will do
+    found = [entry for entry in lists if id(entry[1]) in inside] or lists
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no list of {n_layers} decoder blocks; "
+            f"supported: {SUPPORTED}"
+        )
+    return min(found, key=lambda item: item[0].count("."))
+
+
+def find_units(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
+    """Return the linear weights inside the decoder blocks, in module order.
+
+    `skip` are globs ("*.v_proj", "model.layers.0.*") or regular expressions ("re:...") on
+    module paths. Embeddings, the output head, routers, indexers of sparse attention, tied weights,
+    and layers whose weight is read without a call (inside nn.MultiheadAttention, Mamba's dt_proj)
+    are never units.
+    """
+    path, blocks = find_blocks(model)
+    tied = {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", ())}
+    routed = _expert_counts(model)
+    units = []
+    for i, block in enumerate(blocks):
+        for name, linear in _linears(block, f"{path}.{i}"):
+            if name in tied or _is_router(name, linear, routed):
+                continue
+            units.append(Unit(name, (linear.out_features, linear.in_features), i))
+    if not units:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear inside its decoder blocks; "
+            f"supported: {SUPPORTED}"
+        )
+    kept = [u for u in units if not any(matches(u.name, pattern) for pattern in skip)]
+    if not kept:
+        raise ValueError(f"skip={list(skip)} leaves none of the {len(units)} units to compress")
+    return kept
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Return the paths of the linear layers in the decoder blocks, those of any quantizer too.
+
+    What an adapter may be put on. Left out are routers, and layers that are read without a call.
+    """
+    path, blocks = find_blocks(model)
+    routed = _expert_counts(model)
+    return [
+        name
+        for i, block in enumerate(blocks)
+        for name, module in _called(block, f"{path}.{i}")
+        if isinstance(getattr(module, "in_features", None), int)
+        and isinstance(getattr(module, "out_features", None), int)
+        and not _is_router(name, module, routed)
+    ]
+
+
+def _linears(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the linear modules of one block with their full paths."""
+    if others := stock_linears(block):
+        name, module = next(iter(others.items()))
+        raise ValueError(
+            f"{path}.{name} is a {type(module).__name__}: bring the model into its plain form "
+            "first, hf_evopress.plain.make_plain(model)"
+        )
+    for name, module in _called(block, path):
+        if _is_linear(module):
+            yield name, module  # type: ignore[misc]
+
+
+def _called(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of one block with their full paths, without those not ours to change."""
+    closed: list[str] = []
+    for name, module in block.named_modules(prefix=path):
+        kind = type(module).__name__
+        if isinstance(module, nn.MultiheadAttention) or kind.endswith(_CHOOSING):
+            closed.append(f"{name}.")
+        if kind.endswith(_MAMBA):
+            closed.append(f"{name}.dt_proj")
+        if not any(name.startswith(prefix) for prefix in closed):
+            yield name, module
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether `module` is a plain nn.Linear or one of our packed ones.
+
+    Other subclasses (bitsandbytes, ...) hold weights in forms of their own.
+    """
+    kind = type(module)
+    ours = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return kind is nn.Linear or (ours and issubclass(kind, nn.Linear))
+
+
+def _expert_counts(model: nn.Module) -> set[int]:
+    """Return the widths a router of this model may have."""
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return {int(n) for key in keys if (n := getattr(config, key, None))} | {1}
+
+
+def _is_router(name: str, linear: Any, widths: set[int]) -> bool:
+    return name.rpartition(".")[2] in _ROUTERS and linear.out_features in widths

@@ -1,0 +1,337 @@
+"""A plan: which unit gets which level, and where that came from. The product to share."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ..base.plugins import did_you_mean
+from ..base.resources import atomic_write
+from .level import Level
+from .push import push_plans
+from .repo import FILE_NAME, read_plan, read_text
+
+FORMAT_VERSION = 1
+
+Shape = tuple[int, int]
+
+_UNIT = re.compile(r"[\w-]+(\.[\w-]+)*")
+_REVISION = re.compile(r"[\w.][\w./-]*")
+
+
+@dataclass(frozen=True)
+class Plan(Mapping[str, Level]):
+    """An immutable mapping from unit (module path) to Level.
+
+    levels: one level per unit; units that are not named stay dense.
+    shapes: unit -> (out_features, in_features), so that a plan knows its model when it sees it.
+    budget, results, search: how it was found and what was measured, as JSON values.
+
+    >>> plan = Plan({"model.layers.0.mlp.up_proj": "rtn:bits=4,group_size=64"})
+    >>> Plan.from_json(plan.to_json()) == plan
+    True
+    """
+
+    levels: Mapping[str, Level]
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    base_model: str | None = None
+    revision: str | None = None
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    results: Mapping[str, Any] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for unit in self.levels:
+            if not isinstance(unit, str) or len(unit) > 500 or not _UNIT.fullmatch(unit):
+                raise ValueError(
+                    f"a unit is a module path such as model.layers.0.mlp.up_proj, got {unit!r:.200}"
+                )
+        _check_origin(self.base_model, self.revision)
+        levels = {unit: Level.parse(self.levels[unit]) for unit in sorted(self.levels)}
+        shapes = {unit: _shape(unit, self.shapes[unit]) for unit in sorted(self.shapes)}
+        if not levels:
+            raise ValueError("a plan needs at least one unit, got none")
+        if stray := sorted(set(shapes) - set(levels)):
+            raise ValueError(f"plan has a shape but no level for {_some(stray)}")
+        object.__setattr__(self, "levels", MappingProxyType(levels))
+        object.__setattr__(self, "shapes", MappingProxyType(shapes))
+        for name in ("budget", "results", "search"):
+            # as JSON has it: a plan equals itself after saving and loading
+            value = json.loads(json.dumps(dict(getattr(self, name)), allow_nan=False))
+            object.__setattr__(self, name, MappingProxyType(value))
+
+    def __getitem__(self, unit: str) -> Level:
+        return self.levels[unit]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.levels)
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.to_dict() == other.to_dict()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # mapping proxies cannot be copied or pickled
+        return (Plan.from_dict, (self.to_dict(),))
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values, levels sorted by unit."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "base_model": self.base_model,
+            "revision": self.revision,
+            "budget": dict(self.budget),
+            "levels": {unit: str(level) for unit, level in self.levels.items()},
+            "shapes": {unit: list(shape) for unit, shape in self.shapes.items()},
+            "results": dict(self.results),
+            "search": dict(self.search),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Return the plan that `data` holds; unknown keys and newer versions are refused."""
+        if not isinstance(data, Mapping):
+            raise TypeError(f"a plan is a JSON object, got {type(data).__name__}")
+        version = data.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ValueError(
+                f"plan has format_version {version!r}, this hf-evopress reads up to "
+                f"{FORMAT_VERSION}: pip install --upgrade hf-evopress"
+            )
+        known = ["base_model", "revision", "budget", "levels", "shapes", "results", "search"]
+        values = {k: v for k, v in data.items() if k != "format_version"}
+        for key, value in values.items():
+            if key not in known:
+                raise ValueError(f"unknown key {key!r} in plan{did_you_mean(key, known)}")
+            if key in known[2:] and not isinstance(value, Mapping):
+                raise TypeError(f"plan key {key!r} is an object, got {type(value).__name__}")
+        if "levels" not in values:
+            raise ValueError("plan has no 'levels'; is this file a plan?")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """Return the plan as text: one unit per line, made to be read and diffed."""
+        return json.dumps(self._with_short_shapes(), indent=2, allow_nan=False) + "\n"
+
+    def _with_short_shapes(self) -> dict[str, Any]:
+        # "576x1536" keeps one unit on one line, where a list would take four
+        data = self.to_dict()
+        data["shapes"] = {unit: f"{o}x{i}" for unit, (o, i) in self.shapes.items()}
+        return data
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Return the plan that `text` spells."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:  # too deep, or a number of 5000 digits
+            raise ValueError(f"plan is not valid JSON: {error}") from error
+        return cls.from_dict(data)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan to `path`, a file or an existing folder; return the file's path."""
+        path = Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
+        atomic_write(path, self.to_json())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Return the plan in the file `path`, or in the folder `path`."""
+        path = Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"no plan at {path}; a plan is a file like {FILE_NAME}")
+        text = read_text(path)
+        try:
+            return cls.from_json(text)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{path}: {error}") from error
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        filename: str | None = None,
+        token: str | None = None,
+    ) -> Plan:
+        """Return the plan of a file, a folder, or a repository on the Hub: `me/smol@v1`.
+
+        filename: which one, where a repository holds several. A compressed model's plan is also
+        found in its config.json.
+        """
+        text, where = read_plan(repo_or_path, revision=revision, filename=filename, token=token)
+        try:
+            return cls.from_json(text)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{where}: {error}") from error
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        filename: str = FILE_NAME,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+    ) -> Any:
+        """Push the plan with index and card in one commit; return CommitInfo, whose oid pins it.
+
+        Push further plans to the same repository under other file names: a Pareto front.
+        """
+        return push_plans(
+            {filename: self},
+            repo_id,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            token=token,
+        )
+
+    # -- questions -----------------------------------------------------------------------------
+
+    def check(self, shapes: Mapping[str, Shape]) -> None:
+        """Raise ValueError unless every unit is in `shapes` (a model's) with the same shape.
+
+        Dropped sub-blocks have no shape and are not looked at. All mismatches are listed, so
+        that one look tells another model from a renamed one.
+        """
+        wrong = []
+        for unit in self:
+            if self[unit].is_drop:
+                continue
+            if unit not in shapes:
+                wrong.append(f"{unit}: not in the model{did_you_mean(unit, list(shapes))}")
+            elif unit in self.shapes and tuple(self.shapes[unit]) != tuple(shapes[unit]):
+                have, want = "x".join(map(str, shapes[unit])), "x".join(map(str, self.shapes[unit]))
+                wrong.append(f"{unit}: the model has {have}, the plan was made for {want}")
+        if wrong:
+            origin = f" (made for {self.base_model})" if self.base_model else ""
+            raise ValueError(
+                f"the plan{origin} does not fit this model, {len(wrong)} of {len(self)} units:\n  "
+                + _some(wrong, sep="\n  ")
+            )
+
+    def check_depth(self, units: Iterable[str]) -> None:
+        """Raise ValueError where a model's `units` go on after the plan's last block.
+
+        A plan for fewer blocks would leave the others dense without a word. Kinds of units that
+        the plan never names are left out: it may have skipped them on purpose.
+        """
+        places = [place for unit in self if (place := _place(unit))]
+        last = max((block for block, _ in places), default=None)
+        kinds = {kind for _, kind in places}
+        found = {p[0] for unit in units if (p := _place(unit)) and p[1] in kinds}
+        if last is not None and (more := sorted(block for block in found if block > last)):
+            raise ValueError(
+                f"the plan (made for {self.base_model or 'an unnamed model'}) does not fit this "
+                f"model: it ends with block {last}, the model also has {_some([*map(str, more)])}"
+                "; to leave those dense, give their units the level dense with plan.replace(levels="
+                "{**plan.to_dict()['levels'], ...})"
+            )
+
+    def diff(self, other: Plan) -> dict[str, tuple[Level | None, Level | None]]:
+        """Return unit -> (level here, level in `other`) where the two differ; None is absent."""
+        units = sorted({*self, *other})
+        return {u: (self.get(u), other.get(u)) for u in units if self.get(u) != other.get(u)}
+
+    def summary(self) -> str:
+        """Return a few lines for people: base, budget, how many units and weights at each level."""
+        count = Counter(str(level) for level in self.levels.values())
+        weights: Counter[str] = Counter()
+        for unit, (rows, columns) in self.shapes.items():
+            weights[str(self.levels[unit])] += rows * columns
+        total = sum(weights.values())
+        lines = [f"plan for {self.base_model or 'an unnamed model'}: {len(self)} units"]
+        if self.budget:
+            lines.append("budget: " + ", ".join(f"{k} {v}" for k, v in self.budget.items())[:500])
+        for level in sorted(count):
+            share = f", {weights[level] / total:6.1%} of weights" if total else ""
+            lines.append(f"  {count[level]:5d} units{share}  {level}")
+        for key, value in self.results.items():
+            if isinstance(value, (int, float, str)):
+                lines.append(f"{key}: {value}"[:500])
+        # what a file says is printed on a terminal: no escape sequences
+        return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+
+    def rename(self, patterns: Mapping[str, str]) -> Plan:
+        """Return the plan for a model whose modules have other names.
+
+        patterns: regular expression -> replacement, each applied once to every unit:
+        plan.rename({r"^model\\.": "model.language_model."}).
+        """
+        names = {unit: unit for unit in self}
+        for pattern, new in patterns.items():
+            try:
+                if not any(re.search(pattern, name) for name in names.values()):
+                    raise ValueError(f"{pattern!r} matches none of the {len(self)} units")
+                names = {u: re.sub(pattern, new, name, count=1) for u, name in names.items()}
+            except re.error as error:
+                raise ValueError(f"{pattern!r} -> {new!r} is no pattern: {error}") from error
+        if len(set(names.values())) < len(names):
+            twice = [name for name, n in Counter(names.values()).items() if n > 1]
+            raise ValueError(f"renaming gives several units one name: {_some(twice)}")
+        return self.replace(
+            levels={names[unit]: str(level) for unit, level in self.levels.items()},
+            shapes={names[unit]: shape for unit, shape in self.shapes.items()},
+        )
+
+    def replace(self, **changes: Any) -> Plan:
+        """Return a copy with some fields replaced: `plan.replace(results={...})`."""
+        return Plan.from_dict({**self.to_dict(), **changes})
+
+
+def _check_origin(base_model: Any, revision: Any) -> None:
+    # both are printed, and pasted into commands and code from cards
+    if base_model is not None and not (isinstance(base_model, str) and base_model.isprintable()):
+        raise ValueError(f"base_model is the name of a model, got {base_model!r:.200}")
+    if revision is not None and not (isinstance(revision, str) and _REVISION.fullmatch(revision)):
+        raise ValueError(f"revision is a branch, a tag or a commit, got {revision!r:.200}")
+
+
+def _shape(unit: str, value: Any) -> Shape:
+    if isinstance(value, str):
+        value = value.split("x")
+    try:
+        rows, columns = (int(n) for n in value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"shape of {unit} is out x in such as '576x1536', got {value!r}"
+        ) from error
+    if rows <= 0 or columns <= 0 or rows * columns > 2**40:
+        raise ValueError(f"shape of {unit} is not a weight's: {value!r}")
+    return rows, columns
+
+
+def _place(unit: str) -> tuple[int, str] | None:
+    """Return block and kind: (3, "layers.*.mlp.up_proj") for "model.layers.3.mlp.up_proj"."""
+    match = re.search(r"(?:^|\.)(\d+)\.", unit)
+    if match is None:
+        return None
+    start = unit[: match.start(1)].removeprefix("model.")  # a base model has no such prefix
+    return int(match[1]), f"{start}*.{unit[match.end() :]}"
+
+
+def _some(items: list[str], sep: str = ", ", most: int = 8) -> str:
+    more = f"{sep}and {len(items) - most} more" if len(items) > most else ""
+    return sep.join(items[:most]) + more

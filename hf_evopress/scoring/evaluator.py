@@ -1,0 +1,273 @@
+"""Score plans on the real end-to-end loss, sharing all the work that plans have in common.
+
+Candidates are run block by block: those that agree on every block so far share one hidden state,
+so a mutation costs only the blocks from the first one it changes, and each block's levels are
+decompressed once per round. What is scored is what ships: the operators are those of the packed
+tensors in the store.
+
+A loss does not depend on a plan's companions, on memory limits or on the number of processes,
+to the last bit: sequences go through the model in batches that only their order decides.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.progress import Progress
+from ..base.ranks import ALONE, Ranks
+from ..methods import compose
+from ..methods.base import Operator
+from ..models.dropped import dropped_forward
+from ..models.head import SomeColumns
+from ..models.stream import BlockStream
+from ..models.sub_blocks import find_sub_blocks
+from ..plans.level import Level
+from ..store.level_store import LevelStore
+from .fitness.base import Fitness, Targets
+
+HIDDEN_BYTES = 1 << 30  # of hidden states of all candidates at once
+CACHE_BYTES = 4 << 30  # of decompressed weights
+BATCH_TOKENS = 4096  # through a block at once; a change changes losses in their last bits
+_ROOM = 3  # a block holds about this many activations as large as its input
+
+Plans = Sequence[Mapping[str, Level]]
+Group = tuple[list[Tensor], list[int]]  # hidden states by batch, the plans that have them
+
+
+class Evaluator:
+    """Losses of plans on a pool of token sequences (n_sequences, seq_len).
+
+    model: the dense model, in the dtype to compute in; it is patched while a call runs and is
+    whole again after. Levels are mappings unit -> Level as `Plan.levels`. ranks: processes that
+    call with the same plans, divide them, and all get all losses.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        store: LevelStore,
+        tokens: Tensor,
+        fitness: Fitness,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+        hidden_bytes: int = HIDDEN_BYTES,
+        ranks: Ranks = ALONE,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model, self.store, self.tokens, self.fitness = model, store, tokens, fitness
+        self.stream = BlockStream(model)
+        self.device = model.get_input_embeddings().weight.device
+        self.hidden_bytes = hidden_bytes
+        self.ranks = ranks
+        self.progress = progress
+        self.evaluated_tokens = 0
+        self._targets: dict[int, Targets] = {}
+        self._some = SomeColumns(model, self.stream) if fitness.columns else None
+        self._operators = _OperatorCache(model, store, cache_bytes)
+        self._units: dict[int, list[str]] = defaultdict(list)
+        for unit in store.units.values():
+            self._units[unit.block].append(unit.name)
+        self._dropped: dict[str, Operator] = {}
+        for sub in find_sub_blocks(model):
+            self._units[sub.block].append(sub.name)
+            self._dropped[sub.name] = dropped_forward(model, sub)
+
+    @torch.no_grad()
+    def losses(self, plans: Plans, sequences: Sequence[int]) -> list[list[float]]:
+        """Return for each plan its loss on each of the pool's `sequences`, given by number.
+
+        All plans see the same sequences, so differences between them are paired. ValueError
+        where the pool has no such sequence.
+        """
+        for number in sequences:
+            if not 0 <= number < len(self.tokens):
+                raise ValueError(
+                    f"the pool has sequences 0 to {len(self.tokens) - 1}, not {number}"
+                )
+        self.evaluated_tokens += len(plans) * len(sequences) * self.tokens.shape[1]
+        self.ranks.check_same("what to evaluate", ([sorted(p.items()) for p in plans], sequences))
+        distinct = self._by_prefix(plans)
+        size = self._batch_size
+        batches = [range(i, min(i + size, len(sequences))) for i in range(0, len(sequences), size)]
+        my_plans, my_batches = self.ranks.shares(len(distinct), len(batches))
+        table = torch.zeros(len(plans), len(sequences), dtype=torch.float64)
+        mine = [members for i, members in enumerate(distinct) if i in my_plans]
+        if self.fitness.judges_models:
+            for members in mine if 0 in my_batches else []:
+                with self.installed(plans[members[0]]):
+                    table[members] = self.fitness.of_model(self.model)
+            self.ranks.add_up(table)
+            return table.tolist()
+        # as many batches at once as memory allows, else as many plans: each is decompressed less
+        room = max(1, self.hidden_bytes // self._batch_bytes)
+        for together in _chunks(mine, max(1, room - _ROOM)):
+            at_once = max(1, room // (len(together) + _ROOM))
+            for part in _chunks([batches[i] for i in my_batches], at_once):
+                chosen = [plans[members[0]] for members in together]
+                ids = [self.tokens[[sequences[i] for i in batch]] for batch in part]
+                numbers = [[sequences[i] for i in batch] for batch in part]
+                self._make_targets([n for batch in numbers for n in batch])
+                for j, values in self._score(chosen, ids, numbers):
+                    columns = [i for batch in part for i in batch]
+                    for member in together[j]:
+                        table[member, columns] = torch.tensor(values, dtype=torch.float64)
+                if not self.fitness.keeps_targets:
+                    self._targets.clear()
+        self.ranks.add_up(table)
+        return table.tolist()
+
+    @torch.no_grad()
+    def logits(self, plan: Mapping[str, Level], input_ids: Tensor) -> Tensor:
+        """Return the logits (batch, seq, vocabulary) of the model compressed by `plan`."""
+        with self.installed(plan):
+            return self.stream.run_from(0, input_ids, self.stream.embed(input_ids))
+
+    def installed(self, plan: Mapping[str, Level]) -> AbstractContextManager[None]:
+        """Return a context in which the model computes at the levels of `plan`."""
+        return self._installed(plan, [unit for units in self._units.values() for unit in units])
+
+    # -- one round -----------------------------------------------------------------------------
+
+    def _by_prefix(self, plans: Plans) -> list[list[int]]:
+        """Return the numbers of equal plans together, plans that agree on first blocks near."""
+        order = [unit for block in sorted(self._units) for unit in self._units[block]]
+        equal: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        for i, plan in enumerate(plans):
+            equal[tuple(str(plan.get(unit)) for unit in order)].append(i)
+        return [equal[key] for key in sorted(equal)]
+
+    def _score(
+        self, plans: Plans, ids: list[Tensor], numbers: list[list[int]]
+    ) -> Iterator[tuple[int, list[float]]]:
+        """Yield each plan's number and its losses, batch after batch."""
+        ids = [batch.to(self.device) for batch in ids]
+        groups = [([self.stream.embed(batch) for batch in ids], list(range(len(plans))))]
+        for block in range(self.stream.n_blocks):
+            made: list[Group] = []
+            while groups:  # hidden states are let go as soon as a block has used them
+                made += self._split(block, *groups.pop(), plans)
+            groups = made[::-1]
+            if self.progress:
+                self.progress("evaluate", block + 1, self.stream.n_blocks)
+        for hidden, members in groups:
+            values = [
+                self._loss(number, batch[j : j + 1], states[j : j + 1])
+                for batch, states, named in zip(ids, hidden, numbers, strict=True)
+                for j, number in enumerate(named)
+            ]
+            for member in members:
+                yield member, values
+
+    def _split(
+        self, block: int, hidden: list[Tensor], together: list[int], plans: Plans
+    ) -> Iterator[Group]:
+        """Yield the block's output for each distinct choice of levels among plans so far equal."""
+        units = self._units[block]
+        choices: dict[tuple[Level | None, ...], list[int]] = defaultdict(list)
+        for i in together:
+            choices[tuple(plans[i].get(unit) for unit in units)].append(i)
+        for members in choices.values():
+            with self._installed(plans[members[0]], units):
+                yield [self.stream.run_block(block, states) for states in hidden], members
+
+    def _loss(self, number: int, ids: Tensor, hidden: Tensor) -> float:
+        targets = self._targets[number]
+        return sum(
+            self._share(ids, hidden, targets, part) for part in self.fitness.parts(ids.shape[1])
+        )
+
+    def _share(self, ids: Tensor, hidden: Tensor, targets: Targets, part: slice) -> float:
+        if self._some is None:
+            return self.fitness.share(self._head(ids, hidden, part), ids[0], targets, part)
+        x = self._some.inputs(ids[:, part], hidden[:, part])
+        kept = self._some.at(x, targets["ids"][part].long())
+        sample = self.fitness.sample(self._some.head.out_features).to(self.device)
+        return self.fitness.share_at(kept, self._some.sampled(x, sample), ids[0], targets, part)
+
+    def _head(self, ids: Tensor, hidden: Tensor, part: slice) -> Tensor:
+        """Return the logits (n, vocabulary) at the positions `part` of one sequence."""
+        return self.stream.head(ids[:, part], hidden[:, part])[0]
+
+    def _make_targets(self, numbers: Sequence[int]) -> None:
+        """Run the dense model on the sequences that have no targets yet."""
+        for number in numbers:
+            if number in self._targets:
+                continue
+            ids = self.tokens[number : number + 1].to(self.device)
+            hidden = self.stream.embed(ids)
+            for block in range(self.stream.n_blocks):
+                hidden = self.stream.run_block(block, hidden)
+            if self._some is not None and not self._targets:
+                first = slice(0, 8)
+                logits = self._head(ids, hidden, first)
+                self._some.check(ids[:, first], hidden[:, first], logits)
+            made = [
+                self.fitness.targets(self._head(ids, hidden, part), ids[0, part])
+                for part in self.fitness.parts(ids.shape[1])
+            ]
+            self._targets[number] = {key: torch.cat([t[key] for t in made]) for key in made[0]}
+
+    @property
+    def _batch_size(self) -> int:
+        """Sequences through a block at once."""
+        return max(1, BATCH_TOKENS // self.tokens.shape[1])
+
+    @property
+    def _batch_bytes(self) -> int:
+        """Bytes of the hidden states of one batch and plan."""
+        width = self.model.get_input_embeddings().weight.shape[1]
+        return self._batch_size * self.tokens.shape[1] * width * 4
+
+    @contextmanager
+    def _installed(self, plan: Mapping[str, Level], units: Sequence[str]) -> Iterator[None]:
+        """Make the modules of `units` compute at their levels; absent ones stay dense."""
+        patched = []
+        try:
+            for unit in units:
+                level = plan.get(unit)
+                if level is not None and not level.is_dense:
+                    module = self.model.get_submodule(unit)
+                    forward = self._dropped.get(unit) if level.is_drop else None
+                    module.forward = forward or self._operators.get(unit, level)
+                    patched.append(module)
+            yield
+        finally:
+            for module in patched:
+                del module.forward
+
+
+class _OperatorCache:
+    """Operators of (unit, level), least recently used dropped first."""
+
+    def __init__(self, model: Any, store: LevelStore, limit_bytes: int) -> None:
+        self.model, self.store, self.limit_bytes = model, store, limit_bytes
+        self.size_bytes = 0
+        self._kept: OrderedDict[tuple[str, Level], tuple[Operator, int]] = OrderedDict()
+
+    def get(self, unit: str, level: Level) -> Operator:
+        key = (unit, level)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+        module = self.model.get_submodule(unit)
+        shape, weight = self.store.units[unit].shape, module.weight
+        state = {k: v.to(weight.device) for k, v in self.store.state(unit, level).items()}
+        operator = compose.operator(level, state, module.bias, shape, weight.dtype)
+        size = shape[0] * shape[1] * weight.element_size()
+        self._kept[key] = (operator, size)
+        self.size_bytes += size
+        while self.size_bytes > self.limit_bytes and len(self._kept) > 1:
+            _, (_, freed) = self._kept.popitem(last=False)
+            self.size_bytes -= freed
+        return operator
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,5 @@
+"""The level store: every candidate of every unit, packed in the form in which it will ship.
+
+In: a dense model, a menu of levels, statistics. Out: packed tensors by unit and level, and what
+each is predicted to cost. Open first: level_store.py.
+"""

@@ -1,0 +1,398 @@
+"""The level store: every candidate of every unit, packed as it will ship (EvoPress's database).
+
+A folder with `index.json` (what the store is made from and what it will hold) and one safetensors
+file per unit, whole or absent, so that a killed build resumes at the next unit. Files are
+numbered; unit names never become paths.
+
+Tensors are called <level number>/<name>. One that is the leading part of another of the same name
+is stored once: nested ranks, and the codes that levels with the same first term have in common.
+The file's metadata say under `shared` of which tensor it is what leading shape.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..base.progress import Progress
+from ..base.ranks import ALONE, Ranks
+from ..base.resources import atomic_path, atomic_write
+from ..methods import compose
+from ..methods.base import State
+from ..methods.maths.linalg import Stats
+from ..models.units import Unit
+from ..plans.level import Level
+from .checksums import checksum
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a store is made from: the statistics of each block, and a fingerprint of it all."""
+
+    fingerprint: Mapping[str, Any]
+    stats: Callable[[int], Mapping[str, Stats]]
+    moments: Callable[[int], Mapping[str, Tensor]] | None = None
+
+
+class LevelStore:
+    """Read access to a finished store; `LevelStore.build` makes or continues one.
+
+    >>> store = LevelStore("work/store")                      # doctest: +SKIP
+    >>> store.weight("model.layers.0.mlp.up_proj", "gptq:bits=3,group_size=64", torch.float32)
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.index = _read_index(self.folder)
+        self.units: dict[str, Unit] = {
+            u["name"]: Unit(u["name"], (u["shape"][0], u["shape"][1]), u["block"])
+            for u in self.index["units"]
+        }
+        self._numbers = {name: i for i, name in enumerate(self.units)}
+        self._levels = {
+            u["name"]: [compose.normalize(level) for level in u["levels"]]
+            for u in self.index["units"]
+        }
+        self._scores: dict[str, list[dict[str, float]]] = {}
+        missing = [u for u in self.units if not self._file(u).is_file()]
+        if missing:
+            raise ValueError(
+                f"the store {self.folder} is not finished: {len(missing)} of {len(self.units)} "
+                "units are missing; run the same build again to continue it"
+            )
+
+    # -- building ------------------------------------------------------------------------------
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | Path,
+        model: Any,
+        units: Sequence[Unit],
+        menus: Mapping[str, Sequence[Level]],
+        source: Source,
+        *,
+        ranks: Ranks = ALONE,
+        progress: Progress | None = None,
+    ) -> LevelStore:
+        """Return the store in `folder`, after building what is not there yet.
+
+        A store of the same make that has these levels and more serves as it is.
+
+        One block at a time: its statistics are read, each distinct input's Hessian is factorised
+        once, and all levels of the units behind it are made in one pass. ranks: processes that
+        share the folder; each takes some blocks. Raises ValueError where the folder holds a
+        store made from something else.
+        """
+        folder = Path(folder)
+        with ranks.first_alone():
+            index = _start(folder, _new_index(units, menus, source.fingerprint))
+        menus = {u["name"]: [compose.normalize(x) for x in u["levels"]] for u in index["units"]}
+        numbers = {unit.name: i for i, unit in enumerate(units)}
+        done = sum(_unit_file(folder, i).is_file() for i in numbers.values())
+        blocks = sorted({unit.block for unit in units})
+        for block in (b for n, b in enumerate(blocks) if ranks.owns(n)):
+            todo = [u for u in units if u.block == block]
+            todo = [u for u in todo if not _unit_file(folder, numbers[u.name]).is_file()]
+            if not todo:
+                continue
+            stats = source.stats(block)
+            moments = source.moments(block) if source.moments else {}
+            for group in _by_input(todo, stats, menus):
+                weights = [_weight(model, unit) for unit in group]
+                levels = list(menus[group[0].name])
+                made = compose.compress_many(levels, weights, stats.get(group[0].name))
+                for j, (unit, W) in enumerate(zip(group, weights, strict=True)):
+                    states = [per_level[j] for per_level in made]
+                    known = (stats.get(unit.name), moments.get(unit.name))
+                    scores = [
+                        _score(level, state, W, *known)
+                        for level, state in zip(levels, states, strict=True)
+                    ]
+                    _write_unit(_unit_file(folder, numbers[unit.name]), unit, states, scores)
+                    done += 1
+                    if progress:
+                        progress("levels", done, len(units))
+        ranks.wait()
+        return cls(folder)
+
+    @classmethod
+    def lacks(
+        cls,
+        folder: str | Path,
+        units: Sequence[Unit],
+        menus: Mapping[str, Sequence[Level]],
+        source: Source,
+    ) -> bool | None:
+        """Return whether the store in `folder` lacks levels; None without one of this make."""
+        if not (Path(folder) / INDEX).is_file():
+            return None
+        found, wanted = _read_index(Path(folder)), _new_index(units, menus, source.fingerprint)
+        same = found["fingerprint"] == wanted["fingerprint"]
+        return not _covers(found, wanted) if same else None
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def levels(self, unit: str) -> list[Level]:
+        """Return the levels stored for `unit`, cheapest first."""
+        return self._levels[self._known(unit)]
+
+    def state(self, unit: str, level: Level | str) -> State:
+        """Return the packed tensors of `unit` at `level`; a damaged file raises ValueError."""
+        number = self._level_number(unit, level)
+        path = self._file(unit)
+        prefix = f"{number}/"
+        try:
+            with safe_open(path, framework="pt") as file:
+                shared = json.loads(file.metadata().get("shared", "{}"))
+                state = {
+                    key.removeprefix(prefix): _tensor(file, *shared.get(key, (key, None)))
+                    for key in sorted({*file.keys(), *shared})
+                    if key.startswith(prefix)
+                }
+                expected = json.loads(file.metadata()["crc32"])[number]
+        except (SafetensorError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+            raise _damaged(path, unit) from error
+        if checksums(state) != expected:
+            raise _damaged(path, unit)
+        return state
+
+    def weight(self, unit: str, level: Level | str, dtype: torch.dtype) -> Tensor:
+        """Return the decompressed weight (out, in) of `unit` at `level`."""
+        level = compose.normalize(level)
+        return compose.decompress(level, self.state(unit, level), self.units[unit].shape, dtype)
+
+    def cost_bits(self, unit: str, level: Level | str) -> int:
+        """Return the stored bits of `unit` at `level`."""
+        return compose.cost_bits(compose.normalize(level), self.units[self._known(unit)].shape)
+
+    def scores(self, unit: str, level: Level | str) -> dict[str, float]:
+        """Return what was measured when the level was made.
+
+        error: tr(dW H dW^T) / tr(W H W^T) on the calibration inputs; heldout_error: the same on
+        held-out inputs; sensitivity_nats: 1/2 tr(G dW H' dW^T), the KL that the level is expected
+        to add per token. The last two only where the calibration provides for them.
+        """
+        number = self._level_number(unit, level)
+        if unit not in self._scores:
+            try:
+                with safe_open(self._file(unit), framework="pt") as file:
+                    self._scores[unit] = json.loads(file.metadata()["scores"])
+            except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+                raise _damaged(self._file(unit), unit) from error
+        return self._scores[unit][number]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the store's files."""
+        return sum(p.stat().st_size for p in self.folder.glob("*.safetensors"))
+
+    def _file(self, unit: str) -> Path:
+        return _unit_file(self.folder, self._numbers[self._known(unit)])
+
+    def _known(self, unit: str) -> str:
+        if unit not in self.units:
+            raise ValueError(f"unit {unit!r} is not in the store {self.folder}")
+        return unit
+
+    def _level_number(self, unit: str, level: Level | str) -> int:
+        level, stored = compose.normalize(level), self.levels(unit)
+        if level not in stored:
+            raise ValueError(
+                f"the store {self.folder} has no level '{level}' for {unit}; "
+                f"it has: {', '.join(map(str, stored))}"
+            )
+        return stored.index(level)
+
+
+def checksums(state: State) -> dict[str, str]:
+    """Return tensor name -> CRC-32 of the tensors of a state."""
+    return {name: checksum(_bytes(tensor), tensor.shape) for name, tensor in state.items()}
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _by_input(
+    units: Iterable[Unit], stats: Mapping[str, Stats], menus: Mapping[str, Sequence[Level]]
+) -> list[list[Unit]]:
+    """Group units that share one input and one menu: their rows go through the loop together."""
+    groups: dict[Any, list[Unit]] = {}
+    for unit in units:
+        key = (id(stats[unit.name]) if unit.name in stats else unit.name, tuple(menus[unit.name]))
+        groups.setdefault(key, []).append(unit)
+    return list(groups.values())
+
+
+def _weight(model: Any, unit: Unit) -> Tensor:
+    return model.get_submodule(unit.name).weight.detach().float()
+
+
+def _score(
+    level: Level, state: State, W: Tensor, stats: Stats | None, G: Tensor | None
+) -> dict[str, float]:
+    if stats is None:
+        return {}
+    delta = W - compose.decompress(level, state, (W.shape[0], W.shape[1]), torch.float32)
+    scores = {"error": _relative(delta, W, stats.gram)}
+    if stats.heldout is not None:
+        scores["heldout_error"] = _relative(delta, W, stats.heldout)
+    if G is not None:
+        H = stats.hessian()  # sink-aware: the plain Hessian does not see errors at position 0
+        scores["sensitivity_nats"] = 0.5 * float(((G @ delta) * (delta @ H)).sum())
+    return scores
+
+
+def _relative(delta: Tensor, W: Tensor, H: Tensor) -> float:
+    energy = float(((W @ H) * W).sum())
+    return float(((delta @ H) * delta).sum()) / energy if energy > 0 else 0.0
+
+
+def _unit_file(folder: Path, number: int) -> Path:
+    return folder / f"unit_{number:05d}.safetensors"
+
+
+def _write_unit(
+    path: Path, unit: Unit, states: Sequence[State], scores: Sequence[Mapping[str, float]]
+) -> None:
+    tensors, shared = share(states)
+    metadata = {
+        "unit": unit.name,
+        "shared": json.dumps(shared),
+        "scores": json.dumps(list(scores)),
+        "crc32": json.dumps([checksums(state) for state in states]),
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def share(
+    states: Sequence[State],
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, list[int]]]]:
+    """Return the tensors to store by key, and key -> (stored key, shape) of all others.
+
+    A tensor is left out where it is, bit for bit, the leading part of a stored one.
+    """
+    everything = [
+        (name, i, tensor) for i, state in enumerate(states) for name, tensor in state.items()
+    ]
+    everything.sort(key=lambda entry: -entry[2].numel())
+    stored: dict[str, list[tuple[str, Tensor]]] = {}
+    shared: dict[str, tuple[str, list[int]]] = {}
+    for name, i, tensor in everything:
+        key, known = f"{i}/{name}", stored.setdefault(name, [])
+        source = next((k for k, larger in known if _is_leading(tensor, larger)), None)
+        if source is None:
+            known.append((key, tensor.contiguous()))
+        else:
+            shared[key] = (source, list(tensor.shape))
+    return {key: tensor for kept in stored.values() for key, tensor in kept}, shared
+
+
+def _is_leading(part: Tensor, whole: Tensor) -> bool:
+    if part.dtype != whole.dtype or part.ndim != whole.ndim or not part.numel():
+        return False
+    if any(n > m for n, m in zip(part.shape, whole.shape, strict=True)):
+        return False
+    # The first row tells nearly all of those that differ.
+    leading = whole[tuple(slice(n) for n in part.shape)]
+    return torch.equal(part[:1], leading[:1]) and torch.equal(part, leading)
+
+
+def _tensor(file: Any, key: str, shape: Sequence[int] | None) -> Tensor:
+    if shape is None:
+        return file.get_tensor(key)
+    return file.get_slice(key)[tuple(slice(n) for n in shape)].contiguous()
+
+
+def _new_index(
+    units: Sequence[Unit],
+    menus: Mapping[str, Sequence[Level]],
+    fingerprint: Mapping[str, Any],
+) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": json.loads(json.dumps(fingerprint)),  # as it is read again
+        "units": [
+            {
+                "name": unit.name,
+                "shape": list(unit.shape),
+                "block": unit.block,
+                "levels": [str(level) for level in menus[unit.name]],
+            }
+            for unit in units
+        ],
+    }
+
+
+def _covers(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Return whether a store's index has all that another asks for, made from the same."""
+
+    def frame(index: Mapping[str, Any]) -> Any:
+        return [{**unit, "levels": None} for unit in index["units"]]
+
+    return (
+        found["fingerprint"] == wanted["fingerprint"]
+        and frame(found) == frame(wanted)
+        and all(
+            {*there["levels"]} >= {*asked["levels"]}
+            for there, asked in zip(found["units"], wanted["units"], strict=True)
+        )
+    )
+
+
+def _start(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """Write the index of a new store, or return that of the one in `folder` if it serves."""
+    if not (folder / INDEX).is_file():
+        atomic_write(folder / INDEX, json.dumps(index, indent=1) + "\n")
+        return index
+    found = _read_index(folder)
+    if _covers(found, index):
+        return found
+    made_from = index["fingerprint"]
+    differing = [k for k, v in made_from.items() if found["fingerprint"].get(k) != v]
+    if not differing:
+        differing = ["the units or their levels"]
+    raise ValueError(
+        f"{folder} holds a level store made with other settings ({', '.join(differing)} differ); "
+        "give another work folder, or remove this one to build anew"
+    )
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"no level store at {folder}: {INDEX} is missing")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if index.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {index.get('format_version')!r}, this hf-evopress reads "
+            f"{FORMAT_VERSION}; build the store again"
+        )
+    return index
+
+
+def _damaged(path: Path, unit: str) -> ValueError:
+    return ValueError(
+        f"{path} (levels of {unit}) is damaged: truncated or changed after it was written; "
+        "delete it and run the same build again, which makes only what is missing"
+    )

@@ -1,0 +1,360 @@
+"""Train a compressed model on a text: an adapter over it, or its own scales and norms.
+
+With a teacher the loss is the divergence from the dense model (healing), without one the text's
+own (fine-tuning). Trainer does the work; checkpoints go to OUT.work, and the same call goes on
+from the last one. Floats that a teacher trains are measured on text they did not see, as they are
+stored, and kept only if they are closer to it; the checkpoint takes the bytes it took before.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..adapters.folder import activate, check_target, load_adapter
+from ..adapters.kappa import FILE as KAPPA
+from ..adapters.kappa import kappa_targets
+from ..adapters.repair import load, local_folder, perplexity_of, save_checkpoint, tokenizer_of
+from ..base.devices import has_bfloat16
+from ..base.fingerprint import claim
+from ..base.plugins import did_you_mean
+from ..base.progress import Progress
+from ..calibration.data import bos_of, load_tokens, tokenize_file
+from ..calibration.own_text import write_sequences
+from ..export.base import check_target as check_model_target
+from ..models.units import linear_layers
+from ..refine.distillation import Sequences, Targets, distillation_loss, precompute_targets
+from .trainer import DistillationTrainer
+from .tunable import KINDS, check_trainable, make_tunable, settle
+
+logger = logging.getLogger(__name__)
+
+_HELDOUT = "held-out text"
+
+ADAPTERS: Mapping[str, Mapping[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is trained and how.
+
+    train: lora, rslora or dora (an adapter), or any of scales, factors, norms and biases, joined
+    by commas (the packed model itself). target, of an adapter: all-linear, kappa:SHARE, or
+    last parts of module names joined by commas. start: an adapter to train on; beside: one that
+    is active and frozen. heldout: sequences that tell, with a teacher, what the training did.
+    written: sequences that the teacher writes itself, to learn from as well.
+    """
+
+    train: str = "lora"
+    target: str = "all-linear"
+    rank: int = 16
+    alpha: float | None = None  # of the adapter; by default twice the rank
+    start: str | None = None
+    beside: str | None = None
+    teacher: str | None = None
+    task_weight: float = 0.0  # cross entropy added to the teacher's divergence
+    steps: int = 200
+    batch: int = 4
+    accumulate: int = 1
+    learning_rate: float | None = None  # by default 2e-4 for adapters, 1e-4 for floats
+    seq_len: int = 512
+    sequences: int = 256
+    written: int = 0
+    heldout: int = 4
+    seed: int = 0
+    save_steps: int = 50
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("rank", "steps", "batch", "accumulate", "sequences", "heldout", "save_steps"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be 1 or more, got {getattr(self, key)}")
+        if self.written < 0 or (self.written and self.teacher is None):
+            raise ValueError(f"written text is a teacher's, 0 or more; got {self.written}")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        for word in self.kinds or ():
+            known = [*ADAPTERS, *KINDS]
+            if word not in KINDS:
+                raise ValueError(
+                    f"cannot train {word!r}{did_you_mean(word, known)}; known: {', '.join(known)}"
+                )
+        if self.kinds and (self.start or self.beside):
+            raise ValueError(f"train={self.train} changes the model itself and takes no adapter")
+        if self.target.startswith("kappa:"):
+            _share(self.target)
+
+    @property
+    def kinds(self) -> list[str] | None:
+        """Kinds of float parameters to train, None for an adapter."""
+        return None if self.train in ADAPTERS else [w.strip() for w in self.train.split(",")]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The adapter or checkpoint that was written, the loss of each step, and what it changed.
+
+    perplexity, of each test, and kl, from the teacher on held-out text, are before and after.
+    is_kept: not, where floats trained by a teacher were not closer to it and stayed as they were.
+    """
+
+    folder: Path
+    losses: tuple[float, ...]
+    n_trained: int
+    perplexity: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    kl: tuple[float, float] | None = None
+    is_kept: bool = True
+
+
+def tune(
+    model: str,
+    out: str | Path,
+    settings: Tuning,
+    *,
+    data: Sequence[str],
+    tests: Mapping[str, str] | None = None,
+    window: int = 512,
+    targets: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Return what training `model` on the text in `data` gave, written to `out`.
+
+    tests: name -> text file; perplexities before and after are measured on them. targets: where
+    the teacher's predictions are kept, by default with the checkpoints; runs on the same text can
+    share them.
+    """
+    (check_model_target if settings.kinds else check_target)(out)
+    work = Path(f"{out}.work")
+    made_from = {"model": model, "data": list(data), **vars(settings)}
+    claim(work, {k: v for k, v in made_from.items() if k != "steps"}, what="a training run")
+    # a missing text is an error now, not after the teacher's pass
+    texts = {name: tokenize_file(path, tokenizer_of(model)) for name, path in (tests or {}).items()}
+    dataset, heldout = _datasets(model, data, settings, Path(targets or work), progress)
+    return trained(model, out, settings, dataset, heldout, work=work, texts=texts, window=window)
+
+
+def trained(
+    model: str,
+    out: str | Path,
+    settings: Tuning,
+    dataset: Any,
+    heldout: Targets | None,
+    *,
+    work: Path,
+    texts: Mapping[str, Tensor] | None = None,
+    window: int = 512,
+) -> Tuned:
+    """Return what training `model` on `dataset` gave, written to `out`; checkpoints go to `work`.
+
+    heldout: what a teacher says of text that is not in the dataset. texts: name -> tokens (n,),
+    to measure perplexities on in windows of `window`.
+    """
+    stored = AutoConfig.from_pretrained(model).dtype
+    made = prepared(load(model), settings, kappa_file=_kappa_file(model, work))
+    measures: dict[str, Callable[[Any], float]] = {
+        name: partial(perplexity_of, tokens=tokens, window=window)
+        for name, tokens in (texts or {}).items()
+    }
+    if heldout is not None:
+        measures[_HELDOUT] = partial(_divergence, targets=heldout)
+    before = {name: measure(made) for name, measure in measures.items()}
+    n_trained = sum(p.numel() for p in made.parameters() if p.requires_grad)
+    trainer = _trainer(made, settings, dataset, work)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    if settings.kinds:
+        settle(made)
+        own = made.dtype
+        made.to(stored or own).to(own)  # norms and biases too are measured as they are stored
+    after = {name: (before[name], measure(made)) for name, measure in measures.items()}
+    kl = after.pop(_HELDOUT, None)
+    is_kept = not settings.kinds or kl is None or kl[1] < kl[0]
+    if not is_kept:
+        logger.warning(
+            "training did not bring the model closer to its teacher on held-out text (%s) and is "
+            "not kept; more sequences or a lower learning rate may help",
+            kl,
+        )
+        made, after = load(model), {name: (x, x) for name, x in before.items()}
+    if settings.kinds:
+        save_checkpoint(made.to(stored or made.dtype), out, model)
+    else:
+        made.save_pretrained(str(out), selected_adapters=["default"])
+    losses = tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)
+    return Tuned(Path(out), losses, n_trained, after, kl, is_kept)
+
+
+def prepared(model: Any, settings: Tuning, *, kappa_file: Path | None = None) -> Any:
+    """Return `model`, or a PeftModel around it, with what `settings` trains made trainable.
+
+    kappa_file: where condition numbers are kept, for a target of kappa:SHARE.
+    """
+    if settings.kinds:
+        make_tunable(model, settings.kinds)
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    _unpack(model)
+    torch.manual_seed(settings.seed)
+    if settings.start:
+        made = load_adapter(model, local_folder(settings.start), is_trainable=True)
+    else:
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.rank,
+            lora_alpha=settings.alpha or 2 * settings.rank,
+            target_modules=_targets(model, settings.target, kappa_file),
+            **ADAPTERS[settings.train],
+        )
+        made = get_peft_model(model, config)
+    if settings.beside:
+        made = load_adapter(made, local_folder(settings.beside), name="beside")
+        activate(made, ["default", "beside"], train=["default"])
+    check_trainable(made)
+    return made
+
+
+@torch.no_grad()
+def _unpack(model: Any) -> None:
+    """Give layers that unpack at their first call, those of compressed-tensors, their weight.
+
+    PEFT wraps no layer without one.
+    """
+    if any(type(m) is nn.Linear and not hasattr(m, "weight") for m in model.modules()):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+
+
+def _kappa_file(model: str, work: Path) -> Path:
+    """Return a file beside the plan, or in the work folder if the model's is not to be written."""
+    folder = Path(model)
+    return (folder if folder.is_dir() and os.access(folder, os.W_OK) else work) / KAPPA
+
+
+def _targets(model: Any, target: str, kappa_file: Path | None) -> list[str]:
+    """Return the full names of the layers that `target` describes."""
+    if target.startswith("kappa:"):
+        return kappa_targets(model, _share(target), cache=kappa_file)
+    names = linear_layers(model)
+    if target == "all-linear":
+        return names
+    parts = {name.rpartition(".")[2] for name in names}
+    wanted = [word.strip() for word in target.split(",")]
+    for word in wanted:
+        if word not in parts:
+            raise ValueError(
+                f"no linear layer is called {word!r}{did_you_mean(word, sorted(parts))}; "
+                f"target is all-linear, kappa:0.2, or some of {', '.join(sorted(parts))}"
+            )
+    return [name for name in names if name.rpartition(".")[2] in wanted]
+
+
+def _share(target: str) -> float:
+    try:
+        share = float(target.removeprefix("kappa:"))
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise ValueError(f"kappa takes a share of the layers, such as kappa:0.2; got {target!r}")
+    return share
+
+
+def _datasets(
+    model: str, data: Sequence[str], settings: Tuning, where: Path, progress: Progress | None
+) -> tuple[Any, Targets | None]:
+    """Return the training set and, with a teacher, a held-out one.
+
+    The teacher's targets are on disk: it leaves memory again.
+    """
+    n, tokenizer = settings.sequences, tokenizer_of(model)
+    tokens = load_tokens(
+        list(data),
+        tokenizer,
+        n_sequences=n + (settings.heldout if settings.teacher else 0),
+        seq_len=settings.seq_len,
+        seed=settings.seed,
+    )
+    if settings.teacher is None:
+        return Sequences(tokens), None
+    learn = tokens[:n]
+    if settings.written:
+        learn = torch.cat([learn, _written(learn, tokenizer, settings, where, progress)])
+    teacher = load(settings.teacher)
+    parts = {"targets": learn, "heldout": tokens[n:]}
+    train, heldout = (
+        Targets(precompute_targets(teacher, ids, where / name, progress=progress))
+        for name, ids in parts.items()
+    )
+    return train, heldout
+
+
+def _written(
+    learn: Tensor, tokenizer: Any, settings: Tuning, where: Path, progress: Progress | None
+) -> Tensor:
+    """Return what the teacher writes, in bfloat16 where that is faster: its words are its own."""
+    assert settings.teacher is not None  # Tuning says so
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    writer = load(settings.teacher, dtype=torch.bfloat16 if has_bfloat16(device) else None)
+    bos, seed = bos_of(tokenizer), settings.seed
+    return write_sequences(
+        writer, learn, settings.written, where / "written", bos=bos, seed=seed, progress=progress
+    )
+
+
+@torch.no_grad()
+def _divergence(model: Any, targets: Targets) -> float:
+    """Return the mean KL from the teacher that `targets` are of, in nats per token."""
+    was_training = model.training
+    model.eval()
+    losses = []
+    for i in range(len(targets)):
+        item = {key: value[None].to(model.device) for key, value in targets[i].items()}
+        logits = model(input_ids=item["input_ids"], use_cache=False).logits
+        losses.append(float(distillation_loss(logits, item["target_ids"], item["target_log_p"])))
+    model.train(was_training)
+    return math.fsum(losses) / len(losses)
+
+
+def _trainer(model: Any, settings: Tuning, dataset: Any, work: Path) -> Trainer:
+    checkpointing = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
+    args = TrainingArguments(
+        output_dir=str(work),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate or (1e-4 if settings.kinds else 2e-4),
+        warmup_steps=max(1, settings.steps // 20),
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=1,
+        logging_steps=1,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused on a CPU
+        activation_checkpointing=settings.gradient_checkpointing,
+        **(checkpointing if settings.gradient_checkpointing else {}),
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if settings.gradient_checkpointing and not settings.kinds:
+        model.enable_input_require_grads()
+    if settings.teacher is not None:
+        return DistillationTrainer(
+            model, args, train_dataset=dataset, task_weight=settings.task_weight
+        )
+    return Trainer(model, args, train_dataset=dataset)

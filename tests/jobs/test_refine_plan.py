@@ -1,0 +1,200 @@
+"""A refined plan ships like any other: same bytes, scored states, an ordinary checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from hf_evopress.cli import main
+from hf_evopress.cli.compress import show_result
+from hf_evopress.jobs import measure, pipeline
+from hf_evopress.jobs.end_to_end import refine_end_to_end
+from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.refine_plan import refine_plan
+from hf_evopress.models.size import stored_bytes
+from hf_evopress.plans.plan import Plan
+from hf_evopress.recipes.recipe import Distil, Recipe
+
+LEVEL = "gptq:bits=2,group_size=32"
+DATA = {"seq_len": 64, "calibration": 24, "search": 16, "heldout": 4, "test": 12}
+
+
+def recipe(home: Path, out: str, refine: str) -> Recipe:
+    return Recipe.from_dict(
+        {
+            "model": str(home / "dense"),
+            "out": str(home / out),
+            "work": str(home / "work"),
+            "budget": {"bits": 2.6},
+            "levels": [LEVEL],
+            "data": {"sources": [str(home / "text.txt")], **DATA},
+            "search": {"strategy": "knapsack", "sensitivity_tokens": 512},
+            "refine": refine,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(home: Path) -> pipeline.Result:
+    return pipeline.compress(recipe(home, "plain", "none"))
+
+
+@pytest.fixture(scope="module")
+def refined(home: Path) -> pipeline.Result:
+    return pipeline.compress(recipe(home, "refined", "fast"))
+
+
+def test_compress_with_refine_ships_a_closer_model_of_the_same_plan_and_size(
+    plain: pipeline.Result, refined: pipeline.Result
+) -> None:
+    assert refined.plan.levels == plain.plan.levels
+    tensors = [(r.folder / "model.safetensors").stat().st_size for r in (plain, refined)]
+    assert tensors[0] == tensors[1]
+    kl = {row.name: row.report.kl_nats for row in refined.rows}
+    assert kl["searched"] < kl[measure.UNREFINED]
+    assert kl[measure.UNREFINED] == pytest.approx(
+        next(row.report.kl_nats for row in plain.rows if row.name == "searched"), rel=1e-5
+    )
+
+
+def test_the_plan_notes_the_loss_before_and_after(refined: pipeline.Result) -> None:
+    notes = Plan.load(refined.folder).results["refined"]
+    assert notes["is_kept"] and notes["after"] < notes["before"] and notes["mode"] == "fast"
+
+
+def test_one_command_refines_block_by_block_and_end_to_end(
+    home: Path, refined: pipeline.Result
+) -> None:
+    wanted = recipe(home, "both", "fast+end-to-end")
+    wanted = replace(
+        wanted,
+        distil=Distil(steps=30, learning_rate=3e-4),
+        data=replace(wanted.data, written=8),
+    )
+    result = pipeline.compress(wanted)
+    assert result.plan.levels == refined.plan.levels
+    stages = [result.plan.results[key] for key in ("refined", "distilled")]
+    assert [notes["mode"] for notes in stages] == ["fast", "end-to-end"]
+    assert all(notes["is_kept"] and notes["after"] < notes["before"] for notes in stages)
+    assert all(notes["written"] == 8 for notes in stages)
+    (kept,) = (home / "work").glob("written-*/written_*.safetensors")
+    assert load_file(kept)["input_ids"].shape == (8, DATA["seq_len"])
+    kl = [{row.name: row.report.kl_nats for row in r.rows} for r in (refined, result)]
+    assert kl[1]["searched"] < kl[0]["searched"]
+    assert kl[1][measure.UNREFINED] == kl[0][measure.UNREFINED]
+    files = [r.folder / "model.safetensors" for r in (refined, result)]
+    assert files[0].stat().st_size == files[1].stat().st_size
+    assert Recipe.load(result.folder / "evopress_recipe.yaml") == wanted
+    card = (result.folder / "README.md").read_text()
+    assert "mode fast)" in card and "mode end-to-end)" in card
+    before = files[1].read_bytes()
+    assert pipeline.compress(wanted).plan.results["distilled"]["after"] == stages[1]["after"]
+    assert files[1].read_bytes() == before  # run again, it is all there
+
+
+def test_refinement_that_does_not_help_is_not_kept(
+    home: Path, plain: pipeline.Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([0.5, 0.6])
+    monkeypatch.setattr(Job, "loss", lambda *_: next(losses))
+    result = pipeline.compress(recipe(home, "kept", "fast"))
+    assert not result.plan.results["refined"]["is_kept"]
+    assert {row.name for row in result.rows} == {row.name for row in plain.rows}
+
+
+def test_a_plan_with_dropped_and_dense_units_is_refined_without_a_search(
+    home: Path, plain: pipeline.Result
+) -> None:
+    levels = {u: str(x) for u, x in plain.plan.levels.items() if "layers.1.self_attn" not in u}
+    levels |= {"model.layers.1.self_attn": "drop", "model.layers.0.mlp.up_proj": "dense"}
+    plan = Plan(levels, base_model=str(home / "dense"))
+    plan.save(home / "some.json")
+    result = refine_plan(
+        home / "some.json", home / "some", mode="fast", data=[str(home / "text.txt")],
+        n_sequences=24, seq_len=64,
+    )  # fmt: skip
+    assert {u: str(x) for u, x in result.plan.levels.items()} == levels
+    assert result.plan.results["refined"]["after"] < result.plan.results["refined"]["before"]
+
+
+def test_the_command_refines_a_compressed_model(
+    home: Path, plain: pipeline.Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["refine", plain.folder, "--mode", "fast", "--data", home / "text.txt", "--out"]
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, words), str(home / "by"), "--calibration", "24", "--seq-len", "64"])
+    assert not ended.value.code, capsys.readouterr().err
+    assert measure.UNREFINED in capsys.readouterr().out
+    assert abs(stored_bytes(home / "by") - stored_bytes(plain.folder)) < 20_000  # card and plan
+
+
+def test_the_command_refines_a_compressed_model_end_to_end(
+    home: Path, plain: pipeline.Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["refine", plain.folder, "--mode", "end-to-end", "--data", home / "text.txt"]
+    small = ["--calibration", "24", "--seq-len", "64", "--steps", "20", "--learning-rate", "2e-4"]
+    small += ["--written", "4"]
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, words), *small, "--test", str(home / "text.txt"), "--out", str(home / "e")])
+    assert not ended.value.code, capsys.readouterr().err
+    assert measure.UNREFINED in capsys.readouterr().out
+    old, new = Plan.load(plain.folder), Plan.load(home / "e")
+    assert new.levels == old.levels and "end-to-end" in (home / "e" / "README.md").read_text()
+    notes, rows = new.results["distilled"], new.results["evaluation"]
+    assert notes["is_kept"] and notes["after"] < notes["before"] and notes["written"] == 4
+    assert rows["searched"]["kl_nats"] < rows[measure.UNREFINED]["kl_nats"]
+    sizes = [(f / "model.safetensors").stat().st_size for f in (plain.folder, home / "e")]
+    assert sizes[0] == sizes[1]
+
+
+def test_a_result_without_test_text_is_shown(
+    plain: pipeline.Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = {"mode": "end-to-end", "fitness": "kl", "before": 0.5, "after": 0.4, "is_kept": True}
+    plan = plain.plan.replace(results={"distilled": notes})
+    show_result(replace(plain, plan=plan, rows=()))
+    shown = capsys.readouterr().out
+    assert "Refined (end-to-end): kl on held-out text 0.5000 -> 0.4000" in shown
+    assert str(plain.folder) in shown.replace("\n", "")
+
+
+def test_end_to_end_takes_a_compressed_model_only(home: Path, plain: pipeline.Result) -> None:
+    for model in (home / "dense", plain.folder / "evopress_plan.json"):
+        with pytest.raises(ValueError, match="refines a compressed model.*hf-evopress apply"):
+            refine_end_to_end(str(model), home / "not", data=[str(home / "text.txt")])
+    with pytest.raises(FileNotFoundError):  # before any training
+        refine_end_to_end(
+            str(plain.folder), home / "not", data=[str(home / "text.txt")], test="nowhere.txt"
+        )
+    assert not (home / "not.work").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"), [("none", "changes nothing"), ("bset", "did you mean 'best'")]
+)
+def test_an_unknown_mode_is_refused(
+    home: Path, plain: pipeline.Result, mode: str, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        refine_plan(plain.folder, home / "no", mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--mode", "end-to-ent"], "did you mean 'end-to-end'"),
+        (["--mode", "bets+end-to-end"], "did you mean 'best+end-to-end'"),
+        (["--mode", "fast", "--steps", "9"], "mode fast takes no --steps"),
+        (["--mode", "end-to-end", "--work", "w"], "mode end-to-end takes no --work"),
+    ],
+)
+def test_the_command_refuses_what_a_mode_would_pass_over(
+    words: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["refine", "nowhere", "--out", "nowhere-refined", *words])
+    assert ended.value.code == 2
+    assert answer in " ".join(capsys.readouterr().err.replace("\u2502", " ").split())
