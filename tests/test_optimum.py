@@ -107,7 +107,8 @@ def test_the_wheel_registers_the_command(wheel: Path) -> None:
 @pytest.mark.slow
 def test_the_wheel_carries_cards_and_recipes(wheel: Path) -> None:
     code = (
-        "from hf_evopress.resources import bundled; from hf_evopress.recipe import Recipe;"
+        "from hf_evopress.base.resources import bundled;"
+        "from hf_evopress.recipes.recipe import Recipe;"
         "assert (bundled('model_cards') / 'report.html').is_file();"
         "assert (bundled('recipes') / 'schema.json').is_file();"
         "print(bundled('recipes'), Recipe.load('smollm2-135m-3.3bit').budget.bits)"

@@ -152,10 +152,11 @@ def levels(
     words = {key: value for key, value in locals().items() if key != "diagnose"}
     recipe = recipe_of(**words, ratio=None if sparsity else 1.0)
     from ..jobs.job import Job
+    from ..jobs.levels import build_levels
 
     with bars() as progress:
         job = Job(recipe, progress=progress)
-        store = job.build()
+        store = build_levels(job)
     console.print(_level_errors(store))
     if diagnose is not None:
         _diagnose(job, store, diagnose)
@@ -208,11 +209,12 @@ def search(
         return _front(words, out)
     recipe = recipe_of(**words)
     from ..jobs.job import Job
-    from ..jobs.pipeline import find_plan
+    from ..jobs.levels import build_levels
+    from ..jobs.plan_search import find_plan
 
     with bars() as progress:
         job = Job(recipe, report_to=report_to or (), progress=progress)
-        plan = find_plan(job, job.build())
+        plan = find_plan(job, build_levels(job))
     _show_plan(plan, plan.save(out) if job.ranks.is_first else out)
 
 
@@ -244,7 +246,7 @@ def apply(
     \b
     hf-evopress apply plan.json --model me/my-finetune --data text.txt --out my-finetune-3.3bit
     """
-    from ..jobs.pipeline import apply_plan
+    from ..jobs.apply import apply_plan
 
     folder = apply_plan(
         plan,
@@ -267,11 +269,12 @@ def _front(words: dict[str, Any], out: str) -> None:
     recipe = recipe_of(**{**words, "bits": high, "strategy": "pareto", "low": bits_of(low)})
     from ..jobs.front import check_front_target, find_front, save_front
     from ..jobs.job import Job
+    from ..jobs.levels import build_levels
 
     check_front_target(out)
     with bars() as progress:
         job = Job(recipe, report_to=words["report_to"] or (), progress=progress)
-        plans = find_front(job, job.build())
+        plans = find_front(job, build_levels(job))
     if job.ranks.is_first:
         save_front(plans, out)
         show_front(out)

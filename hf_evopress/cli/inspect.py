@@ -151,7 +151,7 @@ def evaluate(
     \b
     hf-evopress evaluate smol-3.3bit --against HuggingFaceTB/SmolLM2-135M-Instruct --data wiki.txt
     """
-    from ..jobs.pipeline import evaluate_model
+    from ..jobs.evaluate import evaluate_model
 
     with bars() as progress:
         measured = evaluate_model(

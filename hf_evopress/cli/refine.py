@@ -64,8 +64,8 @@ def refine(
     Stop it with Ctrl-C at any time; the same command goes on at the next block, or from the last
     checkpoint in OUT.work.
     """
-    from ..jobs.end_to_end import refine_end_to_end
-    from ..jobs.refine_plan import refine_plan
+    from ..jobs.refine_existing_model import refine_end_to_end
+    from ..jobs.refine_existing_plan import refine_plan
 
     training = {"--steps": steps, "--learning-rate": learning_rate}
     if mode == END_TO_END:

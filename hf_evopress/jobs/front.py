@@ -16,7 +16,7 @@ from ..plans.plan import Plan
 from ..plans.repo import INDEX_NAME, entry_of, index_text, list_plans
 from ..store.level_store import LevelStore
 from .job import Job
-from .pipeline import run_search
+from .plan_search import run_search
 
 
 def find_front(job: Job, store: LevelStore) -> list[Plan]:

@@ -1,22 +1,22 @@
-"""One compression job: its checks, its steps, and the files that each step leaves behind.
+"""One compression job: what it has. A recipe, its checks, the model, its text, its folders.
 
-    work/tokens/       the text as token windows                   (data)
-    work/stats/        second moments of every block's inputs      (calibrate)
-    work/moments/      second moments of the output gradients      (sensitivity)
-    work/store/        every level of every unit, packed           (store)
-    work/scores/       what dropping each sub-block costs, ...      (tables)
-    work/search/       the state of each search after each round   (search)
-    work/written-.../  text that the dense model wrote itself      (refine)
+    work/tokens/       the text as token windows                   (here)
+    work/written-.../  text that the dense model wrote itself      (here)
+    work/stats/        second moments of every block's inputs      (levels)
+    work/moments/      second moments of the output gradients      (levels)
+    work/store/        every level of every unit, packed           (levels)
+    work/scores/       what dropping each sub-block costs, ...     (tables)
+    work/search/       the state of each search after each round   (plan_search)
+    work/refined-.../  levels of a plan made better                (refinement)
 
-A step whose files are there is not done again, so a job that was stopped goes on, and another
-budget for the same model, data and levels costs only its search.
+What is done with a job is in the files named on the right. A step whose files are there is not
+done again, so a job that was stopped goes on, and another budget for the same model, data and
+levels costs only its search.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -28,13 +28,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..base.devices import computing_in, dtypes_of, has_bfloat16
-from ..base.fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
+from ..base.fingerprint import tensor_fingerprint, text_fingerprint
 from ..base.progress import Progress
 from ..base.ranks import start
-from ..base.resources import atomic_write
 from ..calibration.data import bos_of
-from ..calibration.input_moments import calibrate, load_stats
-from ..calibration.output_moments import load_moments, output_moments
 from ..calibration.own_text import write_sequences
 from ..calibration.token_cache import cached_splits
 from ..export.base import check_target
@@ -44,23 +41,17 @@ from ..models.stream import check_streamable
 from ..plans.level import Level
 from ..plans.plan import Plan
 from ..recipes.recipe import Recipe
-from ..refine.block_tuning import Tuning
-from ..refine.blockwise import Settings
-from ..refine.levels import chosen, refine_levels
+from ..refine.levels import chosen
 from ..scoring.evaluator import Evaluator
 from ..scoring.fitness.base import Fitness
 from ..scoring.objective import fitness_of
-from ..search.ask_tell import Search
 from ..search.space import Genome
-from ..store.level_store import LevelStore, Source
+from ..store.level_store import LevelStore
 from .problem import pose
 from .reporting import Reports
-from .search_log import ENDING, SearchLog, read_state
-from .tables import Tables
 
 logger = logging.getLogger(__name__)
 
-MAX_SEQUENCES = 16  # of the search's, to see whether refinement helped
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -81,7 +72,7 @@ class Job:
     ) -> None:
         self.recipe, self.ranks = recipe, start()
         self.fitness = fitness if fitness is not None else fitness_of(recipe.search.fitness)
-        self._fitness_words = recipe.search.fitness if fitness is None else repr(fitness)
+        self.fitness_words = recipe.search.fitness if fitness is None else repr(fitness)
         self.progress = progress if self.ranks.is_first else None
         self.reports = Reports(report_to if self.ranks.is_first else (), self.work)
         if recipe.out is not None:
@@ -102,14 +93,6 @@ class Job:
         chosen((x for menu in self.menus.values() for x in menu), recipe.refine_levels)
         self.space, self.budget = self.problem.space, self.problem.budget
         self.starts = self.problem.starts(recipe.search.start)
-        self.tables = Tables(
-            self.problem,
-            recipe,
-            self.work,
-            fitness=(self._fitness_words, self.fitness),
-            model=lambda: self.model,
-            tokens=lambda: self.tokens["search"],
-        )
         if self.budget.note:
             logger.warning(self.budget.note)
 
@@ -204,148 +187,12 @@ class Job:
         self._loaded_dtypes = dtypes_of(model)
         return model.to("cuda") if torch.cuda.is_available() else model.float()
 
-    # -- steps ---------------------------------------------------------------------------------
-
-    def calibrate(self) -> Source:
-        """Return what levels are made from, after one streaming pass and one backward pass."""
-        calibrate(
-            self.model,
-            self.tokens["calibration"],
-            self.work,
-            units=self.units,
-            heldout_tokens=self.tokens.get("heldout"),
-            ranks=self.ranks,
-            progress=self.progress,
-        )
-        moments = None
-        if n_tokens := self.recipe.search.sensitivity_tokens:
-            n = max(1, n_tokens // self.recipe.data.seq_len)
-            output_moments(
-                self.model,
-                self.tokens["calibration"][:n],
-                self.work,
-                units=self.units,
-                seed=self.recipe.data.seed,
-                ranks=self.ranks,
-                progress=self.progress,
-            )
-            moments = lambda block: load_moments(self.work, block)  # noqa: E731
-        return Source(self._fingerprint(), lambda block: load_stats(self.work, block), moments)
-
-    def build(self) -> LevelStore:
-        """Return the level store of the recipe's menu."""
-        if self.units:
-            source = self.calibrate()
-            folder = self._store_folder(source)
-        else:  # a budget of drops: what is kept stays dense, and nothing is stored
-            source = Source({"model": model_fingerprint(self.model)}, lambda block: {})
-            folder = self.work / "store-dense"
-        store = LevelStore.build(
-            folder,
-            self.model,
-            self.units,
-            self.menus,
-            source,
-            ranks=self.ranks,
-            progress=self.progress,
-        )
-        return self._refined(store) if self.recipe.refine_levels else store
-
-    def _refined(self, store: LevelStore) -> LevelStore:
-        """Return the store with the levels tuned that the recipe says."""
-        if not self.ranks.is_first:  # blocks follow one another: the others wait, and read
-            self.ranks.wait()
-        tokens, heldout = self.refining_tokens()
-        has_moments = bool(self.recipe.search.sensitivity_tokens)
-        ending = f"-{tensor_fingerprint(self.written)}" if len(self.written) else ""
-        made = refine_levels(
-            self.model,
-            store,
-            self.recipe.refine_levels,
-            tokens,
-            heldout,
-            self.work / f"refined-levels{ending}",
-            settings=self.refine_settings("best"),
-            loss=self.loss,
-            moments=(lambda block: load_moments(self.work, block)) if has_moments else None,
-            progress=self.progress,
-        )
-        if self.ranks.is_first:
-            self.ranks.wait()
-        return made
-
-    def loss(self, store: LevelStore, levels: Mapping[str, Level]) -> float:
-        """Return the mean loss of a plan on some of the search sequences, in this process alone."""
-        pool = self.tokens["search"]
-        evaluator = Evaluator(self.model, store, pool, self.fitness)
-        (losses,) = evaluator.losses([levels], range(min(MAX_SEQUENCES, len(pool))))
-        return math.fsum(losses) / len(losses)
-
-    def refining_tokens(self) -> tuple[Tensor, Tensor]:
-        """Return the sequences that levels are refined on, and those that judge."""
-        tokens, heldout = self.tokens["calibration"], self.tokens["heldout"]
-        if not len(heldout):
-            tokens, heldout = tokens[2:], tokens[:2]
-        if not len(tokens):
-            raise ValueError("refine needs 3 calibration sequences or more, or some held out")
-        return torch.cat([tokens, self.written]), heldout
-
-    def refine_settings(self, mode: str) -> Settings:
-        """Return how levels are refined in a mode."""
-        tuning = Tuning(seed=self.recipe.data.seed, bfloat16=has_bfloat16(self.model.device))
-        return Settings(mode, tuning=tuning)
-
-    def _store_folder(self, source: Source) -> Path:
-        """Return the folder of a store that has this menu, or of a new one for it."""
-        first, others = self.work / "store", sorted(self.work.glob("store-*"))
-        if not LevelStore.lacks(first, self.units, self.menus, source):
-            return first
-        for folder in others:
-            if LevelStore.lacks(folder, self.units, self.menus, source) is False:
-                return folder
-        menu = json.dumps({unit: list(map(str, levels)) for unit, levels in self.menus.items()})
-        return self.work / f"store-{text_fingerprint(menu)}"
+    # -- plans ---------------------------------------------------------------------------------
 
     def evaluator(self, store: LevelStore) -> Evaluator:
         """Return what scores plans on the search tokens."""
         pool = self.tokens["search"]
         return Evaluator(self.model, store, pool, self.fitness, ranks=self.ranks)
-
-    def search(
-        self, store: LevelStore, strategy: str | None = None, *, starts: Sequence[Genome] = ()
-    ) -> Search:
-        """Return the recipe's search, at the point where an earlier run of it was stopped.
-
-        strategy: another than the recipe's, at its default settings. starts: plans to begin with.
-        """
-        settings = self.recipe.search
-        pool = self.tokens["search"]
-        search = Search(
-            self.space,
-            self.budget,
-            strategy=strategy or settings.strategy,
-            table=self.tables.of(strategy or settings.strategy, store),
-            starts=starts,
-            n_sequences=len(pool),
-            seq_len=pool.shape[1],
-            seed=settings.seed,
-            **({} if strategy else settings.settings),
-        )
-        kept = read_state(self._search_file(search))
-        return search.restore(kept) if kept is not None else search
-
-    def keep(self, search: Search) -> None:
-        """Write the search's state, so that it can go on from here, and its log."""
-        if self.ranks.is_first:
-            file = self._search_file(search)
-            atomic_write(file, json.dumps(search.state()))
-            SearchLog(file.with_suffix(ENDING)).update(search.history)
-
-    def _search_file(self, search: Search) -> Path:
-        # one file per problem: searches for several budgets share a work folder
-        problem = {**search.state()["problem"], "fitness": self._fitness_words}
-        problem["dtype"] = str(self.search_dtype)
-        return self.work / "search" / f"{text_fingerprint(json.dumps(problem))}.json"
 
     def levels(self, genome: Genome) -> dict[str, Level]:
         """Return the levels of a plan."""
@@ -373,19 +220,6 @@ class Job:
             budget=budget,
             **about,
         )
-
-    def _fingerprint(self) -> dict[str, Any]:
-        from .. import __version__
-
-        data = self.tokens
-        return {
-            "model": model_fingerprint(self.model),
-            "data": {
-                k: tensor_fingerprint(v) for k, v in data.items() if k in ("calibration", "heldout")
-            },
-            "sensitivity": [self.recipe.search.sensitivity_tokens, self.recipe.data.seed],
-            "hf_evopress": __version__,
-        }
 
 
 def _dense_config(recipe: Recipe) -> Any:

@@ -117,7 +117,7 @@ def _linears(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear]]:
         name, module = next(iter(others.items()))
         raise ValueError(
             f"{path}.{name} is a {type(module).__name__}: bring the model into its plain form "
-            "first, hf_evopress.plain.make_plain(model)"
+            "first, hf_evopress.models.plain.make_plain(model)"
         )
     for name, module in _called(block, path):
         if _is_linear(module):

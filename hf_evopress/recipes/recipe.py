@@ -24,8 +24,8 @@ from ..search.ask_tell import STARTING, STRATEGIES, check_settings
 from .mixture import parse as parse_fitness
 
 KINDS = ("attention", "mlp")
-BLOCKWISE = ("none", "fast", "best")  # see hf_evopress.refine
-END_TO_END = "end-to-end"  # another way to refine, of the whole model; see hf_evopress.end_to_end
+BLOCKWISE = ("none", "fast", "best")  # see hf_evopress/refine
+END_TO_END = "end-to-end"  # refine the whole model; see jobs/refinement.py
 REFINE = (*BLOCKWISE, END_TO_END, *(f"{mode}+{END_TO_END}" for mode in BLOCKWISE[1:]))
 DTYPES = ("auto", "bfloat16", "float16")
 SEARCH_DTYPES = ("auto", "float32", "bfloat16")

@@ -1,6 +1,6 @@
 """The JSON schema of recipes, for editors: made from the dataclasses, so it cannot fall behind.
 
-python -c "from hf_evopress.recipe_schema import write_schema; write_schema()"
+python -c "from hf_evopress.recipes.schema import write_schema; write_schema()"
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Distillation:
             if self.teacher is None:
                 raise ValueError(
                     "distillation needs a teacher: pass teacher=<the dense model>, or a dataset "
-                    "with its targets (hf_evopress.distill.Targets)"
+                    "with its targets (hf_evopress.refine.distillation.Targets)"
                 )
             ids, log_p = self._ask(inputs)
         outputs = model(**inputs, use_cache=False)

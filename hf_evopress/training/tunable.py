@@ -70,7 +70,7 @@ def check_trainable(model: Any) -> None:
         raise ValueError(
             "the model has no trainable parameters: add an adapter "
             "(peft.get_peft_model, or load_adapter(..., is_trainable=True)), or train its float "
-            "parameters (hf_evopress.tunable.make_tunable)"
+            "parameters (hf_evopress.training.tunable.make_tunable)"
         )
 
 

@@ -36,20 +36,21 @@ os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
 sys.stderr = open(f"{out}.log", "w")
 import torch
 torch.set_num_threads(1)
-from hf_evopress.job import Job
-from hf_evopress.pipeline import find_plan
-from hf_evopress.recipe import Recipe
+from hf_evopress.jobs import plan_search
+from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.levels import build_levels
+from hf_evopress.recipes.recipe import Recipe
 
 keeps = []
-def keep(self, search, keep=Job.keep):
-    keep(self, search)
+def keep(job, search, keep=plan_search.keep):
+    keep(job, search)
     keeps.append(1)
     if rank == dies and len(keeps) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
-Job.keep = keep
+plan_search.keep = keep
 job = Job(Recipe.from_dict(recipe))
-plan = find_plan(job, job.build())
+plan = plan_search.find_plan(job, build_levels(job))
 Path(out).write_text(plan.to_json())
 """
 

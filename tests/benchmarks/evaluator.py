@@ -19,6 +19,8 @@ import torch
 from quality import data
 
 from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.levels import build_levels
+from hf_evopress.jobs.plan_search import tables
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.scoring.evaluator import Evaluator
 from hf_evopress.scoring.fitness.kl import KL
@@ -40,7 +42,7 @@ SETTINGS: dict[str, tuple[KL, str, bool]] = {
 def main() -> None:
     words = arguments()
     job = Job(recipe(words))
-    store = job.build()
+    store = build_levels(job)
     plans = [job.levels(genome) for genome in candidates(job, store, words)]
     pool = job.tokens["search"].reshape(-1, words.pool_len)[: words.sequences]
     exact: list[float] = []
@@ -70,7 +72,7 @@ def main() -> None:
 
 
 def candidates(job: Job, store: Any, words: argparse.Namespace) -> list[tuple[int, ...]]:
-    table = job.tables.of("evolve", store)
+    table = tables(job).of("evolve", store)
     if table is None:
         raise ValueError("mutants are drawn by sensitivities: keep search.sensitivity_tokens")
     parent = solve(job.space, table, job.budget.limit).genome

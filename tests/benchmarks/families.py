@@ -24,8 +24,9 @@ from typing import Any
 
 from hf_evopress.calibration.data import tokenize_file
 from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.levels import build_levels
 from hf_evopress.jobs.measure import best_uniform
-from hf_evopress.jobs.pipeline import run_search
+from hf_evopress.jobs.plan_search import run_search, tables
 from hf_evopress.plans.level import DROP, Level
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.scoring.evaluate import compare_many
@@ -107,7 +108,7 @@ class Bench:
 def drops(bench: Bench) -> Iterator[Found]:
     for share in bench.words.at:
         job = bench.job({"drop": share}, "swap", drop={"tokens": bench.words.drop_tokens})
-        store = job.build()
+        store = build_levels(job)
         rivals = [bench.found(f"{share:.1%}: {s}", job, store, s) for s in DEPTH]
         yield from rivals
         starts = [job.genome(rival.levels) for rival in rivals]
@@ -117,7 +118,7 @@ def drops(bench: Bench) -> Iterator[Found]:
 def sparsity(bench: Bench) -> Iterator[Found]:
     for share in bench.words.at:
         job = bench.job({"sparsity": share})
-        store = job.build()
+        store = build_levels(job)
         yield from uniform(f"sparsity {share}", job, store)
         for strategy in ("owl", "layer_error", "knapsack"):
             yield bench.found(f"sparsity {share}: {strategy}", job, store, strategy)
@@ -127,7 +128,7 @@ def sparsity(bench: Bench) -> Iterator[Found]:
 def lowrank(bench: Bench) -> Iterator[Found]:
     for share in bench.words.at:
         job = bench.job({"sparsity": share}, families=["lowrank"])
-        store = job.build()
+        store = build_levels(job)
         name = f"ranks, {1 - share:g} of values"
         yield from uniform(name, job, store)
         yield bench.found(f"{name}: knapsack", job, store, "knapsack")
@@ -141,7 +142,7 @@ def joint(bench: Bench) -> Iterator[Found]:
         parts: list[Found] = []
         for name in bench.words.parts:
             job = bench.job({"bits": bits}, **FAMILIES[name])
-            store = job.build()
+            store = build_levels(job)
             starts = [job.genome(part.levels) for part in parts] if name == "everything" else []
             starts += job.starts
             parts.append(bench.found(f"{bits} bits: {name}", job, store, starts=starts))
@@ -164,13 +165,13 @@ def monotone(bench: Bench) -> None:
     does. Found on the first --tokens, confirmed on as many fresh ones as the second number says.
     """
     job = bench.job({"drop": 0.1}, drop={"tokens": bench.words.drop_tokens})
-    store = job.build()
+    store = build_levels(job)
     with job.computing_in(job.search_dtype):
         show_pairs(bench.words, job, store)
 
 
 def show_pairs(words: argparse.Namespace, job: Job, store: LevelStore) -> None:
-    table = job.tables.of("knapsack", store)
+    table = tables(job).of("knapsack", store)
     if table is None:
         raise ValueError("single drops were not measured")
     cost = {g.units[0]: row[0] for g, row in zip(job.space.genes, table, strict=True)}

@@ -28,7 +28,7 @@ start = time.perf_counter()
 largest = 0
 if sys.argv[1] != "-":
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
-    from hf_evopress.units import find_units
+    from hf_evopress.models.units import find_units
     largest = max(u.n_weights for u in find_units(model))
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -18,8 +18,9 @@ from typing import Any
 
 from hf_evopress.calibration.data import tokenize_file
 from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.levels import build_levels
 from hf_evopress.jobs.measure import best_uniform
-from hf_evopress.jobs.pipeline import find_plan
+from hf_evopress.jobs.plan_search import find_plan
 from hf_evopress.methods.compose import normalize
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.scoring.evaluate import compare_many
@@ -38,7 +39,7 @@ def main() -> None:
     for bits in words.bits:
         for strategy in words.strategies:
             job = share(Job(recipe(words, bits, strategy)), job)
-            store = job.build()
+            store = build_levels(job)
             start = time.process_time()
             plan = find_plan(job, store)
             name = f"{strategy} {bits}"
@@ -133,7 +134,7 @@ def controls(words: argparse.Namespace) -> list[tuple[str, str, Job, Any]]:
                 }
             )
         )
-        store = job.build()
+        store = build_levels(job)
         made = [(name, level, job, store) for name, level in levels.items()]
     return made
 

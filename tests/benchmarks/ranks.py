@@ -21,6 +21,7 @@ import torch
 from evaluator import candidates, recipe
 
 from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.levels import build_levels
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
 def work(words: argparse.Namespace) -> None:
     """Time one round in this process and its companions; the first one writes the result."""
     job = Job(recipe(words))
-    store = job.build()
+    store = build_levels(job)
     plans = [job.levels(genome) for genome in candidates(job, store, words)]
     evaluator = job.evaluator(store)
     numbers = range(words.sequences)

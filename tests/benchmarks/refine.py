@@ -31,10 +31,11 @@ from hf_evopress.base.fingerprint import text_fingerprint
 from hf_evopress.calibration.data import tokenize_file
 from hf_evopress.calibration.output_moments import load_moments
 from hf_evopress.export.evopress import EvoPressExport
-from hf_evopress.jobs.finish import distil
 from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.levels import build_levels
 from hf_evopress.jobs.measure import best_uniform
-from hf_evopress.jobs.pipeline import find_plan
+from hf_evopress.jobs.plan_search import find_plan
+from hf_evopress.jobs.refinement import distil
 from hf_evopress.plans.plan import Plan
 from hf_evopress.recipes.recipe import END_TO_END, Recipe
 from hf_evopress.refine.block_tuning import Tuning
@@ -50,7 +51,7 @@ def main() -> None:
     job = None
     for bits in words.bits:
         job = share(Job(recipe(words, bits)), job)
-        store = LevelStore(f"{words.work}/store") if words.as_is else job.build()
+        store = LevelStore(f"{words.work}/store") if words.as_is else build_levels(job)
         for kind in words.plans:
             levels, stored = plan_of(kind, job, store)
             if levels is None:

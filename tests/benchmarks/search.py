@@ -26,6 +26,8 @@ from quality import data, share
 from hf_evopress.base.resources import atomic_write
 from hf_evopress.calibration.data import tokenize_file
 from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.levels import build_levels
+from hf_evopress.jobs.plan_search import tables
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.scoring.evaluator import Evaluator
 from hf_evopress.scoring.fitness.kl import KL
@@ -51,7 +53,7 @@ def main() -> None:
     job = None
     for bits in words.bits:
         job = share(Job(recipe(words, bits)), job)
-        store, own = job.build(), job.model.dtype
+        store, own = build_levels(job), job.model.dtype
         job.model.to(getattr(torch, words.dtype))
         pool = job.tokens["search"].reshape(-1, words.pool_len)
         evaluator = Evaluator(job.model, store, pool, KL())
@@ -97,7 +99,7 @@ def follow(
         job.space,
         job.budget,
         strategy=RUNS[name],
-        table=job.tables.of("layer_error" if name.startswith("layer") else "evolve", store),
+        table=tables(job).of("layer_error" if name.startswith("layer") else "evolve", store),
         n_sequences=len(evaluator.tokens),
         seq_len=words.pool_len,
         seed=words.seed,

@@ -12,6 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_evopress.jobs import measure, pipeline
 from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.levels import build_levels
+from hf_evopress.jobs.plan_search import find_plan, run_search, search_of, tables
+from hf_evopress.jobs.refinement import loss
 from hf_evopress.models.dropped import dropped_modules
 from hf_evopress.models.size import stored_bytes
 from hf_evopress.plans.level import Level
@@ -39,7 +42,7 @@ def recipe(home: Path, **changes: Any) -> Recipe:
 
 def found(home: Path, **changes: Any) -> tuple[Job, dict[str, str]]:
     job = Job(recipe(home, **changes))
-    plan = pipeline.find_plan(job, job.build())
+    plan = find_plan(job, build_levels(job))
     return job, {unit: str(level) for unit, level in plan.items()}
 
 
@@ -71,12 +74,12 @@ def test_a_budget_of_drops_gives_a_smaller_model_that_loads(home: Path) -> None:
 def test_no_plan_of_a_small_space_is_better_than_brute_force(home: Path) -> None:
     same = {"budget": {"drop": 0.34}, "drop": {"tokens": 128}}
     job = Job(recipe(home, **same, search={"strategy": "brute_force"}))
-    best = pipeline.run_search(job, job.build())
+    best = run_search(job, build_levels(job))
     assert best.run.report["plans"] == 9
     with pytest.raises(ValueError, match="up to 9 plans, brute_force evaluates at most 4"):
         Job(
             recipe(home, **same, search={"strategy": "brute_force", "settings": {"plans": 4}})
-        ).search(job.build())
+        ).search(build_levels(job))
 
 
 @pytest.mark.parametrize("strategy", ["evolve", "evopress", "uniform", "owl", "layer_error"])
@@ -124,12 +127,12 @@ def test_plans_are_compared_in_bfloat16_and_the_model_is_whole_again(home: Path)
         job = Job(recipe(home, **asked, search={"dtype": dtype}))
         before = {name: tensor.clone() for name, tensor in job.model.named_buffers()}
         before |= {name: tensor.clone() for name, tensor in job.model.named_parameters()}
-        store = job.build()
-        pipeline.run_search(job, store)
+        store = build_levels(job)
+        run_search(job, store)
         with job.computing_in(job.search_dtype):
             assert job.model.dtype == getattr(torch, dtype)
             assert job.model.model.rotary_emb.inv_freq.dtype == torch.float32  # as it is loaded
-            losses[dtype] = job.loss(store, dict.fromkeys(store.units, Level.parse(QUANT[0])))
+            losses[dtype] = loss(job, store, dict.fromkeys(store.units, Level.parse(QUANT[0])))
         after = {**dict(job.model.named_buffers()), **dict(job.model.named_parameters())}
         assert all(torch.equal(after[name], before[name]) for name in before)
     assert losses["float32"] != losses["bfloat16"]
@@ -139,12 +142,12 @@ def test_plans_are_compared_in_bfloat16_and_the_model_is_whole_again(home: Path)
 def test_the_uniform_plan_to_compare_with_is_the_best_not_the_dearest(home: Path) -> None:
     levels = ["gptq:bits=3,group_size=32", "lowrank:rank=7,factors=int8"]  # 3.59, 3.9 bits and more
     job = Job(recipe(home, budget={"bits": 6}, levels=levels, work=str(home / "uniform.work")))
-    found = measure.best_uniform(job, job.build())
+    found = measure.best_uniform(job, build_levels(job))
     assert found is not None and found[0] == f"uniform {levels[0]}"
     unmeasured = {"sensitivity_tokens": 0, "strategy": "evopress"}
     work = str(home / "unmeasured.work")
     job = Job(recipe(home, budget={"bits": 6}, levels=levels, search=unmeasured, work=work))
-    dearest = measure.best_uniform(job, job.build())
+    dearest = measure.best_uniform(job, build_levels(job))
     costs = {level: job.space.cost(genome) for level, genome in job.space.uniform().items()}
     assert dearest is not None and dearest[0] == f"uniform {max(costs, key=costs.__getitem__)}"
 
@@ -227,7 +230,7 @@ def test_what_makes_no_sense_is_refused_with_a_reason(
 def test_a_baseline_of_another_task_is_refused(home: Path, strategy: str, reason: str) -> None:
     job = Job(recipe(home, budget={"bits": 3}, levels=QUANT))
     with pytest.raises(ValueError, match=reason):
-        job.search(job.build(), strategy)
+        search_of(job, build_levels(job), strategy)
 
 
 def test_single_drops_are_measured_by_a_cost_of_the_users_own(home: Path) -> None:
@@ -241,7 +244,7 @@ def test_single_drops_are_measured_once(home: Path) -> None:
     same: dict[str, Any] = {"budget": {"drop": 0.34}, "drop": {"tokens": 128}}
     same["work"] = str(home / "single")
     job = Job(recipe(home, **same))
-    table = job.tables.of("evolve", job.build())
+    table = tables(job).of("evolve", build_levels(job))
     (path,) = (home / "single" / "scores").glob("drops-*.json")
     kept = json.loads(path.read_text())
     assert len(kept) == 6 and min(kept.values()) > 0

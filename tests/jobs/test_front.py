@@ -10,7 +10,8 @@ import pytest
 from hf_evopress.cli import main
 from hf_evopress.jobs.front import check_front_target, find_front, save_front
 from hf_evopress.jobs.job import Job
-from hf_evopress.jobs.pipeline import find_plan
+from hf_evopress.jobs.levels import build_levels
+from hf_evopress.jobs.plan_search import find_plan
 from hf_evopress.jobs.search_log import read_log
 from hf_evopress.plans.plan import Plan
 from hf_evopress.plans.repo import list_plans
@@ -41,7 +42,7 @@ def recipe(home: Path, **search: Any) -> Recipe:
 def plans(home: Path) -> list[Plan]:
     settings = {"low": 3.0, "points": 5, "tokens": 512, "corrections": 1}
     job = Job(recipe(home, strategy="pareto", settings=settings))
-    return find_front(job, job.build())
+    return find_front(job, build_levels(job))
 
 
 def test_more_bits_lose_less_from_one_plan_to_the_next(plans: list[Plan]) -> None:
@@ -74,7 +75,7 @@ def test_a_folder_of_other_things_is_not_touched(tmp_path: Path) -> None:
 def test_another_strategy_gives_no_front(home: Path) -> None:
     job = Job(recipe(home))
     with pytest.raises(ValueError, match="needs strategy pareto"):
-        find_front(job, job.build())
+        find_front(job, build_levels(job))
 
 
 def test_show_lists_and_draws_the_front(
@@ -123,7 +124,7 @@ def test_each_generation_is_in_the_log_and_in_the_plan(
     job = Job(recipe(home, settings=settings))
     sent: list[Any] = []
     monkeypatch.setattr(job.reports, "update", lambda history: sent.append(len(history)))
-    plan = find_plan(job, job.build())
+    plan = find_plan(job, build_levels(job))
     assert sent and sent[-1] == len(plan.search["history"])
     log = max((home / "work" / "search").glob("*.jsonl"), key=lambda p: p.stat().st_mtime)
     written = [{k: v for k, v in row.items() if k != "time"} for row in read_log(log)]
@@ -140,9 +141,9 @@ def test_a_function_given_in_python_is_what_the_search_minimises(home: Path) -> 
 
     settings = {"generations": 1, "tokens": [256, 256]}
     job = Job(recipe(home, settings=settings), fitness=Task(prefers_few_changes))
-    plan = find_plan(job, job.build())
+    plan = find_plan(job, build_levels(job))
     assert 0 <= plan.search["loss"] <= 1
-    kl = find_plan(Job(recipe(home, settings=settings)), job.build())
+    kl = find_plan(Job(recipe(home, settings=settings)), build_levels(job))
     assert kl.search["loss"] != plan.search["loss"]
 
 

@@ -12,8 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_evopress
-from hf_evopress.jobs import pipeline
+from hf_evopress.jobs import pipeline, plan_search
+from hf_evopress.jobs.apply import apply_plan
+from hf_evopress.jobs.evaluate import evaluate_model
 from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.levels import build_levels
+from hf_evopress.jobs.plan_search import find_plan
 from hf_evopress.models.size import stored_bytes
 from hf_evopress.plans.plan import Plan
 from hf_evopress.recipes.recipe import Recipe
@@ -64,7 +68,7 @@ def test_the_reloaded_model_gives_the_logits_that_were_scored(
     home: Path, result: pipeline.Result
 ) -> None:
     job = Job(recipe(home, "out"))
-    evaluator = job.evaluator(job.build())
+    evaluator = job.evaluator(build_levels(job))
     loaded = AutoModelForCausalLM.from_pretrained(result.folder, dtype=torch.float32).eval()
     ids = job.tokens["search"][:3]
     with torch.no_grad():
@@ -104,22 +108,22 @@ def test_a_search_that_is_stopped_goes_on_to_the_same_plan(
 ) -> None:
     changed = recipe(home, "x", budget={"bits": 3.1})
     job = Job(changed)
-    store = job.build()
+    store = build_levels(job)
     rounds = []
-    keep = Job.keep
+    keep = plan_search.keep
 
-    def stop_after_two(self: Job, search: Any) -> None:
-        keep(self, search)
+    def stop_after_two(job: Job, search: Any) -> None:
+        keep(job, search)
         rounds.append(1)
         if len(rounds) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "keep", stop_after_two)
+        patch.setattr(plan_search, "keep", stop_after_two)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.find_plan(job, store)
-    resumed = pipeline.find_plan(Job(changed), store)
-    straight = pipeline.find_plan(Job(recipe(home, "x", budget={"bits": 3.1})), store)
+            find_plan(job, store)
+    resumed = find_plan(Job(changed), store)
+    straight = find_plan(Job(recipe(home, "x", budget={"bits": 3.1})), store)
     assert resumed == straight
 
 
@@ -131,14 +135,14 @@ def test_another_budget_reuses_statistics_and_levels(
 
     monkeypatch.setattr("hf_evopress.methods.compose.compress_many", never)
     job = Job(recipe(home, "other", budget={"bits": 4.0}))
-    assert pipeline.find_plan(job, job.build()).budget["bits_per_weight"] <= 4.0
+    assert find_plan(job, build_levels(job)).budget["bits_per_weight"] <= 4.0
 
 
 def test_every_strategy_makes_a_plan_within_the_budget(home: Path, result: pipeline.Result) -> None:
     for strategy in ("evopress", "knapsack", "uniform", "random"):
         search = {"strategy": strategy, "sensitivity_tokens": 512}
         job = Job(recipe(home, "x", search=search, budget={"bits": 3.8}))
-        assert pipeline.find_plan(job, job.build()).budget["bits_per_weight"] <= 3.8
+        assert find_plan(job, build_levels(job)).budget["bits_per_weight"] <= 3.8
 
 
 def test_ties_and_pins_hold_in_the_plan(home: Path, result: pipeline.Result) -> None:
@@ -151,7 +155,7 @@ def test_ties_and_pins_hold_in_the_plan(home: Path, result: pipeline.Result) -> 
         search={"strategy": "knapsack", "sensitivity_tokens": 512},
     )
     job = Job(changed)
-    plan = pipeline.find_plan(job, job.build())
+    plan = find_plan(job, build_levels(job))
     for block in range(3):
         levels = {plan[f"model.layers.{block}.self_attn.{x}_proj"] for x in "qkv"}
         assert len(levels) == 1
@@ -200,7 +204,7 @@ def test_a_text_that_is_too_short_says_how_much_is_needed(home: Path) -> None:
 
 def test_a_plan_is_applied_without_a_search(home: Path, result: pipeline.Result) -> None:
     result.plan.save(home / "plan.json")
-    folder = pipeline.apply_plan(
+    folder = apply_plan(
         str(home / "plan.json"), home / "applied", data=[str(home / "text.txt")],
         n_sequences=24, seq_len=64,
     )  # fmt: skip
@@ -214,7 +218,7 @@ def test_a_plan_is_applied_without_a_search(home: Path, result: pipeline.Result)
 def test_evaluate_measures_the_folder_against_the_dense_model(
     home: Path, result: pipeline.Result
 ) -> None:
-    measured = pipeline.evaluate_model(
+    measured = evaluate_model(
         str(result.folder), str(home / "text.txt"), against=str(home / "dense"), window=64,
         max_windows=8,
     )  # fmt: skip

@@ -10,7 +10,8 @@ import pytest
 
 from hf_evopress.cli import main
 from hf_evopress.jobs.job import Job
-from hf_evopress.jobs.pipeline import find_plan
+from hf_evopress.jobs.levels import build_levels
+from hf_evopress.jobs.plan_search import find_plan
 from hf_evopress.plans.plan import Plan
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.search.ask_tell import Search
@@ -40,7 +41,7 @@ def recipe(home: Path, start: list[str], *, bits: float = 3.0, **settings: Any) 
 def good(home: Path) -> str:
     """A plan that a search of some generations found."""
     job = Job(recipe(home, [], generations=4))
-    return str(find_plan(job, job.build()).save(home / "good.json"))
+    return str(find_plan(job, build_levels(job)).save(home / "good.json"))
 
 
 def test_a_search_measures_the_plans_it_is_given(
@@ -52,7 +53,7 @@ def test_a_search_measures_the_plans_it_is_given(
     monkeypatch.setattr(
         Search, "tell", lambda self, losses: (asked.append(self.ask()), tell(self, losses))[1]
     )
-    plan = find_plan(job, job.build())
+    plan = find_plan(job, build_levels(job))
     assert job.starts == [job.genome(Plan.load(good).levels)]
     assert job.starts[0] in asked[0].genomes
     assert plan.budget["bits_per_weight"] <= 3.0

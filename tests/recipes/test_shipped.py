@@ -73,7 +73,7 @@ def _check(value: object, schema: dict, where: str) -> None:
 def test_the_schema_of_the_repository_is_that_of_the_code() -> None:
     stored = json.loads((bundled("recipes") / "schema.json").read_text(encoding="utf-8"))
     assert stored == recipe_schema(), (
-        "recipe.py changed: python -c 'from hf_evopress.recipe_schema import write_schema; "
+        "recipe.py changed: python -c 'from hf_evopress.recipes.schema import write_schema; "
         "write_schema()'"
     )
 

@@ -12,6 +12,8 @@ import torch
 from hf_evopress.calibration.output_moments import load_moments
 from hf_evopress.jobs import pipeline
 from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.levels import build_levels
+from hf_evopress.jobs.refinement import refine_settings, refining_tokens
 from hf_evopress.methods import compose
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.refine.block_tuning import Tuning
@@ -58,7 +60,7 @@ def job(home: Path, small_rates: None) -> Job:
 
 @pytest.fixture(scope="module")
 def store(job: Job) -> RefinedLevels:
-    store = job.build()
+    store = build_levels(job)
     assert isinstance(store, RefinedLevels)
     return store
 
@@ -92,7 +94,7 @@ def test_a_plan_of_tuned_levels_is_closer_to_the_dense_model(
 
 def test_a_level_that_does_not_help_stays_as_it_was(job: Job, store: RefinedLevels) -> None:
     losses = iter([0.1, 0.2])
-    tokens, heldout = job.refining_tokens()
+    tokens, heldout = refining_tokens(job)
     kept = refine_levels(
         job.model,
         store.store,
@@ -100,7 +102,7 @@ def test_a_level_that_does_not_help_stays_as_it_was(job: Job, store: RefinedLeve
         tokens,
         heldout,
         job.work / "refined-levels",
-        settings=job.refine_settings("best"),
+        settings=refine_settings(job, "best"),
         loss=lambda *_: next(losses),
         moments=lambda block: load_moments(job.work, block),
     )

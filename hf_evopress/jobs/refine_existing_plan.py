@@ -10,6 +10,7 @@ from ..base.progress import Progress
 from ..plans.plan import Plan
 from ..recipes.recipe import Recipe
 from .job import Job
+from .levels import build_levels
 from .measure import unseen_tokens
 from .pipeline import Result, ship
 
@@ -60,7 +61,7 @@ def refine_plan(
     )
     job = Job(recipe, progress=progress)
     unseen, window = unseen_tokens(job, test, window)
-    store = job.build()
+    store = build_levels(job)
     made = job.plan(
         found.levels, search={**found.search, "versions": versions()}, results=found.results
     )

@@ -1,12 +1,19 @@
-"""The finish of a plan: levels refined block by block, then the whole model end to end.
+"""Refinement of a job, in the order in which it happens; none of it adds a byte to the plan.
 
-Either is kept only where text that it did not learn from says that the model is closer.
+1. `refined_levels`, before the search: chosen levels tuned, so that it compares what will ship.
+2. `refine_blocks`, after the search: the levels of the plan made better block by block.
+3. `distil`, after the export: scales, factors and norms learn end to end from the dense model.
+
+Each is kept only where text that it did not learn from says that the model is closer.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +23,49 @@ from torch import Tensor
 from ..base.devices import has_bfloat16
 from ..base.fingerprint import claim, tensor_fingerprint, text_fingerprint
 from ..calibration.output_moments import load_moments
+from ..plans.level import Level
 from ..plans.plan import Plan
 from ..recipes.recipe import END_TO_END
+from ..refine.block_tuning import Tuning as BlockTuning
 from ..refine.blockwise import Settings, refine
 from ..refine.distillation import Targets, precompute_targets
+from ..refine.levels import refine_levels
+from ..scoring.evaluator import Evaluator
 from ..store.level_store import LevelStore
 from ..training.tune import Tuned, Tuning, trained
 from .job import Job
 
 logger = logging.getLogger(__name__)
 
+MAX_SEQUENCES = 16  # of the search's, to see whether refinement helped
 KINDS = "scales,factors,norms"  # what learns end to end: no byte more
 
 
-def finish(
+def refined_levels(job: Job, store: LevelStore) -> LevelStore:
+    """Return the store with the levels tuned that the recipe says."""
+    if not job.ranks.is_first:  # blocks follow one another: the others wait, and read
+        job.ranks.wait()
+    tokens, heldout = refining_tokens(job)
+    has_moments = bool(job.recipe.search.sensitivity_tokens)
+    ending = f"-{tensor_fingerprint(job.written)}" if len(job.written) else ""
+    made = refine_levels(
+        job.model,
+        store,
+        job.recipe.refine_levels,
+        tokens,
+        heldout,
+        job.work / f"refined-levels{ending}",
+        settings=refine_settings(job, "best"),
+        loss=partial(loss, job),
+        moments=(lambda block: load_moments(job.work, block)) if has_moments else None,
+        progress=job.progress,
+    )
+    if job.ranks.is_first:
+        job.ranks.wait()
+    return made
+
+
+def refine_blocks(
     job: Job, store: LevelStore, plan: Plan, *, settings: Settings | None = None
 ) -> tuple[LevelStore, Plan]:
     """Return what holds the refined levels of `plan`, and the plan with losses before and after.
@@ -40,8 +76,8 @@ def finish(
     work/refined-<fingerprint of the plan>; a run that was stopped goes on from there.
     """
     start = time.perf_counter()
-    settings = settings or job.refine_settings(job.recipe.blockwise)
-    tokens, heldout = job.refining_tokens()
+    settings = settings or refine_settings(job, job.recipe.blockwise)
+    tokens, heldout = refining_tokens(job)
     made_from = [repr(settings), *(f"{u} {x}" for u, x in plan.levels.items())]
     if len(job.written):
         made_from.append(tensor_fingerprint(job.written))
@@ -58,7 +94,7 @@ def finish(
         moments=(lambda block: load_moments(job.work, block)) if has_moments else None,
         progress=job.progress,
     )
-    before, after = (job.loss(states, plan.levels) for states in (store, made))
+    before, after = (loss(job, states, plan.levels) for states in (store, made))
     notes = {
         "mode": settings.mode,
         "fitness": job.recipe.search.fitness,
@@ -115,6 +151,30 @@ def distil(job: Job, plan: Plan, folder: Path) -> tuple[bool, Plan]:
     notes = distilled_notes(done, settings.steps, seconds, written=len(job.written))
     logger.info("distilled: %s", notes)
     return done.is_kept, plan.replace(results={**plan.results, "distilled": notes})
+
+
+def loss(job: Job, store: LevelStore, levels: Mapping[str, Level]) -> float:
+    """Return the mean loss of a plan on some of the search sequences, in this process alone."""
+    pool = job.tokens["search"]
+    evaluator = Evaluator(job.model, store, pool, job.fitness)
+    (losses,) = evaluator.losses([levels], range(min(MAX_SEQUENCES, len(pool))))
+    return math.fsum(losses) / len(losses)
+
+
+def refining_tokens(job: Job) -> tuple[Tensor, Tensor]:
+    """Return the sequences that levels are refined on, and those that judge."""
+    tokens, heldout = job.tokens["calibration"], job.tokens["heldout"]
+    if not len(heldout):
+        tokens, heldout = tokens[2:], tokens[:2]
+    if not len(tokens):
+        raise ValueError("refine needs 3 calibration sequences or more, or some held out")
+    return torch.cat([tokens, job.written]), heldout
+
+
+def refine_settings(job: Job, mode: str) -> Settings:
+    """Return how levels are refined in a mode."""
+    tuning = BlockTuning(seed=job.recipe.data.seed, bfloat16=has_bfloat16(job.model.device))
+    return Settings(mode, tuning=tuning)
 
 
 def _targets(job: Job, tokens: Tensor) -> Targets:

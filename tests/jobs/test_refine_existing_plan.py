@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from hf_evopress.cli import main
 from hf_evopress.cli.compress import show_result
 from hf_evopress.jobs import measure, pipeline
-from hf_evopress.jobs.end_to_end import refine_end_to_end
 from hf_evopress.jobs.job import Job
-from hf_evopress.jobs.refine_plan import refine_plan
+from hf_evopress.jobs.refine_existing_model import refine_end_to_end
+from hf_evopress.jobs.refine_existing_plan import refine_plan
 from hf_evopress.models.size import stored_bytes
 from hf_evopress.plans.plan import Plan
 from hf_evopress.recipes.recipe import Distil, Recipe

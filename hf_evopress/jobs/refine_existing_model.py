@@ -28,9 +28,9 @@ from ..plans.plan import Plan
 from ..scoring.evaluate import compare_many
 from ..sharing.cards import write_card
 from ..training.tune import tune
-from .finish import distilled_notes, end_to_end_settings
 from .measure import UNREFINED, Row, figures, generate
 from .pipeline import Result
+from .refinement import distilled_notes, end_to_end_settings
 
 
 def refine_end_to_end(

@@ -1,0 +1,48 @@
+"""A dense model compressed by a plan that is already there, without a search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..export.base import check_target, whole_folder
+from ..loading.config import EvoPressConfig
+from ..loading.quantizer import register_with_transformers
+
+
+def apply_plan(
+    plan: str,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    data: Sequence[str] | None = None,
+    n_sequences: int = 56,
+    seq_len: int = 1024,
+    seed: int = 0,
+    revision: str | None = None,
+) -> Path:
+    """Return the folder `out` with `model` compressed by `plan`, without a search.
+
+    model: the dense model, by default the plan's own. Levels that need no data are made while
+    the model loads; others are calibrated on `data`.
+    """
+    check_target(out)
+    register_with_transformers()
+    config = EvoPressConfig(
+        plan, data=list(data or ()) or None, n_sequences=n_sequences, seq_len=seq_len, seed=seed
+    )
+    source = model or (config.plan.base_model if config.plan else None)
+    if source is None:
+        raise ValueError(f"the plan {plan} does not name its model; give one with --model")
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    compressed = AutoModelForCausalLM.from_pretrained(
+        source, revision=revision, quantization_config=config
+    )
+    with whole_folder(Path(out)) as folder:
+        compressed.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if config.plan is not None:
+            config.plan.save(folder)
+    return Path(out)

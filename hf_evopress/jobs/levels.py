@@ -1,0 +1,86 @@
+"""Every level of every unit of a job, packed: calibrate the dense model, then build the store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..base.fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
+from ..calibration.input_moments import calibrate, load_stats
+from ..calibration.output_moments import load_moments, output_moments
+from ..store.level_store import LevelStore, Source
+from .job import Job
+from .refinement import refined_levels
+
+
+def build_levels(job: Job) -> LevelStore:
+    """Return the level store of the recipe's menu."""
+    if job.units:
+        source = calibrated(job)
+        folder = _store_folder(job, source)
+    else:  # a budget of drops: what is kept stays dense, and nothing is stored
+        source = Source({"model": model_fingerprint(job.model)}, lambda block: {})
+        folder = job.work / "store-dense"
+    store = LevelStore.build(
+        folder,
+        job.model,
+        job.units,
+        job.menus,
+        source,
+        ranks=job.ranks,
+        progress=job.progress,
+    )
+    return refined_levels(job, store) if job.recipe.refine_levels else store
+
+
+def calibrated(job: Job) -> Source:
+    """Return what levels are made from, after one streaming pass and one backward pass."""
+    calibrate(
+        job.model,
+        job.tokens["calibration"],
+        job.work,
+        units=job.units,
+        heldout_tokens=job.tokens.get("heldout"),
+        ranks=job.ranks,
+        progress=job.progress,
+    )
+    moments = None
+    if n_tokens := job.recipe.search.sensitivity_tokens:
+        n = max(1, n_tokens // job.recipe.data.seq_len)
+        output_moments(
+            job.model,
+            job.tokens["calibration"][:n],
+            job.work,
+            units=job.units,
+            seed=job.recipe.data.seed,
+            ranks=job.ranks,
+            progress=job.progress,
+        )
+        moments = lambda block: load_moments(job.work, block)  # noqa: E731
+    return Source(_fingerprint(job), lambda block: load_stats(job.work, block), moments)
+
+
+def _store_folder(job: Job, source: Source) -> Path:
+    """Return the folder of a store that has this menu, or of a new one for it."""
+    first, others = job.work / "store", sorted(job.work.glob("store-*"))
+    if not LevelStore.lacks(first, job.units, job.menus, source):
+        return first
+    for folder in others:
+        if LevelStore.lacks(folder, job.units, job.menus, source) is False:
+            return folder
+    menu = json.dumps({unit: list(map(str, levels)) for unit, levels in job.menus.items()})
+    return job.work / f"store-{text_fingerprint(menu)}"
+
+
+def _fingerprint(job: Job) -> dict[str, Any]:
+    data = job.tokens
+    return {
+        "model": model_fingerprint(job.model),
+        "data": {
+            k: tensor_fingerprint(v) for k, v in data.items() if k in ("calibration", "heldout")
+        },
+        "sensitivity": [job.recipe.search.sensitivity_tokens, job.recipe.data.seed],
+        "hf_evopress": __version__,
+    }
