@@ -115,6 +115,16 @@ def text_tokens() -> Callable[..., Tensor]:
     return make_tokens
 
 
+@pytest.fixture(params=["cpu", "sim", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, the second device of tests/second_device.py, and a GPU where there is one."""
+    if request.param == "sim":
+        from . import second_device  # noqa: F401  registers it
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def trained_llama() -> nn.Module:
     """A 3-layer Llama that has learnt the structured text; copy.deepcopy it before changing it."""
