@@ -142,6 +142,15 @@ class Method(ABC):
     def decompress(self, state: State, shape: Shape, dtype: torch.dtype, **params: Any) -> Tensor:
         """Return the weight (out, in) in `dtype`; computed in float32 and cast last."""
 
+    def decompress_rows(
+        self, state: State, shape: Shape, rows: Tensor, dtype: torch.dtype, **params: Any
+    ) -> Tensor:
+        """Return rows (n,) int64 of the weight, (n, in) in `dtype`: what an embedding looks up.
+
+        Override where rows can be had without the whole weight; the numbers must be the same.
+        """
+        return self.decompress(state, shape, dtype, **params)[rows]
+
     @abstractmethod
     def empty(self, shape: Shape, dtype: torch.dtype, **params: Any) -> State:
         """Return the tensors of a state on the meta device; `dtype` is for unscaled floats."""

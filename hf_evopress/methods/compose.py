@@ -130,6 +130,20 @@ def decompress(level: Level, state: State, shape: Shape, dtype: torch.dtype) -> 
     return total.to(dtype)
 
 
+def decompress_rows(
+    level: Level, state: State, shape: Shape, rows: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return rows (n,) int64 of the weight that `state` stands for, (n, in) in `dtype`."""
+    (part, params, _), *others = _parts(level)
+    if not others:
+        return part.decompress_rows(state, shape, rows, dtype, **params)
+    total = part.decompress_rows(_pick(state, ""), shape, rows, torch.float32, **params)
+    for part, params, suffix in others:
+        own = _pick(state, suffix)
+        total = total + part.decompress_rows(own, shape, rows, torch.float32, **params)
+    return total.to(dtype)
+
+
 def bias_fix(level: Level, state: State) -> Tensor | None:
     """Return what `state` adds to the layer's bias, (out,) float32, or None for nothing."""
     total: Tensor | None = None

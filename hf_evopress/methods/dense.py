@@ -31,5 +31,10 @@ class Dense(Method):
     def decompress(self, state: State, shape: Shape, dtype: torch.dtype, **params: Any) -> Tensor:
         return state["weight"].to(dtype)
 
+    def decompress_rows(
+        self, state: State, shape: Shape, rows: Tensor, dtype: torch.dtype, **params: Any
+    ) -> Tensor:
+        return state["weight"][rows].to(dtype)
+
     def empty(self, shape: Shape, dtype: torch.dtype, **params: Any) -> State:
         return {"weight": torch.empty(shape, dtype=dtype, device="meta")}

@@ -125,6 +125,12 @@ class LowRank(Method):
         A, B = _factors(state, shape, params)
         return (B.float() @ A.float()).to(dtype)
 
+    def decompress_rows(
+        self, state: State, shape: Shape, rows: Tensor, dtype: torch.dtype, **params: Any
+    ) -> Tensor:
+        A, B = _factors({**state, **_some_rows(state, rows)}, shape, params)
+        return (B.float() @ A.float()).to(dtype)
+
     def bias_fix(self, state: State, **params: Any) -> Tensor | None:
         return state.get("bias_fix")
 
@@ -252,6 +258,11 @@ def _state(W: Tensor, U: Tensor, space: Metric, params: Mapping[str, Any]) -> St
         A, B = _factors(state, (W.shape[0], W.shape[1]), params)
         state["bias_fix"] = _round((W - B.double() @ A.double()) @ space.mean, params)
     return state
+
+
+def _some_rows(state: State, rows: Tensor) -> State:
+    """Return the tensors of the factor B with some of its rows only."""
+    return {name: state[name][rows] for name in ("B", "B_codes", "B_scales") if name in state}
 
 
 def _float(params: Mapping[str, Any]) -> torch.dtype:

@@ -108,6 +108,21 @@ def test_empty_promises_what_compress_makes(level, shape):
             assert made[name][1] == promised[1]
 
 
+@pytest.mark.parametrize("level, shape", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_those_of_the_whole_weight(level, shape, dtype):
+    level, W, stats = make(level, shape)
+    state = compose.compress(level, W, stats)
+    rows = torch.tensor([shape[0] - 1, 0, 3, 3])
+    found = compose.decompress_rows(level, state, shape, rows, dtype)
+    whole = compose.decompress(level, state, shape, dtype)[rows]
+    assert found.dtype == dtype
+    # a product of fewer rows may add up in another order
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    exact = "lowrank" not in str(level)
+    assert torch.allclose(found, whole, rtol=0 if exact else tolerance, atol=0 if exact else 1e-6)
+
+
 @pytest.mark.parametrize("level", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_round_trip_through_a_file_gives_a_finite_weight(level, dtype):

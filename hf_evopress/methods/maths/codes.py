@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base import Grid, Method, Param, Shape, State
 from .grid import dequantize
-from .packing import pack, packed_bytes, unpack
+from .packing import pack, packed_bytes, unpack, unpack_at
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 TILE = 2**18  # weights decompressed at once on a CPU
@@ -63,6 +63,14 @@ class CodedMethod(Method):
         for start in range(0, rows, step):
             W[start : start + step] = of_rows(slice(start, start + step))
         return W
+
+    def decompress_rows(
+        self, state: State, shape: Shape, rows: Tensor, dtype: torch.dtype, **params: Any
+    ) -> Tensor:
+        groups = n_groups(shape, params["group_size"])
+        scale, zero = grid_rows(state, shape, rows, **params)
+        q = unpack(state["codes"][rows], params["bits"], shape[1]).unflatten(-1, (groups, -1))
+        return dequantize(q, scale, zero).flatten(1).to(dtype)
 
     def codes(self, state: State, shape: Shape, **params: Any) -> Grid:
         q = unpack(state["codes"], params["bits"], shape[1])
@@ -121,6 +129,17 @@ def unpack_grid(state: State, shape: Shape, **params: Any) -> tuple[Tensor, Tens
     if params["symmetric"]:
         return scale, torch.full_like(scale, 2 ** (bits - 1))
     return scale, unpack(state["zeros"], bits, rows * groups).view(rows, groups, 1).float()
+
+
+def grid_rows(state: State, shape: Shape, rows: Tensor, **params: Any) -> tuple[Tensor, Tensor]:
+    """Return scale and zero, each (n, groups, 1) float32, of some rows (n,) of a weight."""
+    bits, groups = params["bits"], n_groups(shape, params["group_size"])
+    scale = state["scales"][rows].float().unsqueeze(-1)
+    if params["symmetric"]:
+        return scale, torch.full_like(scale, 2 ** (bits - 1))
+    index = rows.unsqueeze(-1) * groups + torch.arange(groups, device=rows.device)
+    zero = unpack_at(state["zeros"], bits, shape[0] * groups, index)
+    return scale, zero.unsqueeze(-1).float()
 
 
 def check_group_size(name: str, shape: Shape, group_size: int) -> None:

@@ -64,6 +64,23 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     return codes.narrow(-1, 0, n)
 
 
+def unpack_at(packed: Tensor, bits: int, n: int, index: Tensor) -> Tensor:
+    """Return the codes uint8 at places `index` (any shape, int64) of one packed row of n codes.
+
+    packed (packed_bytes(n, bits),) uint8. Only the bytes asked for are read.
+    """
+    total: Tensor | None = None
+    for plane, p in zip(
+        packed.split([p * _octets(n) for p in PLANES[bits]]), PLANES[bits], strict=True
+    ):
+        width = p * _octets(n)
+        shift = p * torch.div(index, width, rounding_mode="floor")
+        values = (plane[index % width].to(torch.int64) >> shift) & (2**p - 1)
+        total = values if total is None else total * 2**p + values
+    assert total is not None  # every number of bits has a plane
+    return total.to(torch.uint8)
+
+
 def _spread(plane: Tensor, p: int) -> Tensor:
     """Return the values (..., 8 / p * w) of one plane (..., w) of p-bit values."""
     if p == 8:
