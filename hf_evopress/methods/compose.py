@@ -7,7 +7,7 @@ term i > 0 carry the suffix `_i`. Everything else in the package deals in levels
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -43,6 +43,12 @@ def normalize(level: Level | str) -> Level:
     if len(level.terms) > 1 and level.terms[0].method in ("dense", "drop"):
         raise ValueError(f"level '{level}': {level.terms[0].method} leaves no error to compress")
     return Level(tuple(method(t.method).normalize(t) for t in level.terms))
+
+
+def defaults(levels: Iterable[Level]) -> dict[str, dict[str, Any]]:
+    """Return method -> its parameters' defaults, for the methods in `levels`: what strings omit."""
+    used = sorted({term.method for level in levels for term in level.terms})
+    return {name: method(name).filled({}) for name in used}
 
 
 def check_shape(level: Level, shape: Shape) -> None:

@@ -226,7 +226,7 @@ def _made_from(
 ) -> dict[str, Any]:
     return {
         "model": model_fingerprint(model),
-        "store": text_fingerprint(str(store.index["fingerprint"])),
+        "store": text_fingerprint(*(str(store.index[k]) for k in ("fingerprint", "defaults"))),
         "levels": text_fingerprint(*(f"{u} {level}" for u, level in sorted(levels.items()))),
         "tokens": tensor_fingerprint(tokens),
         "held-out tokens": tensor_fingerprint(heldout),

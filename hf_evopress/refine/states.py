@@ -17,7 +17,8 @@ from ..base.resources import atomic_path
 from ..methods import compose
 from ..methods.base import State
 from ..plans.level import Level
-from ..store.level_store import LevelStore, checksums
+from ..store.level_store import LevelStore
+from ..store.unit_file import checksums
 
 
 class RefinedStates(LevelStore):

@@ -3,15 +3,10 @@
 A folder with `index.json` (what the store is made from and what it will hold) and one safetensors
 file per unit, whole or absent, so that a killed build resumes at the next unit. Files are
 numbered; unit names never become paths.
-
-Tensors are called <level number>/<name>. One that is the leading part of another of the same name
-is stored once: nested ranks, and the codes that levels with the same first term have in common.
-The file's metadata say under `shared` of which tensor it is what leading shape.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,24 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base.progress import Progress
 from ..base.ranks import ALONE, Ranks
-from ..base.resources import atomic_path, atomic_write
 from ..methods import compose
 from ..methods.base import State
 from ..methods.maths.linalg import Stats
 from ..models.units import Unit
 from ..plans.level import Level
-from .checksums import checksum
+from .index import INDEX, covers, new_index, read_index, same_make, start
+from .unit_file import read_scores, read_state, write_unit
 
 logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-INDEX = "index.json"
 
 
 @dataclass(frozen=True)
@@ -57,7 +47,7 @@ class LevelStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.index = _read_index(self.folder)
+        self.index = read_index(self.folder)
         self.units: dict[str, Unit] = {
             u["name"]: Unit(u["name"], (u["shape"][0], u["shape"][1]), u["block"])
             for u in self.index["units"]
@@ -100,7 +90,7 @@ class LevelStore:
         """
         folder = Path(folder)
         with ranks.first_alone():
-            index = _start(folder, _new_index(units, menus, source.fingerprint))
+            index = start(folder, new_index(units, menus, source.fingerprint))
         menus = {u["name"]: [compose.normalize(x) for x in u["levels"]] for u in index["units"]}
         numbers = {unit.name: i for i, unit in enumerate(units)}
         done = sum(_unit_file(folder, i).is_file() for i in numbers.values())
@@ -123,7 +113,7 @@ class LevelStore:
                         _score(level, state, W, *known)
                         for level, state in zip(levels, states, strict=True)
                     ]
-                    _write_unit(_unit_file(folder, numbers[unit.name]), unit, states, scores)
+                    write_unit(_unit_file(folder, numbers[unit.name]), unit.name, states, scores)
                     done += 1
                     if progress:
                         progress("levels", done, len(units))
@@ -141,9 +131,8 @@ class LevelStore:
         """Return whether the store in `folder` lacks levels; None without one of this make."""
         if not (Path(folder) / INDEX).is_file():
             return None
-        found, wanted = _read_index(Path(folder)), _new_index(units, menus, source.fingerprint)
-        same = found["fingerprint"] == wanted["fingerprint"]
-        return not _covers(found, wanted) if same else None
+        found, wanted = read_index(Path(folder)), new_index(units, menus, source.fingerprint)
+        return not covers(found, wanted) if same_make(found, wanted) else None
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -153,23 +142,7 @@ class LevelStore:
 
     def state(self, unit: str, level: Level | str) -> State:
         """Return the packed tensors of `unit` at `level`; a damaged file raises ValueError."""
-        number = self._level_number(unit, level)
-        path = self._file(unit)
-        prefix = f"{number}/"
-        try:
-            with safe_open(path, framework="pt") as file:
-                shared = json.loads(file.metadata().get("shared", "{}"))
-                state = {
-                    key.removeprefix(prefix): _tensor(file, *shared.get(key, (key, None)))
-                    for key in sorted({*file.keys(), *shared})
-                    if key.startswith(prefix)
-                }
-                expected = json.loads(file.metadata()["crc32"])[number]
-        except (SafetensorError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
-            raise _damaged(path, unit) from error
-        if checksums(state) != expected:
-            raise _damaged(path, unit)
-        return state
+        return read_state(self._file(unit), unit, self._level_number(unit, level))
 
     def weight(self, unit: str, level: Level | str, dtype: torch.dtype) -> Tensor:
         """Return the decompressed weight (out, in) of `unit` at `level`."""
@@ -189,11 +162,7 @@ class LevelStore:
         """
         number = self._level_number(unit, level)
         if unit not in self._scores:
-            try:
-                with safe_open(self._file(unit), framework="pt") as file:
-                    self._scores[unit] = json.loads(file.metadata()["scores"])
-            except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-                raise _damaged(self._file(unit), unit) from error
+            self._scores[unit] = read_scores(self._file(unit), unit)
         return self._scores[unit][number]
 
     @property
@@ -217,16 +186,6 @@ class LevelStore:
                 f"it has: {', '.join(map(str, stored))}"
             )
         return stored.index(level)
-
-
-def checksums(state: State) -> dict[str, str]:
-    """Return tensor name -> CRC-32 of the tensors of a state."""
-    return {name: checksum(_bytes(tensor), tensor.shape) for name, tensor in state.items()}
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _by_input(
@@ -266,133 +225,3 @@ def _relative(delta: Tensor, W: Tensor, H: Tensor) -> float:
 
 def _unit_file(folder: Path, number: int) -> Path:
     return folder / f"unit_{number:05d}.safetensors"
-
-
-def _write_unit(
-    path: Path, unit: Unit, states: Sequence[State], scores: Sequence[Mapping[str, float]]
-) -> None:
-    tensors, shared = share(states)
-    metadata = {
-        "unit": unit.name,
-        "shared": json.dumps(shared),
-        "scores": json.dumps(list(scores)),
-        "crc32": json.dumps([checksums(state) for state in states]),
-    }
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
-
-
-def share(
-    states: Sequence[State],
-) -> tuple[dict[str, Tensor], dict[str, tuple[str, list[int]]]]:
-    """Return the tensors to store by key, and key -> (stored key, shape) of all others.
-
-    A tensor is left out where it is, bit for bit, the leading part of a stored one.
-    """
-    everything = [
-        (name, i, tensor) for i, state in enumerate(states) for name, tensor in state.items()
-    ]
-    everything.sort(key=lambda entry: -entry[2].numel())
-    stored: dict[str, list[tuple[str, Tensor]]] = {}
-    shared: dict[str, tuple[str, list[int]]] = {}
-    for name, i, tensor in everything:
-        key, known = f"{i}/{name}", stored.setdefault(name, [])
-        source = next((k for k, larger in known if _is_leading(tensor, larger)), None)
-        if source is None:
-            known.append((key, tensor.contiguous()))
-        else:
-            shared[key] = (source, list(tensor.shape))
-    return {key: tensor for kept in stored.values() for key, tensor in kept}, shared
-
-
-def _is_leading(part: Tensor, whole: Tensor) -> bool:
-    if part.dtype != whole.dtype or part.ndim != whole.ndim or not part.numel():
-        return False
-    if any(n > m for n, m in zip(part.shape, whole.shape, strict=True)):
-        return False
-    # The first row tells nearly all of those that differ.
-    leading = whole[tuple(slice(n) for n in part.shape)]
-    return torch.equal(part[:1], leading[:1]) and torch.equal(part, leading)
-
-
-def _tensor(file: Any, key: str, shape: Sequence[int] | None) -> Tensor:
-    if shape is None:
-        return file.get_tensor(key)
-    return file.get_slice(key)[tuple(slice(n) for n in shape)].contiguous()
-
-
-def _new_index(
-    units: Sequence[Unit],
-    menus: Mapping[str, Sequence[Level]],
-    fingerprint: Mapping[str, Any],
-) -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": json.loads(json.dumps(fingerprint)),  # as it is read again
-        "units": [
-            {
-                "name": unit.name,
-                "shape": list(unit.shape),
-                "block": unit.block,
-                "levels": [str(level) for level in menus[unit.name]],
-            }
-            for unit in units
-        ],
-    }
-
-
-def _covers(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Return whether a store's index has all that another asks for, made from the same."""
-
-    def frame(index: Mapping[str, Any]) -> Any:
-        return [{**unit, "levels": None} for unit in index["units"]]
-
-    return (
-        found["fingerprint"] == wanted["fingerprint"]
-        and frame(found) == frame(wanted)
-        and all(
-            {*there["levels"]} >= {*asked["levels"]}
-            for there, asked in zip(found["units"], wanted["units"], strict=True)
-        )
-    )
-
-
-def _start(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
-    """Write the index of a new store, or return that of the one in `folder` if it serves."""
-    if not (folder / INDEX).is_file():
-        atomic_write(folder / INDEX, json.dumps(index, indent=1) + "\n")
-        return index
-    found = _read_index(folder)
-    if _covers(found, index):
-        return found
-    made_from = index["fingerprint"]
-    differing = [k for k, v in made_from.items() if found["fingerprint"].get(k) != v]
-    if not differing:
-        differing = ["the units or their levels"]
-    raise ValueError(
-        f"{folder} holds a level store made with other settings ({', '.join(differing)} differ); "
-        "give another work folder, or remove this one to build anew"
-    )
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    if not path.is_file():
-        raise FileNotFoundError(f"no level store at {folder}: {INDEX} is missing")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if index.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {index.get('format_version')!r}, this hf-evopress reads "
-            f"{FORMAT_VERSION}; build the store again"
-        )
-    return index
-
-
-def _damaged(path: Path, unit: str) -> ValueError:
-    return ValueError(
-        f"{path} (levels of {unit}) is damaged: truncated or changed after it was written; "
-        "delete it and run the same build again, which makes only what is missing"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from hf_evopress.methods import compose
 from hf_evopress.methods.maths.linalg import Stats
 from hf_evopress.methods.menu import menus
 from hf_evopress.models.units import find_units
-from hf_evopress.store import level_store as store
-from hf_evopress.store.level_store import LevelStore, Source, share
+from hf_evopress.store import unit_file
+from hf_evopress.store.level_store import LevelStore, Source
+from hf_evopress.store.unit_file import share
 
 LEVELS = ["gptq:bits=2,group_size=32", "gptq:bits=3,group_size=32", "rtn:bits=4,group_size=32"]
 
@@ -119,7 +121,7 @@ def test_a_full_disk_leaves_nothing_half_written(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "save_file", full)
+        patch.setattr(unit_file, "save_file", full)
         with pytest.raises(OSError, match="No space left"):
             _build(model, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["index.json"]
@@ -211,3 +213,20 @@ def test_a_unit_name_never_becomes_a_path(model: nn.Module, tmp_path: Path) -> N
         "index.json",
         *(f"unit_{i:05d}.safetensors" for i in range(len(built.units))),
     }
+
+
+def test_a_method_with_another_default_makes_another_level_of_the_same_name(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = _build(model, tmp_path)
+    units = list(built.units.values())
+    offered = menus({u.name: u.shape for u in units}, LEVELS)
+    assert LevelStore.lacks(tmp_path, units, offered, _source(model)) is False
+    gptq = compose.method("gptq")
+    changed = {**gptq.params, "damp": dataclasses.replace(gptq.params["damp"], default=0.2)}
+    monkeypatch.setattr(type(gptq), "params", changed)
+    assert LevelStore.lacks(tmp_path, units, offered, _source(model)) is None
+    with pytest.raises(ValueError, match="the defaults of gptq differ"):
+        _build(model, tmp_path)
+    others = menus({u.name: u.shape for u in units}, LEVELS[2:])  # rtn is as it was
+    assert LevelStore.lacks(tmp_path, units, others, _source(model)) is False

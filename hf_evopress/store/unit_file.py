@@ -1,0 +1,121 @@
+"""One unit of a level store as a file: its levels' tensors, each stored once, and their checksums.
+
+Tensors are called <level number>/<name>. One that is the leading part of another of the same name
+is stored once: nested ranks, and the codes that levels with the same first term have in common.
+The file's metadata say under `shared` of which tensor it is what leading shape.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..base.resources import atomic_path
+from ..methods.base import State
+from .checksums import checksum
+
+
+def write_unit(
+    path: Path, unit: str, states: Sequence[State], scores: Sequence[Mapping[str, float]]
+) -> None:
+    """Write the states of a unit, one per level, and what was measured of each."""
+    tensors, shared = share(states)
+    metadata = {
+        "unit": unit,
+        "shared": json.dumps(shared),
+        "scores": json.dumps(list(scores)),
+        "crc32": json.dumps([checksums(state) for state in states]),
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def read_state(path: Path, unit: str, number: int) -> State:
+    """Return the packed tensors of level `number`; a damaged file raises ValueError."""
+    prefix = f"{number}/"
+    try:
+        with safe_open(path, framework="pt") as file:
+            shared = json.loads(file.metadata().get("shared", "{}"))
+            state = {
+                key.removeprefix(prefix): _tensor(file, *shared.get(key, (key, None)))
+                for key in sorted({*file.keys(), *shared})
+                if key.startswith(prefix)
+            }
+            expected = json.loads(file.metadata()["crc32"])[number]
+    except (SafetensorError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+        raise _damaged(path, unit) from error
+    if checksums(state) != expected:
+        raise _damaged(path, unit)
+    return state
+
+
+def read_scores(path: Path, unit: str) -> list[dict[str, float]]:
+    """Return what was measured of each level when it was made."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["scores"])
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise _damaged(path, unit) from error
+
+
+def checksums(state: State) -> dict[str, str]:
+    """Return tensor name -> CRC-32 of the tensors of a state."""
+    return {name: checksum(_bytes(tensor), tensor.shape) for name, tensor in state.items()}
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def share(
+    states: Sequence[State],
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, list[int]]]]:
+    """Return the tensors to store by key, and key -> (stored key, shape) of all others.
+
+    A tensor is left out where it is, bit for bit, the leading part of a stored one.
+    """
+    everything = [
+        (name, i, tensor) for i, state in enumerate(states) for name, tensor in state.items()
+    ]
+    everything.sort(key=lambda entry: -entry[2].numel())
+    stored: dict[str, list[tuple[str, Tensor]]] = {}
+    shared: dict[str, tuple[str, list[int]]] = {}
+    for name, i, tensor in everything:
+        key, known = f"{i}/{name}", stored.setdefault(name, [])
+        source = next((k for k, larger in known if _is_leading(tensor, larger)), None)
+        if source is None:
+            known.append((key, tensor.contiguous()))
+        else:
+            shared[key] = (source, list(tensor.shape))
+    return {key: tensor for kept in stored.values() for key, tensor in kept}, shared
+
+
+def _is_leading(part: Tensor, whole: Tensor) -> bool:
+    if part.dtype != whole.dtype or part.ndim != whole.ndim or not part.numel():
+        return False
+    if any(n > m for n, m in zip(part.shape, whole.shape, strict=True)):
+        return False
+    # The first row tells nearly all of those that differ.
+    leading = whole[tuple(slice(n) for n in part.shape)]
+    return torch.equal(part[:1], leading[:1]) and torch.equal(part, leading)
+
+
+def _tensor(file: Any, key: str, shape: Sequence[int] | None) -> Tensor:
+    if shape is None:
+        return file.get_tensor(key)
+    return file.get_slice(key)[tuple(slice(n) for n in shape)].contiguous()
+
+
+def _damaged(path: Path, unit: str) -> ValueError:
+    return ValueError(
+        f"{path} (levels of {unit}) is damaged: truncated or changed after it was written; "
+        "delete it and run the same build again, which makes only what is missing"
+    )
