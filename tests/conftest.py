@@ -13,6 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from hf_evopress.loading.quantizer import attach
+from hf_evopress.loading.stitch import compress_model
+from hf_evopress.models.units import find_units
+from hf_evopress.plans.plan import Plan
+
 from .hub_server import Hub
 
 ARCHITECTURES = ("llama", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox", "opt")
@@ -144,17 +149,45 @@ def trained_llama() -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
+@pytest.fixture(scope="session")
+def write_model(
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> Callable[..., Path]:
+    """write_model(folder, model, levels=None, tokens=None) -> folder, which then holds dense/.
+
+    With levels (one for all units, or several that go round), small/ as well: the model compressed
+    by them, on tokens where they need some. Both with a tokenizer; the plan names `me/dense`.
+    """
+
+    def written(folder: Path, model: nn.Module, *levels: str, tokens: Tensor | None = None) -> Path:
+        dense: Any = copy.deepcopy(model)
+        dense.save_pretrained(folder / "dense")
+        byte_tokenizer.save_pretrained(folder / "dense")
+        if levels:
+            units = find_units(dense)
+            plan = Plan(
+                {u.name: levels[i % len(levels)] for i, u in enumerate(units)},
+                shapes={u.name: u.shape for u in units},
+                base_model="me/dense",
+            )
+            compress_model(dense, plan, tokens)
+            attach(dense, plan)
+            dense.save_pretrained(folder / "small")
+            byte_tokenizer.save_pretrained(folder / "small")
+        return folder
+
+    return written
+
+
 @pytest.fixture(scope="module")
 def home(
     trained_llama: nn.Module,
-    byte_tokenizer: PreTrainedTokenizerFast,
+    write_model: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A folder of the test file's own: a model in dense/ with its tokenizer, and text.txt."""
-    folder = tmp_path_factory.mktemp("home")
     dense = copy.deepcopy(trained_llama).to(torch.bfloat16)  # others share the original
-    dense.save_pretrained(folder / "dense")  # type: ignore[operator]
-    byte_tokenizer.save_pretrained(folder / "dense")
+    folder = write_model(tmp_path_factory.mktemp("home"), dense)
     (folder / "text.txt").write_text(make_structured_text(900, seed=5))
     return folder
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..adapters.repair import load, tokenizer_of
 from ..base.plugins import load as load_plugin
 from ..export.base import check_target
-from ..loading.layers import compressed_linears
+from ..loading.layers import blank_linears
 from ..methods.base import State
 from ..models.plain import match_plan
 from ..plans.level import Level
@@ -29,16 +27,13 @@ def convert(model: str, out: str | Path, *, format: str) -> Path:
     plan = getattr(getattr(packed.config, "quantization_config", None), "plan", None)
     if not isinstance(plan, Plan):
         raise ValueError(f"{model} is not a compressed model of hf_evopress: it has no plan")
-    held: dict[str, State] = {}
-    biases: dict[str, nn.Parameter | None] = {}
-    for name, layer in compressed_linears(packed).items():
-        held[name], biases[name] = dict(layer.state), layer.bias
+    held = blank_linears(
+        packed
+    )  # the exporter fills them, once, and adds what levels add to biases
 
     def states(unit: str, level: Level) -> State:
-        return held[unit]
+        return dict(held[unit].state)
 
     stock: Any = packed.dequantize()
     match_plan(stock, plan)
-    for name, bias in biases.items():  # what a level adds to it is the exporter's to add
-        stock.get_submodule(name).bias = bias
     return exporter.save(stock, plan, states, out, tokenizer=tokenizer_of(model))

@@ -14,47 +14,8 @@ from ..methods import compose
 from ..methods.base import Shape, State
 from ..plans.level import Level
 from ..plans.plan import Plan
+from .computed_weight import ComputedWeight
 from .runtimes import PACKED, RUNTIMES, Runtime
-
-_READ_ONLY = (
-    "the weight of a compressed layer is computed from its packed tensors, so a change to it "
-    "would be lost; call model.dequantize() first and change (or merge into) the dense model"
-)
-
-
-class ComputedWeight(Tensor):
-    """A dense weight made for one look: like any tensor, but an in-place change raises.
-
-    Without this, `layer.weight.data += delta`, which is how PEFT merges an adapter, would
-    change a temporary and the adapter would be gone without a word. Views raise as well; a
-    clone(), or anything computed, is a plain tensor.
-    """
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        first = args[0] if args else kwargs.get("tensor")
-        if isinstance(first, cls) and (_is_in_place(name) or func == Tensor.data.__set__):  # type: ignore[attr-defined]
-            raise RuntimeError(_READ_ONLY)
-        if isinstance(kwargs.get("out"), cls):
-            raise RuntimeError(_READ_ONLY)
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-            if isinstance(first, cls) and isinstance(result, Tensor) and _shares(result, first):
-                return result.as_subclass(cls)
-        return result
-
-
-def _is_in_place(name: str) -> bool:
-    ends = name.endswith("_") and not name.endswith("__")
-    return (ends and name != "requires_grad_") or name == "__setitem__"
-
-
-def _shares(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 class CompressedLinear(nn.Linear):
@@ -386,7 +347,22 @@ def prepare_linears(model: nn.Module, runtime: str) -> None:
         layer.prepare(runtime)
 
 
-def restore_linears(model: nn.Module, *, dtype: torch.dtype | None = None) -> None:
+def restore_linears(model: nn.Module) -> None:
     """Put a stock nn.Linear with the same weight in the place of every CompressedLinear."""
     for name, layer in compressed_linears(model).items():
-        model.set_submodule(name, layer.dequantize(dtype=dtype))
+        model.set_submodule(name, layer.dequantize())
+
+
+def blank_linears(model: nn.Module) -> dict[str, CompressedLinear]:
+    """Put stock nn.Linears, whose weights are for others to fill, in the place of compressed ones.
+
+    Returns what was there, by name.
+    """
+    taken = compressed_linears(model)
+    for name, layer in taken.items():
+        shape = (layer.in_features, layer.out_features)
+        device = next(iter(layer.state.values())).device
+        linear = nn.utils.skip_init(nn.Linear, *shape, bias=False, device=device, dtype=model.dtype)
+        linear.bias = layer.bias
+        model.set_submodule(name, linear.train(layer.training))
+    return taken

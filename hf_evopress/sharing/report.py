@@ -137,6 +137,15 @@ def level_table(plan: Plan, bits: Mapping[str, float] | None = None) -> str:
     return _columns(rows, "<>>><")
 
 
+def bits_line(plan: Plan) -> str:
+    """Return the bits per weight that are stored, and those that the levels name, in a line."""
+    named = f"{grid(plan).mean:.3f} named by the levels, without scales and zero points"
+    stored = plan.budget.get("bits_per_weight")
+    if not isinstance(stored, (int, float)):
+        return f"bits per weight: {named}"
+    return f"bits per weight: {stored:.3f} stored, all counted; {named} (as in the map below)"
+
+
 def results_table(rows: Sequence[Mapping[str, object]]) -> str:
     """Return rows with the same keys as aligned columns, numbers to the right.
 

@@ -35,13 +35,9 @@ Q8_0 = 8  # ggml's number
 
 
 @pytest.fixture(scope="module")
-def base(
-    trained_llama: Any, byte_tokenizer: Any, structured_text: Any, tmp_path_factory: Any
-) -> Path:
+def base(trained_llama: Any, write_model: Any, structured_text: Any, tmp_path_factory: Any) -> Path:
     """A folder with the dense model and the text of the task."""
-    folder = tmp_path_factory.mktemp("foreign")
-    copy.deepcopy(trained_llama).save_pretrained(folder / "dense")
-    byte_tokenizer.save_pretrained(folder / "dense")
+    folder = write_model(tmp_path_factory.mktemp("foreign"), trained_llama)
     (folder / "task.txt").write_text(structured_text(800))
     return folder
 

@@ -15,10 +15,11 @@ import argparse
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from hf_evopress.loading.layers import CompressedLinear, prepare_linears, replace_linears
 from hf_evopress.loading.runtimes import RUNTIMES
@@ -82,13 +83,17 @@ def make(words: argparse.Namespace, level: str | None, runtime: str = "packed") 
     return model
 
 
+# transformers 5.24 renamed it; older ones know the other name only
+CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
+
+
 def decoder(model: LlamaForCausalLM, prompt: Tensor) -> Callable[[], object]:
     """Return a function that computes one more token after a prompt of 16."""
     with torch.inference_mode():
         cache = model(prompt[:, :16], use_cache=True).past_key_values
 
     def step() -> None:
-        model(prompt[:, :1], past_key_values=cache, use_cache=True)
+        model(prompt[:, :1], **{CACHE: cache}, use_cache=True)
 
     return step
 

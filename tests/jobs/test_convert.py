@@ -16,6 +16,7 @@ from hf_evopress.cli import main
 from hf_evopress.jobs.convert import convert
 from hf_evopress.loading.quantizer import attach
 from hf_evopress.loading.stitch import compress_model
+from hf_evopress.methods import compose
 from hf_evopress.models.plain import make_plain
 from hf_evopress.models.units import find_units
 from hf_evopress.plans.plan import Plan
@@ -78,6 +79,17 @@ def test_a_dense_export_computes_what_the_packed_model_does(
     assert torch.allclose(logits(folder), logits(small), atol=2e-5)
     assert Plan.load(folder) == Plan.load(small)
     assert (folder / "tokenizer_config.json").is_file()
+
+
+def test_each_weight_is_computed_once(
+    make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = make("llama", *LEVELS)
+    computed: list[Any] = []
+    own = compose.decompress
+    monkeypatch.setattr(compose, "decompress", lambda *a: computed.append(a[0]) or own(*a))
+    convert(str(small), small.parent / "dense", format="dense")
+    assert len(computed) == len(Plan.load(small))
 
 
 @pytest.mark.parametrize("format", ["dense", "pruned"])

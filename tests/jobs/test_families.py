@@ -77,9 +77,8 @@ def test_no_plan_of_a_small_space_is_better_than_brute_force(home: Path) -> None
     best = run_search(job, build_levels(job))
     assert best.run.report["plans"] == 9
     with pytest.raises(ValueError, match="up to 9 plans, brute_force evaluates at most 4"):
-        Job(
-            recipe(home, **same, search={"strategy": "brute_force", "settings": {"plans": 4}})
-        ).search(build_levels(job))
+        few = {"strategy": "brute_force", "settings": {"plans": 4}}
+        search_of(Job(recipe(home, **same, search=few)), build_levels(job))
 
 
 @pytest.mark.parametrize("strategy", ["evolve", "evopress", "uniform", "owl", "layer_error"])
@@ -114,7 +113,7 @@ def test_a_smaller_menu_is_served_from_the_same_store(home: Path) -> None:
     work = str(home / "joint")
     rtn = [f"rtn:bits={bits},group_size=32" for bits in (3, 4)]
     stores = [
-        Job(recipe(home, **{**everything, "levels": levels}, work=work)).build()
+        build_levels(Job(recipe(home, **{**everything, "levels": levels}, work=work)))
         for levels in (everything["levels"], QUANT, rtn, rtn[:1])
     ]
     assert stores[0].folder == stores[1].folder != stores[2].folder == stores[3].folder
@@ -236,7 +235,7 @@ def test_a_baseline_of_another_task_is_refused(home: Path, strategy: str, reason
 def test_single_drops_are_measured_by_a_cost_of_the_users_own(home: Path) -> None:
     asked = recipe(home, budget={"drop": 0.34}, drop={"tokens": 128})
     sevens = Job(asked, fitness=Task(lambda dense, compressed, labels: 7.0))
-    table = sevens.tables.of("evolve", sevens.build())
+    table = tables(sevens).of("evolve", build_levels(sevens))
     assert table == [[7.0, 0.0]] * 6
 
 
@@ -250,7 +249,7 @@ def test_single_drops_are_measured_once(home: Path) -> None:
     assert len(kept) == 6 and min(kept.values()) > 0
     path.write_text(json.dumps(dict.fromkeys(kept, 7.0)))
     again = Job(recipe(home, **same))
-    assert table != again.tables.of("evolve", again.build()) == [[7.0, 0.0]] * 6
+    assert table != tables(again).of("evolve", build_levels(again)) == [[7.0, 0.0]] * 6
 
 
 def test_joint_two_of_four_and_int4_reloads_generates_and_takes_what_the_plan_says(

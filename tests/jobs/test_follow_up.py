@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,6 @@ import pytest
 
 from hf_evopress.adapters.folder import read_adapter
 from hf_evopress.jobs.follow_up import check_follow_up, follow_up
-from hf_evopress.loading.layers import compressed_linears
-from hf_evopress.loading.quantizer import attach
-from hf_evopress.loading.stitch import compress_model
-from hf_evopress.models.units import find_units
-from hf_evopress.plans.plan import Plan
 from hf_evopress.recipes.recipe import Recipe
 
 SETTINGS = {"steps": 2, "batch": 2, "seq_len": 32, "sequences": 8, "rank": 2, "save_steps": 2}
@@ -32,25 +26,10 @@ def recipe(place: Path, **parts: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def place(
-    tiny_model: Any, text_tokens: Any, structured_text: Any, byte_tokenizer: Any,
-    tmp_path_factory: Any,
-) -> Path:  # fmt: skip
+def place(tiny_model: Any, structured_text: Any, write_model: Any, tmp_path_factory: Any) -> Path:
     folder = tmp_path_factory.mktemp("place")
     (folder / "text.txt").write_text(structured_text(200))
-    model = tiny_model()
-    for name in ("dense", "small"):
-        byte_tokenizer.save_pretrained(folder / name)
-    model.save_pretrained(folder / "dense")
-    units = find_units(model)
-    small = copy.deepcopy(model)
-    levels = {u.name: "rtn:bits=3,group_size=32" for u in units}
-    plan = Plan(levels, shapes={u.name: u.shape for u in units})
-    compress_model(small, plan, text_tokens(1, 16))
-    attach(small, plan)
-    assert compressed_linears(small)
-    small.save_pretrained(folder / "small")
-    return folder
+    return write_model(folder, tiny_model(), "rtn:bits=3,group_size=32")
 
 
 def test_the_adapter_is_made_and_the_training_run_keeps_it_beside_it(place: Path) -> None:

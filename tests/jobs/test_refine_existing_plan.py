@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 
 from hf_evopress.cli import main
 from hf_evopress.cli.compress import show_result
-from hf_evopress.jobs import measure, pipeline
-from hf_evopress.jobs.job import Job
+from hf_evopress.jobs import measure, pipeline, refinement
 from hf_evopress.jobs.refine_existing_model import refine_end_to_end
 from hf_evopress.jobs.refine_existing_plan import refine_plan
 from hf_evopress.models.size import stored_bytes
@@ -99,7 +98,7 @@ def test_refinement_that_does_not_help_is_not_kept(
     home: Path, plain: pipeline.Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([0.5, 0.6])
-    monkeypatch.setattr(Job, "loss", lambda *_: next(losses))
+    monkeypatch.setattr(refinement, "loss", lambda *_: next(losses))
     result = pipeline.compress(recipe(home, "kept", "fast"))
     assert not result.plan.results["refined"]["is_kept"]
     assert {row.name for row in result.rows} == {row.name for row in plain.rows}

@@ -8,17 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from hf_evopress.loading import runtimes
 from hf_evopress.loading.config import EvoPressConfig
-from hf_evopress.loading.layers import CompressedLinear, compressed_linears, replace_linears
-from hf_evopress.loading.quantizer import attach
+from hf_evopress.loading.layers import CompressedLinear, compressed_linears
 from hf_evopress.loading.runtimes import has_int4_kernel
 from hf_evopress.methods import compose
-from hf_evopress.models.units import find_units
-from hf_evopress.plans.plan import Plan
 
 LEVELS = (
     "magnitude:sparsity=0.5",
@@ -244,21 +240,10 @@ def test_without_a_kernel_the_layer_is_expanded(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable) -> Path:
-    model: nn.Module = tiny_model("llama")
-    units = find_units(model)
-    levels = {unit.name: LEVELS[i % len(LEVELS)] for i, unit in enumerate(units)}
-    plan = Plan(levels, {unit.name: unit.shape for unit in units})
-
-    def states(unit: str, level: object) -> dict[str, Tensor]:
-        weight = model.get_submodule(unit).weight.detach()
-        return compose.compress(compose.normalize(level), weight, None)
-
-    replace_linears(model, plan, states)
-    attach(model, plan)
-    path = tmp_path_factory.mktemp("packed")
-    model.save_pretrained(path)
-    return path
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable, write_model: Callable
+) -> Path:
+    return write_model(tmp_path_factory.mktemp("packed"), tiny_model("llama"), *LEVELS) / "small"
 
 
 def test_a_model_is_loaded_expanded_when_asked_and_saved_packed(

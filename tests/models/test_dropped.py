@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaModel, StaticCache
 
 from hf_evopress.models.dropped import (
     DroppedAttention,
@@ -28,6 +29,9 @@ from tests.conftest import ARCHITECTURES
 
 OUTPUTS = ("o_proj", "out_proj", "dense", "down_proj", "dense_4h_to_h")
 IDS = torch.arange(3, 19).view(2, 8)
+
+# transformers 5.24 renamed it; older ones know the other name only
+CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
 
 every_arch = pytest.mark.parametrize("arch", ARCHITECTURES)
 TinyModel = Callable[..., Any]
@@ -104,8 +108,8 @@ def test_a_cache_allocated_in_full_before_the_first_call(tiny_model: TinyModel) 
     for each in (model, reference):
         cache = StaticCache(config=each.config, max_cache_len=16)
         cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
-        each(IDS[:, :5], past_key_values=cache)
-        logits.append(each(IDS[:, 5:], past_key_values=cache).logits)
+        each(IDS[:, :5], **{CACHE: cache})
+        logits.append(each(IDS[:, 5:], **{CACHE: cache}).logits)
     assert torch.allclose(*logits, atol=1e-6)
 
 
@@ -114,7 +118,7 @@ def test_the_cache_of_a_dropped_attention_holds_one_number_per_token(
 ) -> None:
     model, _ = pair(tiny_model, "llama", [0])
     cache = DynamicCache(config=model.config)
-    model(IDS, past_key_values=cache)
+    model(IDS, **{CACHE: cache})
     assert cache.get_seq_length() == 8
     assert cache.layers[0].keys.numel() == IDS.numel()
 

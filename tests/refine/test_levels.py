@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from hf_evopress.calibration.output_moments import load_moments
-from hf_evopress.jobs import pipeline
+from hf_evopress.jobs import pipeline, refinement
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.levels import build_levels
-from hf_evopress.jobs.refinement import refine_settings, refining_tokens
+from hf_evopress.jobs.refinement import refining_tokens
 from hf_evopress.methods import compose
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.refine.block_tuning import Tuning
@@ -49,7 +49,9 @@ def small_rates() -> Iterator[None]:
     """The rates are for real models; a tiny one needs smaller ones."""
     tuning = Tuning(steps=40, batch=6, code_rate=0.005, float_rate=2e-3, zero_rate=0.03)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "refine_settings", lambda job, mode: Settings(mode, tuning=tuning))
+        patch.setattr(
+            refinement, "refine_settings", lambda job, mode: Settings(mode, tuning=tuning)
+        )
         yield
 
 
@@ -102,7 +104,7 @@ def test_a_level_that_does_not_help_stays_as_it_was(job: Job, store: RefinedLeve
         tokens,
         heldout,
         job.work / "refined-levels",
-        settings=refine_settings(job, "best"),
+        settings=refinement.refine_settings(job, "best"),
         loss=lambda *_: next(losses),
         moments=lambda block: load_moments(job.work, block),
     )
@@ -119,7 +121,7 @@ def test_less_loss_is_expected_of_them(store: RefinedLevels) -> None:
 
 def test_they_are_made_once(job: Job, store: RefinedLevels) -> None:
     files = {f: f.stat().st_mtime_ns for f in (job.work / "refined-levels").rglob("*.safetensors")}
-    again = Job(recipe(Path(job.recipe.model).parent)).build()
+    again = build_levels(Job(recipe(Path(job.recipe.model).parent)))
     unit = next(iter(store.units))
     states = [s.state(unit, TWO) for s in (store, again)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -5,7 +5,14 @@ import re
 import pytest
 
 from hf_evopress.plans.plan import Plan
-from hf_evopress.sharing.report import grid, heat_map, level_table, nominal_bits, results_table
+from hf_evopress.sharing.report import (
+    bits_line,
+    grid,
+    heat_map,
+    level_table,
+    nominal_bits,
+    results_table,
+)
 
 SHAPES = {"self_attn.q_proj": (64, 64), "mlp.up_proj": (128, 64), "mlp.down_proj": (64, 128)}
 
@@ -140,3 +147,11 @@ def test_a_unit_without_a_block_number_is_refused() -> None:
 def test_an_empty_table_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one row"):
         results_table([])
+
+
+def test_stored_and_named_bits_stand_side_by_side() -> None:
+    plan = make_plan()
+    assert "stored" not in bits_line(plan)
+    told = plan.replace(budget={"bits_per_weight": 3.2997})
+    assert bits_line(told).startswith("bits per weight: 3.300 stored, all counted; ")
+    assert f"{grid(plan).mean:.3f} named by the levels" in bits_line(told)

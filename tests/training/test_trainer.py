@@ -37,18 +37,10 @@ def tokens(text_tokens: Any) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def folder(dense: Any, tokens: Tensor, tmp_path_factory: Any) -> Path:
+def folder(dense: Any, tokens: Tensor, write_model: Any, tmp_path_factory: Any) -> Path:
     """A compressed checkpoint, as a user has it."""
-    model = copy.deepcopy(dense)
-    plan = Plan(
-        {u.name: LEVEL for u in find_units(model)},
-        shapes={u.name: u.shape for u in find_units(model)},
-    )
-    compress_model(model, plan, tokens)
-    attach(model, plan)
-    path = tmp_path_factory.mktemp("compressed")
-    model.save_pretrained(path)
-    return path
+    place = tmp_path_factory.mktemp("compressed")
+    return write_model(place, dense, LEVEL, tokens=tokens) / "small"
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -17,9 +16,6 @@ from hf_evopress.adapters.folder import load_adapter, read_adapter
 from hf_evopress.adapters.repair import adapt, merge
 from hf_evopress.cli import main
 from hf_evopress.loading.layers import compressed_linears
-from hf_evopress.loading.quantizer import attach
-from hf_evopress.loading.stitch import compress_model
-from hf_evopress.models.units import find_units
 from hf_evopress.plans.plan import Plan
 from hf_evopress.refine.distillation import Targets
 from hf_evopress.training.tune import Tuning, tune
@@ -27,27 +23,13 @@ from hf_evopress.training.tune import Tuning, tune
 
 @pytest.fixture(scope="module")
 def place(
-    trained_llama: Any, text_tokens: Any, structured_text: Any, byte_tokenizer: Any,
-    tmp_path_factory: Any,
-) -> Path:  # fmt: skip
+    trained_llama: Any, structured_text: Any, write_model: Any, tmp_path_factory: Any
+) -> Path:
     """A folder with text.txt, the model dense/ and its compressed checkpoint small/."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "text.txt").write_text(structured_text(600))
     (folder / "test.txt").write_text(structured_text(30, seed=5))
-    dense = copy.deepcopy(trained_llama)
-    dense.save_pretrained(folder / "dense")
-    byte_tokenizer.save_pretrained(folder / "dense")
-    units = find_units(dense)
-    plan = Plan(
-        {u.name: "rtn:bits=3,group_size=32,clip=false" for u in units},
-        shapes={u.name: u.shape for u in units},
-        base_model="me/dense",
-    )
-    compress_model(dense, plan, text_tokens(2, 16))
-    attach(dense, plan)
-    dense.save_pretrained(folder / "small")
-    byte_tokenizer.save_pretrained(folder / "small")
-    return folder
+    return write_model(folder, trained_llama, "rtn:bits=3,group_size=32,clip=false")
 
 
 @pytest.fixture
