@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_READ_ONLY = (
+READ_ONLY = (
     "the weight of a compressed layer is computed from its packed tensors, so a change to it "
     "would be lost; call model.dequantize() first and change (or merge into) the dense model"
 )
@@ -29,9 +29,9 @@ class ComputedWeight(Tensor):
         name = getattr(func, "__name__", "")
         first = args[0] if args else kwargs.get("tensor")
         if isinstance(first, cls) and (_is_in_place(name) or func == Tensor.data.__set__):  # type: ignore[attr-defined]
-            raise RuntimeError(_READ_ONLY)
+            raise RuntimeError(READ_ONLY)
         if isinstance(kwargs.get("out"), cls):
-            raise RuntimeError(_READ_ONLY)
+            raise RuntimeError(READ_ONLY)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
             if isinstance(first, cls) and isinstance(result, Tensor) and _shares(result, first):

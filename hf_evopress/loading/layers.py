@@ -14,7 +14,7 @@ from ..methods import compose
 from ..methods.base import Shape, State
 from ..plans.level import Level
 from ..plans.plan import Plan
-from .computed_weight import ComputedWeight
+from .computed_weight import READ_ONLY, ComputedWeight
 from .runtimes import PACKED, RUNTIMES, Runtime
 
 
@@ -130,7 +130,7 @@ class CompressedLinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            raise AttributeError(_READ_ONLY)
+            raise AttributeError(READ_ONLY)
         super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
