@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..base import target
 from ..base.fingerprint import tensor_fingerprint, text_fingerprint
 from ..base.plugins import did_you_mean
-from ..base.resources import atomic_path
 from ..loading.layers import compressed_linears, fixed_dtype
 from ..models.size import header_bytes
 
@@ -84,8 +84,8 @@ def write_adapter(
 ) -> Path:
     """Return `folder` after writing the factors as a LoRA adapter of scaling 1.
 
-    Raises ValueError where there is nothing to write, or where the folder holds a model:
-    loaders take a folder with both configs for an adapter.
+    Raises ValueError where there is nothing to write, or where the folder holds something else:
+    loaders take a folder with a model and an adapter for an adapter.
     """
     folder = Path(folder)
     check_target(folder)
@@ -115,9 +115,9 @@ def write_adapter(
         for letter, factor in zip("AB", pair, strict=True)
     }
     metadata = {"format": "pt", "hf_evopress": json.dumps(dict(about or {}))}
-    with atomic_path(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
-    config.save_pretrained(str(folder))
+    with target.whole_folder(folder) as temporary:
+        save_file(tensors, temporary / WEIGHTS, metadata=metadata)
+        config.save_pretrained(str(temporary))
     return folder
 
 
@@ -227,13 +227,12 @@ def activate(model: Any, names: list[str], *, train: list[str]) -> None:
 def check_target(folder: str | Path) -> None:
     """Raise ValueError where an adapter cannot be written to `folder`."""
     folder = Path(folder)
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; give a folder to write the adapter to")
     if (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} holds a model; loaders would take the two together for an adapter: write "
             f"the adapter to a folder of its own, such as {folder / 'adapter'}"
         )
+    target.check_target(folder)
 
 
 def base_fingerprint(model: nn.Module) -> str | None:

@@ -15,10 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..base.progress import Progress
+from ..base.target import whole_folder, writes_out
 from ..calibration.data import load_tokens, tokenize_file
 from ..calibration.output_moments import load_moments, output_moments
-from ..export.base import check_target as check_model_target
-from ..export.base import whole_folder
 from ..loading.quantizer import register_with_transformers
 from ..models.plain import make_plain
 from ..scoring.evaluate import Report, compare_many
@@ -33,6 +32,7 @@ logger = logging.getLogger(__name__)
 _HELD_OUT = 4  # sequences of the data that figures are measured on
 
 
+@writes_out("model", "data", "dense")
 def adapt(
     model: str,
     out: str | Path,
@@ -48,6 +48,7 @@ def adapt(
     seq_len: int = 1024,
     seed: int = 0,
     sensitivity_tokens: int = 6144,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Return `out` with the EoRA adapter of the compressed `model` on the text in `data`.
@@ -87,6 +88,7 @@ class Merged:
     reports: Mapping[str, Report] = field(default_factory=dict)
 
 
+@writes_out("model", "adapter", "data", "work", "against", "test")
 def merge(
     model: str,
     adapter: str,
@@ -101,6 +103,7 @@ def merge(
     n_sequences: int = 56,
     seq_len: int = 1024,
     seed: int = 0,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Merged:
     """Return the checkpoint `out`: `model` with `adapter` in its own packed tensors.
@@ -109,7 +112,6 @@ def merge(
     Otherwise the levels are made anew from the sum, at the same bits: text from `data`, or the
     statistics in `work`, calibrate those that need it.
     """
-    check_model_target(out)
     factors = read_adapter(local_folder(adapter))
     tokens = held_out = None
     if data:
@@ -243,7 +245,7 @@ def local_folder(name: str) -> Path:
 
 def save_checkpoint(model: Any, out: str | Path, source: str) -> Path:
     """Return `out` with the model, its plan and the tokenizer of `source`, whole or not at all."""
-    with whole_folder(Path(out)) as folder:
+    with whole_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer_of(source).save_pretrained(folder)
         model.hf_quantizer.quantization_config.plan.save(folder)

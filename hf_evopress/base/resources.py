@@ -64,9 +64,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         # mkstemp files are private (0600); a shared folder needs the usual permissions.
         os.chmod(temporary, 0o666 & ~_umask())
-        _fsync(temporary)
+        fsync(temporary)
         os.replace(temporary, target)
-        _fsync(target.parent)
+        fsync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -102,7 +102,8 @@ def _umask() -> int:
     return current
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have what was written to a file or folder on the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder, and needs no such call to keep a rename
     descriptor = os.open(path, os.O_RDONLY)

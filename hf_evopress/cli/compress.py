@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..base.target import check_file
+from ..plans.plan import MARK
+from ..plans.repo import FILE_NAME
 from ..recipes.recipe import Recipe
 from .console import bars, console, table
 from .inspect import show_front
@@ -26,6 +29,7 @@ from .options import (
     MaxDrop,
     Model,
     Out,
+    Overwrite,
     Pin,
     Ratio,
     RefineLevels,
@@ -95,6 +99,7 @@ def compress(
     calibration: Calibration = 56,
     search_pool: SearchPool = 32,
     revision: Revision = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compress a model to a size: calibrate, make levels, search, pack, reload, measure.
 
@@ -108,7 +113,7 @@ def compress(
     the same --work costs only the search.
     """
     recipe = recipe_of(**locals())
-    _run(recipe, test)
+    _run(recipe, test, overwrite)
 
 
 def run(
@@ -117,13 +122,14 @@ def run(
         list[str] | None, typer.Argument(help="key=value, such as budget.bits=3 or out=smol.")
     ] = None,
     test: Annotated[str | None, typer.Option(help="Text file for the final figures.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Do what a recipe says; `compress` writes the recipe of each run into its folder.
 
     \b
     hf-evopress run smollm2-135m-3.3bit budget.bits=2.8 out=smol-2.8bit
     """
-    _run(Recipe.load(recipe, override or ()), test)
+    _run(Recipe.load(recipe, override or ()), test, overwrite)
 
 
 def levels(
@@ -196,6 +202,7 @@ def search(
     calibration: Calibration = 56,
     search_pool: SearchPool = 32,
     revision: Revision = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Find a plan for a budget and write it, a few kilobytes; levels are made if not there.
 
@@ -208,6 +215,7 @@ def search(
     if bits is not None and ":" in bits:
         return _front(words, out)
     recipe = recipe_of(**words)
+    check_file(Path(out) / FILE_NAME if Path(out).is_dir() else out, MARK, overwrite=overwrite)
     from ..jobs.job import Job
     from ..jobs.levels import build_levels
     from ..jobs.plan_search import find_plan
@@ -240,6 +248,7 @@ def apply(
     seq_len: SeqLen = 1024,
     calibration: Calibration = 56,
     revision: Revision = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compress a model by a plan that is already there, without a search.
 
@@ -257,6 +266,7 @@ def apply(
         seq_len=seq_len,
         seed=seed,
         revision=revision,
+        overwrite=overwrite,
     )
     console.print(f"model written to {folder}", markup=False)
 
@@ -280,21 +290,21 @@ def _front(words: dict[str, Any], out: str) -> None:
         show_front(out)
 
 
-def _run(recipe: Recipe, test: str | None) -> None:
+def _run(recipe: Recipe, test: str | None, overwrite: bool) -> None:
     from ..jobs.pipeline import compress as run_line
 
     if recipe.adapter is not None or recipe.tune is not None:
         from ..jobs.follow_up import check_follow_up
 
-        check_follow_up(recipe)
+        check_follow_up(recipe, overwrite=overwrite)
     with bars() as progress:
-        result = run_line(recipe, test=test, progress=progress)
+        result = run_line(recipe, test=test, overwrite=overwrite, progress=progress)
     show_result(result)
     if recipe.adapter is not None or recipe.tune is not None:
         from ..jobs.follow_up import follow_up
 
         with bars() as progress:
-            made = follow_up(recipe, result.folder, progress=progress)
+            made = follow_up(recipe, result.folder, overwrite=overwrite, progress=progress)
         show_follow_up(made)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .console import console, error_console
-from .options import Out
+from .options import Out, Overwrite
 
 
 def export(
@@ -22,6 +22,7 @@ def export(
             "vLLM read. See hf-evopress list.",
         ),
     ],
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a compressed model in another format, to be loaded without hf_evopress.
 
@@ -36,7 +37,7 @@ def export(
     from ..models.size import stored_bytes
 
     with error_console.status("writing"):
-        folder = convert(model, out, format=format)
+        folder = convert(model, out, format=format, overwrite=overwrite)
     size = f"{stored_bytes(folder) / 1e6:.1f} MB"
     console.print(f"{folder}: {size}", markup=False, soft_wrap=True)
 

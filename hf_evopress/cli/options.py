@@ -46,6 +46,10 @@ Families = Annotated[
     ),
 ]
 Out = Annotated[str, typer.Option("--out", "-o", help="Folder to write.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace all that is in OUT, also what others put there."),
+]
 Texts = Annotated[
     list[str] | None,
     typer.Option(

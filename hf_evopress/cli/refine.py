@@ -11,7 +11,7 @@ from ..base.plugins import did_you_mean
 from ..recipes.recipe import END_TO_END, REFINE
 from .compress import show_result
 from .console import bars
-from .options import Calibration, Out, Revision, Seed, SeqLen, Texts, Work, Written
+from .options import Calibration, Out, Overwrite, Revision, Seed, SeqLen, Texts, Work, Written
 
 Steps = Annotated[
     int | None, typer.Option(help="Training steps of end-to-end; default: 200.", min=1)
@@ -51,6 +51,7 @@ def refine(
     steps: Steps = None,
     learning_rate: LearningRate = None,
     revision: Revision = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Finish a plan: tune its levels block by block against the dense model; bytes stay.
 
@@ -73,12 +74,11 @@ def refine(
     else:
         _check(mode, {} if mode.endswith(END_TO_END) else training)
     common: dict[str, Any] = {
-        "data": data or (),
-        "test": test,
-        "seed": seed,
+        **{"data": data or (), "test": test, "seed": seed},
         "seq_len": seq_len,
         "n_sequences": calibration,
         "written": written,
+        "overwrite": overwrite,
     }
     with bars() as progress:
         common["progress"] = progress
@@ -87,9 +87,8 @@ def refine(
         if mode == END_TO_END:
             result = refine_end_to_end(plan, out, dense=model, **common)
         else:
-            result = refine_plan(
-                plan, out, mode=mode, model=model, work=work, revision=revision, **common
-            )
+            where: dict[str, Any] = {"model": model, "work": work, "revision": revision}
+            result = refine_plan(plan, out, mode=mode, **where, **common)
     show_result(result)
 
 

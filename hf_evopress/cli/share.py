@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import bars, console, table
+from .options import Overwrite
 
 if TYPE_CHECKING:
     from ..plans.plan import Plan
@@ -60,6 +61,7 @@ def pull(
     repo: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
     folder: Annotated[str, typer.Argument(help="Folder to write, whole or not at all.")],
     revision: Revision = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Download a repository into a folder, checked; an interrupted download goes on.
 
@@ -69,7 +71,7 @@ def pull(
     from ..sharing.hub import pull as download
 
     with bars() as progress:
-        path = download(repo, folder, revision=revision, progress=progress)
+        path = download(repo, folder, revision=revision, overwrite=overwrite, progress=progress)
     console.print(f"{repo} is in {path}", markup=False, soft_wrap=True)
 
 
@@ -121,6 +123,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write. Default: NAME.report.html.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write one HTML page about a compressed model: figures, heat map, every layer.
 
@@ -129,7 +132,8 @@ def report(
     """
     from ..sharing.html_report import write_report
 
-    console.print(f"report written to {write_report(source, out)}", markup=False, soft_wrap=True)
+    path = write_report(source, out, overwrite=overwrite)
+    console.print(f"report written to {path}", markup=False, soft_wrap=True)
 
 
 def import_config(
@@ -148,13 +152,16 @@ def import_config(
     kind: KindOption = None,
     sparsity: Sparsity = None,
     step: Step = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Read configurations in EvoPress's own text formats into plans.
 
     \b
     hf-evopress import Llama-3.1-8B_3bit.txt --model meta-llama/Llama-3.1-8B --out plan.json
     """
+    from ..base.target import check_file
     from ..models.skeleton import fit_to
+    from ..plans.plan import MARK
     from ..plans.published import STEP, config_files, read_published, to_plan
 
     files = config_files(source)
@@ -177,6 +184,7 @@ def import_config(
         if several:  # a folder in a folder becomes part of the name: plans lie side by side
             inside = file.relative_to(source).with_suffix(".json")
             path = path / inside.as_posix().replace("/", "-")
+        check_file(path, MARK, overwrite=overwrite)
         made.append((path, config, plan))
     if several:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -196,6 +204,7 @@ def export_config(
     sparsity: Sparsity = None,
     step: Step = None,
     blocks: Annotated[int | None, typer.Option(help="Decoder blocks, for a drop plan.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a plan in EvoPress's own text format.
 
@@ -203,9 +212,11 @@ def export_config(
     hf-evopress export-config plan.json Llama-3.1-8B_3bit.txt
     """
     from ..base.resources import atomic_write
+    from ..base.target import check_file
     from ..plans.plan import Plan
     from ..plans.published import published_text
 
+    check_file(out, None, overwrite=overwrite)
     text = published_text(
         Plan.from_pretrained(plan), kind=_kind(kind), sparsity=sparsity, step=step, n_blocks=blocks
     )

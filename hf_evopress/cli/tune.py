@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import bars, console, table
+from .options import Overwrite
 
 if TYPE_CHECKING:
     from ..adapters.repair import Merged
@@ -66,6 +67,7 @@ def adapt(
     calibration: Annotated[int, typer.Option(help="Sequences of text.")] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compute an EoRA adapter: each layer's compression error, added back at low rank.
 
@@ -92,6 +94,7 @@ def adapt(
             n_sequences=calibration,
             seq_len=seq_len,
             seed=seed,
+            overwrite=overwrite,
             progress=progress,
         )
     _show_adapter(folder)
@@ -128,6 +131,7 @@ def tune(
         typer.Option(help="Folder for the teacher's predictions, for other runs to use as well."),
     ] = None,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a compressed model on a text, or let it learn from its dense model.
 
@@ -144,11 +148,10 @@ def tune(
     from ..training.tune import tune as run
 
     settings = Tuning(**{k: words[k] for k in Tuning.__dataclass_fields__ if k in words})
+    common: dict[str, Any] = {"data": data, "targets": targets, "overwrite": overwrite}
     with bars() as progress:
         tests = {path: path for path in test or ()}
-        result = run(
-            model, out, settings, data=data, tests=tests, targets=targets, progress=progress
-        )
+        result = run(model, out, settings, tests=tests, **common, progress=progress)
     _show_tuned(result)
 
 
@@ -173,6 +176,7 @@ def merge(
     calibration: Annotated[int, typer.Option(help="Calibration sequences.")] = 56,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fold an adapter into the packed model, and measure what that costs.
 
@@ -195,6 +199,7 @@ def merge(
             n_sequences=calibration,
             seq_len=seq_len,
             seed=seed,
+            overwrite=overwrite,
             progress=progress,
         )
     _show_merged(result, against)

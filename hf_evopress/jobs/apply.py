@@ -7,11 +7,12 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..export.base import check_target, whole_folder
+from ..base.target import whole_folder, writes_out
 from ..loading.config import EvoPressConfig
 from ..loading.quantizer import register_with_transformers
 
 
+@writes_out("plan", "model", "data")
 def apply_plan(
     plan: str,
     out: str | Path,
@@ -22,13 +23,14 @@ def apply_plan(
     seq_len: int = 1024,
     seed: int = 0,
     revision: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Return the folder `out` with `model` compressed by `plan`, without a search.
 
     model: the dense model, by default the plan's own. Levels that need no data are made while
-    the model loads; others are calibrated on `data`.
+    the model loads; others are calibrated on `data`. overwrite: replace all that
+    is in `out`, ours or not.
     """
-    check_target(out)
     register_with_transformers()
     config = EvoPressConfig(
         plan, data=list(data or ()) or None, n_sequences=n_sequences, seq_len=seq_len, seed=seed

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..adapters.repair import load, tokenizer_of
 from ..base.plugins import load as load_plugin
-from ..export.base import check_target
+from ..base.target import writes_out
 from ..loading.layers import blank_linears
 from ..methods.base import State
 from ..models.plain import match_plan
@@ -15,14 +15,14 @@ from ..plans.level import Level
 from ..plans.plan import Plan
 
 
-def convert(model: str, out: str | Path, *, format: str) -> Path:
+@writes_out("model")
+def convert(model: str, out: str | Path, *, format: str, overwrite: bool = False) -> Path:
     """Return `out` with the compressed `model`, a folder or Hub name, in an export format.
 
     format: a name in `hf-evopress list`, such as dense or compressed_tensors. Everything that was
     trained comes along; units that the format has no place for raise ValueError by name.
     """
     exporter = load_plugin("export", format)()
-    check_target(out)
     packed = load(model, dtype="auto")
     plan = getattr(getattr(packed.config, "quantization_config", None), "plan", None)
     if not isinstance(plan, Plan):

@@ -9,20 +9,27 @@ from ..adapters.repair import adapt
 from ..base.plugins import did_you_mean
 from ..base.progress import Progress
 from ..base.resources import parse_size
+from ..base.target import check_target
 from ..recipes.recipe import Recipe
-from ..training.tune import Tuned, Tuning, tune
+from ..training.tune import Tuning, tune
 
 
-def check_follow_up(recipe: Recipe) -> None:
+def check_follow_up(recipe: Recipe, *, overwrite: bool = False) -> None:
     """Raise ValueError for settings of `adapter` and `tune` that cannot work, before anything."""
     if recipe.adapter is not None and recipe.adapter.size is not None:
         parse_size(recipe.adapter.size)
     if recipe.tune is not None:
         _tuning(recipe)
+    for ending in ("eora",) * bool(recipe.adapter) + ("tuned",) * bool(recipe.tune):
+        check_target(f"{recipe.out}-{ending}", overwrite=overwrite)
 
 
 def follow_up(
-    recipe: Recipe, folder: str | Path, *, progress: Progress | None = None
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Return what followed: "adapter" -> folder OUT-eora, "tune" -> Tuned, in OUT-tuned.
 
@@ -42,18 +49,20 @@ def follow_up(
             n_sequences=wanted.calibration,
             seq_len=recipe.data.seq_len,
             seed=recipe.data.seed,
+            overwrite=overwrite,
             progress=progress,
         )
     if recipe.tune is not None:
         settings = _tuning(recipe, beside=made.get("adapter"))
-        made["tune"] = _tune(recipe, folder, settings, progress)
+        made["tune"] = tune(
+            str(folder),
+            f"{folder}-tuned",
+            settings,
+            data=recipe.tune.sources or recipe.data.sources,
+            overwrite=overwrite,
+            progress=progress,
+        )
     return made
-
-
-def _tune(recipe: Recipe, folder: str | Path, settings: Tuning, progress: Progress | None) -> Tuned:
-    assert recipe.tune is not None  # the caller asked
-    data = recipe.tune.sources or recipe.data.sources
-    return tune(str(folder), f"{folder}-tuned", settings, data=data, progress=progress)
 
 
 def _tuning(recipe: Recipe, beside: Path | None = None) -> Tuning:

@@ -31,10 +31,10 @@ from ..base.devices import computing_in, dtypes_of, has_bfloat16
 from ..base.fingerprint import tensor_fingerprint, text_fingerprint
 from ..base.progress import Progress
 from ..base.ranks import start
+from ..base.target import work_beside
 from ..calibration.data import bos_of
 from ..calibration.own_text import write_sequences
 from ..calibration.token_cache import cached_splits
-from ..export.base import check_target
 from ..models.experts import warn_of_experts
 from ..models.plain import make_plain
 from ..models.stream import check_streamable
@@ -75,8 +75,6 @@ class Job:
         self.fitness_words = recipe.search.fitness if fitness is None else repr(fitness)
         self.progress = progress if self.ranks.is_first else None
         self.reports = Reports(report_to if self.ranks.is_first else (), self.work)
-        if recipe.out is not None:
-            check_target(recipe.out)
         self.config = _dense_config(recipe)
         if recipe.search.dtype == "bfloat16" and self.dtype != torch.bfloat16:
             raise ValueError(
@@ -125,7 +123,7 @@ class Job:
         """Where statistics, levels and search state are kept."""
         if self.recipe.work is not None:
             return Path(self.recipe.work)
-        return Path(f"{self.recipe.out or Path(self.recipe.model).name}.work")
+        return work_beside(self.recipe.out or Path(self.recipe.model).name)
 
     @cached_property
     def tokenizer(self) -> Any:

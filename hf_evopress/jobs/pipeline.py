@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from ..base.plugins import load
 from ..base.progress import Progress
+from ..base.ranks import start
+from ..base.target import claimed, work_beside
 from ..plans.plan import Plan
 from ..recipes.recipe import Recipe
 from ..scoring.fitness.base import Fitness
@@ -45,6 +48,7 @@ def compress(
     max_windows: int | None = 10,
     fitness: Fitness | None = None,
     report_to: Sequence[str] = (),
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Return the model of `recipe`, compressed, written to its folder, reloaded and measured.
@@ -52,17 +56,26 @@ def compress(
     test: a text file for the figures, in windows of `window` tokens; by default sequences of the
     recipe's own data that neither calibration nor search has seen. fitness: what to minimise,
     where the recipe's words cannot say it. report_to: as of transformers' Trainer, such as
-    tensorboard. Of several processes all search, the first writes.
+    tensorboard. overwrite: replace all that is in the folder, also what is not ours. Of several
+    processes all search, the first writes.
     """
-    seconds = Clock()
-    job = Job(recipe, fitness=fitness, report_to=report_to, progress=progress)
     if recipe.out is None:
         raise ValueError("say where to write the model: out in the recipe, or --out FOLDER")
+    work = recipe.work or work_beside(recipe.out)
+    reads = [recipe.model, work, test, *recipe.data.sources, *recipe.search.start]
+    is_first = start().is_first
+    with claimed(recipe.out, reads=reads, overwrite=overwrite) if is_first else nullcontext():
+        job = Job(recipe, fitness=fitness, report_to=report_to, progress=progress)
+        return _compressed(job, test, window, max_windows)
+
+
+def _compressed(job: Job, test: str | None, window: int, max_windows: int | None) -> Result:
+    seconds, recipe = Clock(), job.recipe
     unseen, window = unseen_tokens(job, test, window)
     store = seconds("levels", partial(build_levels, job))
     plan = seconds("search", lambda: find_plan(job, store))
     if not job.ranks.is_first:
-        return Result(Path(recipe.out), plan, seconds=seconds.spent)
+        return Result(Path(str(recipe.out)), plan, seconds=seconds.spent)
     on = (unseen, window, max_windows)
     text = Path(test).name if test is not None else _unseen_name(recipe)
     return ship(job, store, plan, on, text, rivals=rivals(job, store), seconds=seconds)

@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 from ..adapters.repair import load, tokenizer_of
 from ..base.progress import Progress
+from ..base.target import writes_out
 from ..calibration.data import tokenize_file
 from ..models.size import model_size, stored_bytes
 from ..plans.plan import Plan
@@ -33,6 +34,7 @@ from .pipeline import Result
 from .refinement import distilled_notes, end_to_end_settings
 
 
+@writes_out("model", "data", "dense", "test")
 def refine_end_to_end(
     model: str,
     out: str | Path,
@@ -48,6 +50,7 @@ def refine_end_to_end(
     written: int = 0,
     seq_len: int = 1024,
     seed: int = 0,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Return the compressed `model` after `steps` of distillation, written to `out`, measured.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..base.fingerprint import versions
 from ..base.progress import Progress
+from ..base.target import writes_out
 from ..plans.plan import Plan
 from ..recipes.recipe import Recipe
 from .job import Job
@@ -15,6 +16,7 @@ from .measure import unseen_tokens
 from .pipeline import Result, ship
 
 
+@writes_out("plan", "model", "data", "test", "work")
 def refine_plan(
     plan: str | Path,
     out: str | Path,
@@ -33,6 +35,7 @@ def refine_plan(
     seq_len: int = 1024,
     seed: int = 0,
     revision: str | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Return the model of `plan` with its levels refined, in folder `out`, reloaded and measured.

@@ -18,6 +18,7 @@ from .push import push_plans
 from .repo import FILE_NAME, read_plan, read_text
 
 FORMAT_VERSION = 1
+MARK = b'"levels": {'  # in every plan file
 
 Shape = tuple[int, int]
 

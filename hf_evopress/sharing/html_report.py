@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import __version__
 from ..base.resources import atomic_write, bundled, format_size
+from ..base.target import check_file
 from ..plans.card_template import level_counts, measured_on, protocol
 from ..plans.plan import Plan
 from ..plans.repo import plan_rows
@@ -21,7 +22,9 @@ from .cards import RECIPE, against, exact_bits, mean_bits, portable
 from .report import Grid, grid, shade
 
 
-def write_report(source: str | Path | Plan, out: str | Path | None = None) -> Path:
+def write_report(
+    source: str | Path | Plan, out: str | Path | None = None, *, overwrite: bool = False
+) -> Path:
     """Return the page about a model folder, a plan file, a Hub repository or a Plan.
 
     out: by default NAME.report.html in the working folder.
@@ -33,6 +36,7 @@ def write_report(source: str | Path | Plan, out: str | Path | None = None) -> Pa
         recipe = Recipe.load(Path(source) / RECIPE)
     short = name.rstrip("/").replace("\\", "/").rpartition("/")[2].partition("@")[0]
     path = Path(out) if out is not None else Path(f"{short.removesuffix('.json')}.report.html")
+    check_file(path, b"<footer>hf-evopress", overwrite=overwrite)
     return atomic_write(path, report_html(plan, recipe, name=short))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..base.progress import Progress
 from ..base.resources import sha256
-from ..export.base import check_target
+from ..base.target import FILES, claimed, put
 from ..plans.hub_errors import clear_errors, patiently
 from ..plans.plan import Plan
 from ..plans.push import open_repo, push_plans
@@ -88,6 +88,7 @@ def pull(
     *,
     revision: str | None = None,
     token: str | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Return `folder`, filled with the files of a repository, whole and checked.
@@ -95,12 +96,18 @@ def pull(
     Downloads go to FOLDER.partial and resume there after an interruption; it becomes FOLDER
     when every file is there with the size and checksum that the Hub states.
     """
-    from huggingface_hub import HfApi, hf_hub_download
-
-    folder = Path(folder)
-    check_target(folder)
     if not is_repo_id(repo_id):
         raise ValueError(f"a repository on the Hub is named owner/name, got {repo_id!r}")
+    with claimed(folder, overwrite=overwrite) as place:
+        _pull(repo_id, place, revision, token, progress)
+    return Path(folder)
+
+
+def _pull(
+    repo_id: str, folder: Path, revision: str | None, token: str | None, progress: Progress | None
+) -> None:
+    from huggingface_hub import HfApi, hf_hub_download
+
     partial = folder.with_name(f"{folder.name}.partial")
     with clear_errors(repo_id, revision):
         api = HfApi(token=token)
@@ -121,8 +128,8 @@ def pull(
     shutil.rmtree(partial / ".cache", ignore_errors=True)
     _only(partial, wanted)
     check_folder(partial)
-    _replace(partial, folder)
-    return folder
+    os.chmod(partial, 0o755)
+    put(partial, folder)
 
 
 def check_folder(folder: str | Path) -> list[str]:
@@ -152,7 +159,7 @@ def check_folder(folder: str | Path) -> list[str]:
             read_index((folder / name).read_text(encoding="utf-8"), name)
         elif PurePosixPath(name).name in ("config.json", "adapter_config.json"):
             check_config(folder / name)
-    return sorted(names)
+    return sorted(name for name in names if name != FILES)  # a list for this disk
 
 
 def check_paths(names: Iterable[str]) -> None:
@@ -213,7 +220,7 @@ def plans_in(folder: Path) -> dict[str, Plan]:
         raise FileNotFoundError(f"no folder or plan file {folder}")
     if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         return {}
-    names = [p.name for p in sorted(folder.glob("*.json")) if p.name != INDEX_NAME]
+    names = [p.name for p in sorted(folder.glob("*.json")) if p.name not in (INDEX_NAME, FILES)]
     return {check_name(name): Plan.load(folder / name) for name in names}
 
 
@@ -258,13 +265,3 @@ def _only(folder: Path, wanted: list[str]) -> None:
                 path.rmdir()
         elif path.relative_to(folder).as_posix() not in wanted:
             path.unlink()
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    """Put `partial` in the place of `folder`, which is moved aside until that is done."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)

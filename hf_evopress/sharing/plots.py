@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.resources import atomic_path
+from ..base.target import check_file
 from ..plans.plan import Plan
 from .report import grid
 
@@ -21,6 +22,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 # Okabe and Ito's palette without yellow: told apart with any colour vision.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARK = "hf_evopress"  # in the metadata of every picture
 _MARKERS = "osD^vP*"
 _INK = "#222222"
 
@@ -159,6 +161,7 @@ def _label(axes: Any, x: str, y: str) -> None:
 def _checked(path: str | Path) -> Path:
     if Path(path).suffix.lower() not in FORMATS:
         raise ValueError(f"a picture ends in {', '.join(FORMATS)}; got {path}")
+    check_file(path, _MARK.encode())
     return Path(path)
 
 
@@ -167,7 +170,11 @@ def _save(figure: Figure, path: Path) -> Path:
 
     kind = path.suffix.lower()[1:]
     # no dates and no random ids: the same plan draws the same file
-    stamp = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    stamp = {
+        "png": {"Software": _MARK},
+        "svg": {"Creator": _MARK, "Date": None},
+        "pdf": {"Creator": _MARK, "CreationDate": None},
+    }[kind]
     with matplotlib.rc_context({"svg.hashsalt": "hf-evopress"}), atomic_path(path) as temporary:
         figure.savefig(temporary, format=kind, dpi=160, metadata=stamp)
     return path

@@ -30,9 +30,9 @@ from ..base.devices import has_bfloat16
 from ..base.fingerprint import claim
 from ..base.plugins import did_you_mean
 from ..base.progress import Progress
+from ..base.target import whole_folder, work_beside, writes_out
 from ..calibration.data import bos_of, load_tokens, tokenize_file
 from ..calibration.own_text import write_sequences
-from ..export.base import check_target as check_model_target
 from ..models.units import linear_layers
 from ..refine.distillation import Sequences, Targets, distillation_loss, precompute_targets
 from .trainer import DistillationTrainer
@@ -122,6 +122,7 @@ class Tuned:
     is_kept: bool = True
 
 
+@writes_out("model", "data", "tests", "targets")
 def tune(
     model: str,
     out: str | Path,
@@ -131,6 +132,7 @@ def tune(
     tests: Mapping[str, str] | None = None,
     window: int = 512,
     targets: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Tuned:
     """Return what training `model` on the text in `data` gave, written to `out`.
@@ -139,8 +141,9 @@ def tune(
     the teacher's predictions are kept, by default with the checkpoints; runs on the same text can
     share them.
     """
-    (check_model_target if settings.kinds else check_target)(out)
-    work = Path(f"{out}.work")
+    if not settings.kinds:
+        check_target(out)
+    work = work_beside(out)
     made_from = {"model": model, "data": list(data), **vars(settings)}
     claim(work, {k: v for k, v in made_from.items() if k != "steps"}, what="a training run")
     # a missing text is an error now, not after the teacher's pass
@@ -194,7 +197,8 @@ def trained(
     if settings.kinds:
         save_checkpoint(made.to(stored or made.dtype), out, model)
     else:
-        made.save_pretrained(str(out), selected_adapters=["default"])
+        with whole_folder(out) as folder:
+            made.save_pretrained(str(folder), selected_adapters=["default"])
     losses = tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)
     return Tuned(Path(out), losses, n_trained, after, kl, is_kept)
 

@@ -191,8 +191,9 @@ def test_a_compressed_model_is_refused_as_a_start(home: Path, result: pipeline.R
 def test_a_folder_with_other_files_is_not_replaced(home: Path) -> None:
     (home / "mine").mkdir()
     (home / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match="it would be replaced"):
-        Job(recipe(home, "mine"))
+    with pytest.raises(ValueError, match="thesis.txt.*--overwrite"):
+        pipeline.compress(recipe(home, "mine"))
+    assert (home / "mine" / "thesis.txt").read_text() == "precious"
 
 
 def test_a_text_that_is_too_short_says_how_much_is_needed(home: Path) -> None:

@@ -69,7 +69,7 @@ def test_adapt_needs_a_dense_model_that_is_there(there: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match="does not say which model.*--dense"):
         adapt("dense", tmp_path, data=["text.txt"], rank=2)
     assert settings["quantization_config"]["plan"]["base_model"] == "me/dense"
-    with pytest.raises(ValueError, match="holds a model"):
+    with pytest.raises(ValueError, match="small is small, which is read"):
         adapt("small", "small", data=["text.txt"], dense="dense", rank=2)
 
 
