@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..base import target
 from ..base.fingerprint import tensor_fingerprint, text_fingerprint
 from ..base.plugins import did_you_mean
-from ..loading.layers import compressed_linears, fixed_dtype
+from ..loading.layers import compressed_linears
+from ..loading.packed import fixed_dtype
 from ..models.size import header_bytes
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..loading.layers import replace_linears
 from ..loading.quantizer import attach
+from ..loading.replace import replace_linears
 from ..models.dropped import replace_dropped
 from ..models.plain import match_plan
 from ..plans.plan import Plan

@@ -8,7 +8,7 @@ from typing import Any
 from ..adapters.repair import load, tokenizer_of
 from ..base.plugins import load as load_plugin
 from ..base.target import writes_out
-from ..loading.layers import blank_linears
+from ..loading.replace import blank_linears
 from ..methods.base import State
 from ..models.plain import match_plan
 from ..plans.level import Level

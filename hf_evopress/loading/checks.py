@@ -10,7 +10,7 @@ from torch import Tensor
 from ..models.dropped import dropped_modules, dropped_units
 from ..plans.plan import Plan
 from ..store.checksums import file_shapes
-from .layers import compressed_linears, planned_levels
+from .layers import compressed_layers, planned_levels
 
 
 def check_shapes(model: Any, files: Sequence[str]) -> None:
@@ -22,7 +22,7 @@ def check_shapes(model: Any, files: Sequence[str]) -> None:
     prefix = f"{model.base_model_prefix}."
     expected = {
         f"{path.removeprefix(prefix)}.{name}": tuple(tensor.shape)
-        for path, layer in compressed_linears(model).items()
+        for path, layer in compressed_layers(model).items()
         for name, tensor in layer.named_parameters(recurse=False)
     }
     wrong = [
@@ -42,7 +42,7 @@ def check_loaded(model: Any, plan: Plan) -> None:
     """Raise ValueError that names packed tensors that the checkpoint did not bring."""
     check_levels_match(model, plan)
     missing = []
-    for path, layer in compressed_linears(model).items():
+    for path, layer in compressed_layers(model).items():
         for name, tensor in layer.named_parameters(recurse=False):
             full = f"{path}.{name}"
             loaded = getattr(tensor, "_is_hf_initialized", False)
@@ -57,7 +57,7 @@ def check_loaded(model: Any, plan: Plan) -> None:
 
 
 def check_levels_match(model: Any, plan: Plan) -> None:
-    planned, layers = planned_levels(model, plan), compressed_linears(model)
+    planned, layers = planned_levels(model, plan), compressed_layers(model)
     wrong = sorted(set(layers) - set(planned))
     wrong += [n for n, v in planned.items() if n not in layers or layers[n].level != v]
     if len(gone := dropped_modules(model)) != len(wanted := dropped_units(plan)):

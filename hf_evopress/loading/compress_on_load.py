@@ -10,7 +10,7 @@ from transformers.core_model_loading import ConversionOps
 
 from ..methods import compose
 from ..plans.level import Level
-from .layers import compress_linear
+from .replace import replace
 
 
 class CompressOnLoad(ConversionOps):
@@ -26,7 +26,7 @@ class CompressOnLoad(ConversionOps):
         self,
         input_dict: dict[str, Any],
         *,
-        model: nn.Module | None = None,
+        model: Any = None,
         missing_keys: set[str] | None = None,
         **unused: Any,
     ) -> dict[str, Any]:
@@ -38,21 +38,22 @@ class CompressOnLoad(ConversionOps):
             if name not in self.levels:
                 left[name] = value
                 continue
+            tied = [k for k, v in (model.all_tied_weights_keys or {}).items() if v == name]
             self._compress(model, name, value[0] if isinstance(value, list) else value)
             if missing_keys is not None:
-                missing_keys.discard(name)
+                missing_keys -= {name, *tied}
         return left
 
     def _compress(self, model: nn.Module, name: str, weight: Tensor) -> None:
         path = name.removesuffix(".weight")
-        linear = model.get_submodule(path)
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"{path} is a {type(linear).__name__}, not an nn.Linear")
-        if tuple(weight.shape) != (linear.out_features, linear.in_features):
+        module = model.get_submodule(path)
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            raise TypeError(f"{path} is a {type(module).__name__}, not an nn.Linear")
+        if weight.shape != module.weight.shape:
             raise ValueError(
                 f"{name} in the checkpoint has shape {tuple(weight.shape)}, the model has "
-                f"({linear.out_features}, {linear.in_features})"
+                f"{tuple(module.weight.shape)}"
             )
         # a bias sorts before its weight, so it is loaded; if not, it finds the same name later
         state = compose.compress(self.levels[name], weight.detach().float(), None)
-        model.set_submodule(path, compress_linear(linear, self.levels[name], state))
+        replace(model, path, self.levels[name], state)

@@ -22,14 +22,9 @@ from ..plans.plan import Plan
 from ..store.checksums import checksum, verify_files
 from .checks import check_levels_match, check_loaded, check_shapes, on_cpu
 from .config import QUANT_METHOD, EvoPressConfig
-from .layers import (
-    CompressedLinear,
-    compressed_linears,
-    planned_levels,
-    prepare_linears,
-    resolve_units,
-    restore_linears,
-)
+from .embedding import finish_loading
+from .layers import compressed_layers, planned_levels, prepare_linears, resolve_units
+from .replace import replace, restore_linears
 from .runtimes import check_runtime
 
 logger = logging.getLogger(__name__)
@@ -110,10 +105,7 @@ class EvoPressQuantizer(HfQuantizer):
         if config.verify and config.checksums and files:
             verify_files(files, config.checksums)
         for name, level in levels.items():
-            linear = model.get_submodule(name)
-            shape = (linear.out_features, linear.in_features)
-            layer = CompressedLinear.empty(level, shape, linear.bias, dtype=linear.weight.dtype)
-            model.set_submodule(name, layer)
+            replace(model, name, level)
         check_shapes(model, files)
         _ignore_keys(model, [f"{name}.weight" for name in levels])
 
@@ -183,8 +175,9 @@ class EvoPressQuantizer(HfQuantizer):
             stitch = import_module("hf_evopress.loading.stitch")
             stitch.compress_model(model, _plan_of(config), self._tokens)
             self._tokens = None
+        finish_loading(model)
         check_loaded(model, _plan_of(config))
-        for layer in compressed_linears(model).values():
+        for layer in compressed_layers(model).values():
             for tensor in layer.state.values():
                 tensor.requires_grad_(False)  # the loader gives every float tensor a gradient
         config.requested_plan = None
@@ -206,6 +199,8 @@ class EvoPressQuantizer(HfQuantizer):
         restore_linears(model)
         restore_zero(model)
         make_stock(model)
+        if isinstance(dtype, str):  # save_pretrained leaves the config with a word
+            dtype = getattr(torch, dtype)
         if dtype is not None and dtype != model.dtype:
             model.to(dtype)
         return model
@@ -232,7 +227,7 @@ class EvoPressQuantizer(HfQuantizer):
         for name, tensor in state.items():
             if not tensor.numel():  # all alike, or shards would be cut by where they came from
                 state[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        for key in (*(f"{n}.weight" for n in compressed_linears(model)), *sentinel_keys(model)):
+        for key in (*(f"{n}.weight" for n in compressed_layers(model)), *sentinel_keys(model)):
             state[key] = torch.empty(0, dtype=torch.uint8)
         # in the order of a model that was loaded, so that shards are cut at the same places
         from transformers.core_model_loading import dot_natural_key
@@ -290,7 +285,7 @@ def _plan_of(config: EvoPressConfig) -> Plan:
 
 def _with_merged(model: Any, plan: Plan) -> Plan:
     """Return `plan` with level dense where an adapter was merged: those layers are dense now."""
-    layers = compressed_linears(model)
+    layers = compressed_layers(model)
     if any(name.endswith(".base_layer") for name in layers):
         raise ValueError(
             "the model is wrapped by adapters: save those with PeftModel.save_pretrained, or call "

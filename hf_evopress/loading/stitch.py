@@ -19,7 +19,8 @@ from ..models.plain import match_plan
 from ..models.units import Unit, find_units
 from ..plans.level import Level
 from ..plans.plan import Plan
-from .layers import compress_linear, planned_levels
+from .layers import planned_levels
+from .replace import replace
 
 
 def compress_model(
@@ -57,9 +58,8 @@ def _replace(
     model: Any, units: list[Unit], levels: Mapping[str, Level], stats: Mapping[str, Stats]
 ) -> None:
     for unit in units:
-        linear = model.get_submodule(unit.name)
         level = levels[unit.name]
-        weight = linear.weight.detach()
+        weight = model.get_submodule(unit.name).weight.detach()
         state = compose.compress(level, weight.float(), stats.get(unit.name))
         state = {name: tensor.to(weight.device) for name, tensor in state.items()}
-        model.set_submodule(unit.name, compress_linear(linear, level, state))
+        replace(model, unit.name, level, state)

@@ -26,11 +26,20 @@ _ROUTERS = ("gate", "router", "shared_expert_gate", "shared_gate")
 
 @dataclass(frozen=True)
 class Unit:
-    """One compressible part: its module path, (out, in) shape and decoder block number."""
+    """One compressible part: its module path, (out, in) shape and decoder block number.
+
+    role: linear, or one of a model's ends (see `ends`): embedding, in block -1; head, in the
+    block after the last; tied, the embedding whose weight is the head's as well.
+    """
 
     name: str
     shape: tuple[int, int]
     block: int
+    role: str = "linear"
+
+    @property
+    def is_end(self) -> bool:
+        return self.role != "linear"
 
     @property
     def n_weights(self) -> int:
@@ -120,7 +129,7 @@ def _linears(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear]]:
             "first, hf_evopress.models.plain.make_plain(model)"
         )
     for name, module in _called(block, path):
-        if _is_linear(module):
+        if is_linear(module):
             yield name, module  # type: ignore[misc]
 
 
@@ -137,7 +146,7 @@ def _called(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Return whether `module` is a plain nn.Linear or one of our packed ones.
 
     Other subclasses (bitsandbytes, ...) hold weights in forms of their own.

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from hf_evopress.loading.layers import CompressedLinear, prepare_linears, replace_linears
+from hf_evopress.loading.layers import CompressedLinear, prepare_linears
+from hf_evopress.loading.replace import replace_linears
 from hf_evopress.loading.runtimes import RUNTIMES
 from hf_evopress.methods import compose
 from hf_evopress.methods.base import State

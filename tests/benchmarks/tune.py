@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_evopress.adapters.folder import read_adapter
 from hf_evopress.adapters.repair import load
 from hf_evopress.calibration.data import tokenize_file
-from hf_evopress.loading.layers import replace_linears
 from hf_evopress.loading.quantizer import attach
+from hf_evopress.loading.replace import replace_linears
 from hf_evopress.plans.plan import Plan
 from hf_evopress.scoring.evaluate import compare_many
 from hf_evopress.search import knapsack

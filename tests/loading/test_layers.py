@@ -12,12 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_evopress.loading import layers
-from hf_evopress.loading.layers import (
-    CompressedLinear,
-    replace_linears,
-    resolve_units,
-    restore_linears,
-)
+from hf_evopress.loading.layers import CompressedLinear, resolve_units
+from hf_evopress.loading.replace import replace_linears, restore_linears
 from hf_evopress.methods import compose
 from hf_evopress.methods.base import State
 from hf_evopress.plans.level import Level

@@ -22,8 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from hf_evopress.loading import layers
 from hf_evopress.loading.config import EvoPressConfig
-from hf_evopress.loading.layers import CompressedLinear, compressed_linears, replace_linears
+from hf_evopress.loading.layers import CompressedLinear, compressed_linears
 from hf_evopress.loading.quantizer import EvoPressQuantizer, attach
+from hf_evopress.loading.replace import replace_linears
 from hf_evopress.methods import compose
 from hf_evopress.models.units import find_units
 from hf_evopress.plans.plan import Plan

@@ -1,0 +1,116 @@
+"""What modules with a packed weight share: tensors of a level, a weight made for one look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..methods import compose
+from ..methods.base import Shape, State
+from ..plans.level import Level
+from .computed_weight import READ_ONLY, ComputedWeight
+
+
+class PackedWeight(nn.Module):
+    """A module whose packed tensors are its parameters and whose `weight` is computed.
+
+    Subclasses are also an nn.Linear or an nn.Embedding, of which they call nn.Module.__init__
+    only. The packed tensors come without gradient.
+
+    A cast of the model (`.to(torch.bfloat16)`) changes `weight_dtype`, the bias and tensors
+    that are stored in the dtype of the model (low-rank factors). Tensors whose dtype is part
+    of the level, such as scales, keep it: a cast scale would be another weight.
+    """
+
+    level: Level
+    shape: Shape  # (out_features, in_features), of an embedding (tokens, features)
+    weight_dtype: torch.dtype
+
+    def hold(self, level: Level | str, shape: Shape, state: State, dtype: torch.dtype) -> None:
+        """Become what stores `state`, a weight at `level` that is computed in `dtype`."""
+        self.level, self.shape = compose.normalize(level), shape
+        self.weight_dtype = dtype
+        self._is_hf_initialized = True  # transformers must not draw a new random weight
+        self._state_names = tuple(sorted(state))
+        for name in self._state_names:
+            tensor = state[name]
+            if not isinstance(tensor, nn.Parameter):  # of a module that it is tied to
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(name, tensor)
+
+    def _take(self, state: State) -> None:
+        if sorted(state) != list(self._state_names):
+            raise ValueError(
+                f"level '{self.level}' stores {', '.join(self._state_names)}; "
+                f"got {', '.join(sorted(state)) or 'nothing'}"
+            )
+        for name, tensor in state.items():
+            expected = self._parameters[name]
+            assert expected is not None  # the state has a tensor for every name
+            if name not in fixed_dtype(self.level, self.shape):
+                tensor = tensor.to(expected.dtype)
+            if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+                raise ValueError(
+                    f"{name} of level '{self.level}' for a weight of shape {self.shape} is "
+                    f"{expected.dtype} {tuple(expected.shape)}; "
+                    f"got {tensor.dtype} {tuple(tensor.shape)}"
+                )
+            self._parameters[name] = nn.Parameter(tensor.detach(), requires_grad=False)
+            self._parameters[name]._is_hf_initialized = True  # type: ignore[union-attr]
+
+    @property
+    def state(self) -> State:
+        """The packed tensors by name, as they stand in a checkpoint."""
+        return {name: getattr(self, name) for name in self._state_names}
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out, in) in `weight_dtype`, computed now; changes to it raise."""
+        W = compose.decompress(self.level, self.state, self.shape, self.weight_dtype)
+        W = W.as_subclass(ComputedWeight)
+        W._is_hf_initialized = True  # type: ignore[attr-defined]
+        return W
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(READ_ONLY)
+        super().__setattr__(name, value)
+
+    def check_loaded(self, action: str) -> None:
+        """Raise ValueError where there are no numbers to do `action` with."""
+        if any(tensor.is_meta for tensor in self.state.values()):
+            raise ValueError(
+                f"the packed tensors of {self} are offloaded or not loaded; load the model "
+                f"with device_map=None or 'cpu' to {action} it"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        fixed = fixed_dtype(self.level, self.shape)
+        kept = {id(tensor) for name, tensor in self.state.items() if name in fixed}
+
+        def move(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            if id(tensor) not in kept or out.dtype == tensor.dtype:
+                return out
+            return tensor.to(out.device)
+
+        super()._apply(move, recurse)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        return self
+
+    @property
+    def level_repr(self) -> str:
+        """The level and the bits per weight that it stores, for extra_repr."""
+        bits = compose.cost_bits(self.level, self.shape) / (self.shape[0] * self.shape[1])
+        return f"level='{self.level}', bits_per_weight={bits:.2f}"
+
+
+@lru_cache(maxsize=4096)
+def fixed_dtype(level: Level, shape: Shape) -> frozenset[str]:
+    """Return the names of the state's tensors whose dtype does not follow the model's."""
+    a, b = (compose.empty(level, shape, dtype) for dtype in (torch.float32, torch.bfloat16))
+    return frozenset(name for name in a if a[name].dtype == b[name].dtype)

@@ -1,0 +1,98 @@
+"""Put packed modules in the place of dense ones, and dense ones back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..methods.base import State
+from ..models.ends import find_ends, output_head
+from ..plans.level import Level
+from ..plans.plan import Plan
+from .embedding import CompressedEmbedding, compress_embedding, tie_head, untie_packed
+from .layers import CompressedLinear, compress_linear, compressed_layers, resolve_units
+from .packed import PackedWeight
+
+
+def replace_linears(
+    model: nn.Module, plan: Plan, states: Callable[[str, Level], State]
+) -> list[str]:
+    """Put a packed module in the place of everything that `plan` does not leave dense.
+
+    `states(unit, level)` returns the packed tensors; it is called unit by unit, so that one
+    dense weight at a time need exist beside the packed ones. Returns the module paths replaced.
+    """
+    names = resolve_units(model, plan)
+    replaced = []
+    for unit, level in plan.items():
+        if level.is_dense or level.is_drop or unit not in names:
+            continue
+        replace(model, names[unit], level, states(unit, level))
+        replaced.append(names[unit])
+    return replaced
+
+
+def replace(model: Any, path: str, level: Level, state: State | None = None) -> None:
+    """Put a packed module in the place of the linear layer or embedding at `path`.
+
+    Without a `state` its packed tensors are on the meta device, ready to be loaded. Where the
+    head has the embedding's weight, it is replaced as well.
+    """
+    module = model.get_submodule(path)
+    if isinstance(module, nn.Embedding):
+        is_shared = any(unit.name == path and unit.role == "tied" for unit in find_ends(model))
+        model.set_submodule(path, compress_embedding(module, level, state))
+        if is_shared:
+            head = output_head(model)
+            assert head is not None  # it shares the weight
+            tie_head(model, path, head[0])
+    elif state is None:
+        shape = (module.out_features, module.in_features)
+        layer = CompressedLinear.empty(level, shape, module.bias, dtype=module.weight.dtype)
+        model.set_submodule(path, layer)
+    else:
+        assert isinstance(module, nn.Linear)  # resolve_units returns nothing else
+        model.set_submodule(path, compress_linear(module, level, state))
+
+
+def restore_linears(model: Any) -> None:
+    """Put a stock module with the same weight in the place of every packed one."""
+    head = _tied_head(model)
+    for name, layer in compressed_layers(model).items():
+        assert isinstance(layer, (CompressedLinear, CompressedEmbedding))
+        model.set_submodule(name, layer.dequantize())
+    _restore_head(model, head)
+
+
+def blank_linears(model: Any) -> dict[str, PackedWeight]:
+    """Put stock modules, whose weights are for others to fill, in the place of packed ones.
+
+    Returns what was there, by name.
+    """
+    head, taken = _tied_head(model), compressed_layers(model)
+    for name, layer in taken.items():
+        assert isinstance(layer, (CompressedLinear, CompressedEmbedding))
+        device = next(iter(layer.state.values())).device
+        W = torch.empty(layer.shape, dtype=layer.weight_dtype, device=device)
+        model.set_submodule(name, layer.stock(W))
+    _restore_head(model, head)
+    return taken
+
+
+def _tied_head(model: Any) -> tuple[str, Any] | None:
+    head = output_head(model)
+    return head if head is not None and getattr(head[1], "is_tied", False) else None
+
+
+def _restore_head(model: Any, head: tuple[str, Any] | None) -> None:
+    """Put a stock head with the embedding's weight in the place of one that shared its tensors."""
+    if head is None:
+        return
+    path, packed = head
+    stock = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
+    stock.weight, stock.bias = model.get_input_embeddings().weight, packed.bias
+    model.set_submodule(path, stock.train(packed.training))
+    untie_packed(model)

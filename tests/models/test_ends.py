@@ -1,0 +1,69 @@
+"""Which embeddings and heads are units, and looking up rows that come from elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_evopress.models.ends import embedding_forward, find_ends, looks_up_rows
+from hf_evopress.models.units import Unit
+
+IDS = torch.arange(12).view(2, 6)
+
+
+def test_a_shared_weight_is_one_unit_by_the_name_of_the_embedding(tiny_model: Any) -> None:
+    units = find_ends(tiny_model("llama", tie_word_embeddings=True))
+    assert units == [Unit("model.embed_tokens", (256, 64), -1, "tied")]
+    assert units[0].is_end
+
+
+def test_two_weights_are_two_units_before_and_after_the_blocks(tiny_model: Any) -> None:
+    assert find_ends(tiny_model("llama", tie_word_embeddings=False)) == [
+        Unit("model.embed_tokens", (256, 64), -1, "embedding"),
+        Unit("lm_head", (256, 64), 2, "head"),
+    ]
+
+
+def test_skipped_ends_are_no_units(tiny_model: Any) -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    assert [u.name for u in find_ends(model, skip=["*embed*"])] == ["lm_head"]
+    assert find_ends(model, skip=["re:.*(embed|head).*"]) == []
+
+
+@pytest.mark.parametrize(
+    "architecture, name",
+    [
+        ("gpt2", "transformer.wte"),
+        ("gemma3_text", "model.embed_tokens"),
+        ("opt", "model.decoder.embed_tokens"),
+    ],
+)
+def test_position_embeddings_are_no_units(architecture: str, name: str, tiny_model: Any) -> None:
+    (unit,) = find_ends(tiny_model(architecture))
+    assert (unit.name, unit.role) == (name, "tied")
+
+
+def test_an_embedding_of_another_kind_is_no_unit(tiny_model: Any) -> None:
+    class Hashed(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return nn.functional.embedding(input * 7 % 256, self.weight)
+
+    class Clipped(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).clamp(-1, 1)
+
+    assert not looks_up_rows(Hashed) and looks_up_rows(Clipped)
+    model = tiny_model("llama", tie_word_embeddings=False)
+    model.model.embed_tokens = Hashed(256, 64)
+    assert [u.name for u in find_ends(model)] == ["lm_head"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_given_rows_take_the_way_of_the_embedding(architecture: str, tiny_model: Any) -> None:
+    module = tiny_model(architecture).get_input_embeddings()
+    forward = embedding_forward(module, lambda ids: 2 * module.weight[ids])
+    assert torch.allclose(forward(IDS), 2 * module(IDS))
+    assert torch.equal(module(IDS), type(module).forward(module, IDS)), "it is as it was"
