@@ -33,6 +33,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .base.after_import import after_import
+from .base.version import __version__
 
 if TYPE_CHECKING:
     from .loading.config import EvoPressConfig as EvoPressConfig
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from .loading.quantizer import EvoPressQuantizer as EvoPressQuantizer
     from .plans.level import Level as Level
     from .plans.plan import Plan as Plan
-
-__version__ = "0.1.0"
 
 _PUBLIC = {  # name -> module that defines it
     "CompressedLinear": "loading.layers",

@@ -1,4 +1,4 @@
-"""EoRA: the compression error of each layer, added back at low rank, as a LoRA adapter.
+"""EoRA: the compression error of each layer, approximated at low rank, as a LoRA adapter.
 
 Liu et al. 2024 (arXiv:2410.21271): the best rank-r answer B A to the error W - W_hat in the
 metric of the layer's inputs. Closed form in `methods.lowrank`: no inverse of the Gram matrix,

@@ -1,4 +1,4 @@
-"""How many components of its error each layer may add back: by count, by error, by bytes.
+"""The rank of each layer's EoRA adapter: fixed, by an error limit, or shared out by bytes.
 
 The spectrum of a layer's error is its whole error curve, so ranks are chosen exactly: rank r
 leaves the tail of the spectrum behind r. With output-gradient moments G each component counts

@@ -1,4 +1,4 @@
-"""Adapters as plain PEFT folders: written so that stock PEFT reads them, checked when read.
+"""Read and write PEFT adapter folders, in the form that stock PEFT reads.
 
 An adapter here is one pair of factors per layer, y = W x + B (A x), at a scaling of exactly 1:
 `alpha_pattern` repeats `rank_pattern`, and every key is a whole module path. What PEFT has no

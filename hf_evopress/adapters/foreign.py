@@ -1,4 +1,4 @@
-"""The dense weight of a linear layer of any make: ours, another quantizer's, or a plain one.
+"""Read the dense weight of any quantized linear layer: ours, bitsandbytes, GPTQ, AWQ, ...
 
 A weight stored as plain floats is read where it is. Libraries that say what they store are asked
 (`READERS`, by the library that a layer's parts come from). All else, such as bitsandbytes, GPTQ

@@ -1,4 +1,4 @@
-"""KappaTune: train the layers with the smallest condition number, forget the least.
+"""KappaTune: choose the layers with the smallest condition numbers as targets of fine-tuning.
 
 A layer whose singular values are alike holds little that is specialised, so changing it costs
 little of what the model knows. PEFT's `find_kappa_target_modules` decides; it is shown the

@@ -1,4 +1,4 @@
-"""Low-rank terms out of a checkpoint into a LoRA adapter, and back, to the last bit.
+"""Convert low-rank terms of a checkpoint to a LoRA adapter and back, bit for bit.
 
 `lowrank` as the last term of a level is the same pair of factors as a LoRA adapter of scaling 1.
 `to_peft` takes them out: what is left is the level without them, or `zero` where they were all

@@ -1,4 +1,4 @@
-"""Fold an adapter into new packed levels: quantise W_hat + B A again, at the plan's own levels."""
+"""Merge an adapter into a compressed model: requantize W_hat + B A at the plan's own levels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA over compressed layers: PEFT's own layer, taught to merge without losing anything.
+"""A LoRA layer for PEFT that merges into a compressed layer and unmerges from it.
 
 Stock PEFT wraps a CompressedLinear as it wraps any nn.Linear, but merges by adding to
 `base.weight` in place, and a packed weight cannot take that. Here the layer that PEFT makes for

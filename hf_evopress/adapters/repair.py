@@ -1,4 +1,4 @@
-"""Repair and tune, from folders to folders: adapt, tune and merge as the command line runs them."""
+"""Adapt and merge from folder to folder, as the command line runs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a device can do, and models in another dtype for a while."""
+"""What a device can do; models cast to another dtype for a while."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a folder of results was made from, so that a rerun continues it or refuses to mix."""
+"""Fingerprints of models, tensors and text: a rerun continues a folder or refuses to mix."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def text_fingerprint(*parts: str) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of what decides the numbers."""
-    from .. import __version__
+    from .version import __version__
 
     found = {"hf_evopress": __version__, "torch": torch.__version__}
     return {**found, "transformers": transformers.__version__}

@@ -1,4 +1,4 @@
-"""Several processes at one job, as `torchrun` or `accelerate launch` start them.
+"""Several processes that share one job, as `torchrun` or `accelerate launch` start them.
 
 Every process runs the same deterministic search; only the work is divided. What they exchange
 are losses, a few kilobytes, so gloo serves on GPUs as well. A process that ends unexpectedly

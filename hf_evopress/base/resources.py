@@ -1,4 +1,4 @@
-"""Bytes on disk: sizes people write, files that are whole or absent, checksums, bundled files."""
+"""Files and sizes: atomic writes, checksums, sizes as people write them, bundled files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Aim a weight at the dense model's outputs although its inputs come from a compressed prefix.
+"""Weights corrected for inputs that come from already compressed layers.
 
 With x the dense model's input of a layer and x' what the compressed prefix really produces, the
 weight that makes up best for the difference is the least-squares answer to W x from x':

@@ -1,4 +1,4 @@
-"""How much an error in each unit's output costs the model, from one forward and backward.
+"""Second moments of the output gradients of every unit: its sensitivity to errors.
 
 With labels y_t sampled from the model's own distribution p_t, and g_t the gradient of
 -sum_t log p_t(y_t) with respect to a unit's output at token t, a change dW of its weight adds

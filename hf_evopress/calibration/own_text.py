@@ -1,4 +1,4 @@
-"""Text that the dense model writes itself, for levels to learn from where text is short.
+"""Text sampled from the dense model itself, as additional calibration and training data.
 
 A few tokens of the text at hand, from anywhere in it, are continued by tokens drawn from the
 model's own distribution, nothing cut off: LLM-QAT (Liu et al. 2023, arXiv:2305.17888, section

@@ -1,4 +1,4 @@
-"""Token windows kept on disk: text is fetched and tokenized once for any number of runs.
+"""A cache of token windows on disk: text is fetched and tokenized once for many runs.
 
     tokens/<fingerprint>.safetensors     calibration, search, heldout, test
 

@@ -1,4 +1,4 @@
-"""The dense model and a compressed prefix side by side, block by block.
+"""Hidden states of the dense model and of the compressed prefix, advanced block by block.
 
 What block i reads is known twice: as the dense model has it, and as the blocks before it, already
 compressed, produce it. The differences are what refinement works on.

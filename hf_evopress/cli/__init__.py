@@ -42,7 +42,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # type: ignore[ass
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        from .. import __version__
+        from ..base.version import __version__
 
         print(f"hf-evopress {__version__}")
         raise typer.Exit()

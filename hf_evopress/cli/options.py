@@ -1,4 +1,4 @@
-"""The options that say a recipe, shared by commands, and the recipe that they say."""
+"""Options shared by commands, and the recipe made from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""refine: finish a plan that is already there, at no extra byte."""
+"""refine: improve the codes of an existing plan or model, at no extra byte."""
 
 from __future__ import annotations
 

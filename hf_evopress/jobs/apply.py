@@ -1,4 +1,4 @@
-"""A dense model compressed by a plan that is already there, without a search."""
+"""Compress a dense model by an existing plan, without a search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A compressed model in another format, for programs that do not know hf_evopress."""
+"""Convert a compressed model to another format, for programs without hf_evopress."""
 
 from __future__ import annotations
 

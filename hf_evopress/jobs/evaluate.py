@@ -1,4 +1,4 @@
-"""What a model scores on a text, what it stores, and how far it is from the dense one."""
+"""Evaluate a model: perplexity on a text, stored size, distance from the dense model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe does with the model that it has made: an adapter to repair it, a training run."""
+"""Steps after compression that a recipe asks for: an EoRA adapter, a training run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many plans from one run: the front of size and loss, as files with an index.
+"""Plans of many sizes from one run: the Pareto front of size and loss, as files with an index.
 
 hf-evopress search MODEL --bits 2.5:4.5 --out front
 hf-evopress show front --plot front.png

@@ -1,4 +1,4 @@
-"""Every level of every unit of a job, packed: calibrate the dense model, then build the store."""
+"""Calibrate the dense model and build the level store of a job."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..base.fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
+from ..base.version import __version__
 from ..calibration.input_moments import calibrate, load_stats
 from ..calibration.output_moments import load_moments, output_moments
 from ..store.level_store import LevelStore, Source

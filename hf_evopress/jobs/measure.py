@@ -1,4 +1,4 @@
-"""The final table: what was shipped is what was scored, and how good it is on unseen text."""
+"""Check the reloaded checkpoint against what was scored, and evaluate it on unseen text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The straight line: a model and a size in, a compressed model, its plan and figures out."""
+"""The whole line: a model and a size in, a compressed model, its plan and figures out."""
 
 from __future__ import annotations
 

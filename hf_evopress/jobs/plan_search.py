@@ -1,4 +1,4 @@
-"""The search of a job: the plan that it settles on, resumable after every round."""
+"""Run the search of a job, resumable after every round, and return its plan."""
 
 from __future__ import annotations
 

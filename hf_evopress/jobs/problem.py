@@ -1,4 +1,4 @@
-"""What a recipe leaves open: units, their menus, droppable sub-blocks, as one space and a budget.
+"""The search space and budget of a recipe: units, their menus, sub-blocks that may be dropped.
 
 Nothing here needs weights: a model on the meta device has names, shapes and dtypes.
 """

@@ -1,4 +1,4 @@
-"""Finish a compressed model as a whole: distil it from the dense one, at no extra byte.
+"""Refine an existing compressed model end to end: distillation at no extra byte.
 
 Scales, low-rank factors and norms learn from the dense model's predictions while codes stay: the
 continuous half ("V step") of PV-Tuning (Malinovskii et al. 2024, arXiv:2405.14852). It takes a

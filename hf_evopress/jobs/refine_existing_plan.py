@@ -1,4 +1,4 @@
-"""Finish a plan that is already there: compress its model by it, refined, without a search."""
+"""Compress a model by an existing plan, with refinement and without a search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generations of a search in TensorBoard, trackio, Weights & Biases or others.
+"""Report the generations of a search to TensorBoard, trackio, Weights & Biases or others.
 
 Through the reporting callbacks that transformers' Trainer has, by the names of its `report_to`.
 """

@@ -1,4 +1,4 @@
-"""Predicted losses per gene and option: what the knapsack and its published rivals choose by.
+"""Tables of predicted losses per gene and option, by which knapsack strategies choose.
 
     sensitivity   KL per token that a level is expected to add; of a drop, measured alone
     error         relative layer errors, as SPDY-style dynamic programming takes them

@@ -1,4 +1,4 @@
-"""What must hold once a compressed checkpoint is loaded, and errors that name what does not."""
+"""Checks of a loaded checkpoint: missing, damaged or unplanned tensors raise errors."""
 
 from __future__ import annotations
 

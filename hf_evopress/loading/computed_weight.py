@@ -1,4 +1,4 @@
-"""A dense weight that is computed for one look, and refuses changes that would be lost."""
+"""A dense weight computed on access, which raises where a change to it would be lost."""
 
 from __future__ import annotations
 

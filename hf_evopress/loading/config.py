@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .. import __version__
 from ..base.plugins import did_you_mean
+from ..base.version import __version__
 from ..plans.plan import Plan
 from .runtimes import PACKED, RUNTIMES
 

@@ -1,4 +1,4 @@
-"""Runtimes: what a layer makes once from its packed tensors and keeps beside them, to be faster.
+"""Runtimes: how a layer computes, and what it prepares from its packed tensors to be faster.
 
 packed    nothing: the weight is computed at each call, in the memory of the checkpoint.
 expanded  the dense weight: dense speed, in dense memory.

@@ -1,4 +1,4 @@
-"""What a compression method is: pure functions between a weight and its packed tensors."""
+"""The interface of compression methods: pure functions between a weight and packed tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole levels: the terms of a level compressed, stored and run as one.
+"""Whole levels: compress, decompress and cost of the terms of a level taken together.
 
 The first term compresses the weight, each later one the error that is left; the tensors of
 term i > 0 carry the suffix `_i`. Everything else in the package deals in levels, not methods.

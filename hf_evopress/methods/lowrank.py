@@ -1,4 +1,4 @@
-"""Two thin matrices B A instead of a weight (LoRD), or beside a compressed one (EoRA).
+"""A low-rank product B A in place of a weight (LoRD), or of a compression error (EoRA).
 
 `lowrank:rank=r` alone replaces the weight; after a `+` it repairs the error that the terms
 before it left. Both are one closed form: B A = U U^T W, U the top eigenvectors of W H W^T,

@@ -1,4 +1,4 @@
-"""Which levels are offered to which unit: the menus of families, and one the user writes."""
+"""Menus: which levels are offered to which unit, by family or as the user lists them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in for a dropped attention or MLP sub-block, and back.
+"""Replace dropped attention and MLP sub-blocks by no-op modules, and restore them.
 
 A dropped sub-block answers zeros, so that the residual stream passes by unchanged. Its stand-in
 has no weights. The one for attention still writes to its layer of the key-value cache: caches

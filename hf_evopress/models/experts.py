@@ -1,4 +1,4 @@
-"""Mixtures of experts as linear layers, one set per expert, and back.
+"""Mixtures of experts split into one linear layer per expert, and fused again.
 
 transformers keeps the experts of a block in tensors of three dimensions, (experts, out, in).
 Whatever this package compresses is an nn.Linear, so that statistics, levels and adapters are per

@@ -1,4 +1,4 @@
-"""Logits at chosen columns of the vocabulary, without computing the others.
+"""Logits at some columns of the vocabulary, without computing the others.
 
 The head is a quarter of the work on small models with large vocabularies. The model's own code
 runs up to its last linear layer, which is then multiplied only where it is looked at.

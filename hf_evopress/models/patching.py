@@ -1,4 +1,4 @@
-"""Let modules of a dense model compute at the levels of a plan, for a while."""
+"""Temporarily replace the forward of modules by that of their levels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plain form of a model, in which each matrix of a block is an nn.Linear of its own.
+"""Convert a model to plain form, every matrix an nn.Linear of its own, and back to stock form.
 
 transformers keeps some in other forms: experts as one tensor (see `experts`), the layers of GPT-2
 as Conv1D, which stores a weight transposed, those of Falcon in a subclass of nn.Linear. Levels,

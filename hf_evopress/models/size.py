@@ -1,4 +1,4 @@
-"""What a model takes: stored bits in memory, bytes on disk."""
+"""The size of a model: stored bits per weight in memory, bytes on disk."""
 
 from __future__ import annotations
 

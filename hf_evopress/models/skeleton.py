@@ -1,4 +1,4 @@
-"""A model made without weights: the shapes and names that a plan is checked against."""
+"""A model without weights: shapes and names to check a plan against."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cards from the templates in `model_cards/`: front matter through YAML, text through jinja.
+"""Render cards from the jinja templates in `model_cards/`, with YAML front matter.
 
 A template prints only what it is given: a missing number leaves out its line or its row.
 """

@@ -1,4 +1,4 @@
-"""What went wrong at the Hub, in one line with the way out."""
+"""Clear one-line errors for failures of the Hub, with the way out; retries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text files in which EvoPress publishes its configurations, read into plans and written back.
+"""Read and write the text files in which EvoPress publishes its configurations.
 
     bits        module: bits                   model.layers.0.mlp.up_proj: 3
     sparsity    module: level                  model.layers.0.mlp.up_proj: -2

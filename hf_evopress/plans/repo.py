@@ -1,4 +1,4 @@
-"""Where plans are: a file, a folder, or a Hub repository that holds one plan or several.
+"""Find and read plans: in a file, a folder, or a Hub repository of one plan or several.
 
     evopress_plan.json     the plan of a repository
     evopress_plans.json    the index, where there are several: name, bits and loss of each

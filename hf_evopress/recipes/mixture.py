@@ -1,4 +1,4 @@
-"""The words for a fitness: one name, or a weighted sum such as `kl*0.7 + perplexity*0.3`.
+"""Parse a fitness expression: one name, or a weighted sum such as `kl*0.7 + perplexity*0.3`.
 
 Each term is [weight*]name[:key=value,...][*weight], with a plug-in's name and its options:
 `kl:top_k=64`. Needs no torch: a recipe with a wrong name fails before anything is loaded.

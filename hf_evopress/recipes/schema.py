@@ -1,4 +1,4 @@
-"""The JSON schema of recipes, for editors: made from the dataclasses, so it cannot fall behind.
+"""The JSON schema of recipes for editors, generated from the dataclasses.
 
 python -c "from hf_evopress.recipes.schema import write_schema; write_schema()"
 """

@@ -1,4 +1,4 @@
-"""Finish a plan: make the levels of each block anew on what the compressed prefix produces.
+"""Refine a plan block by block: requantize on the inputs that the compressed prefix produces.
 
 Two hidden streams go through the model block by block, that of the dense model and that of the
 blocks finished so far. For each distinct input of a block, in the order in which they are read,

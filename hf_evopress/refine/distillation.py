@@ -1,4 +1,4 @@
-"""What the dense model says of each token, kept small: targets and loss of distillation.
+"""Targets and loss of distillation: the dense model's top predictions per token.
 
 The teacher's top-k log-probabilities and one bucket for all the rest, as in `fitness.kl`: a lower
 bound of the full KL that sees probability leak out of the top-k, at 8 k bytes per token instead

@@ -1,4 +1,4 @@
-"""Levels tuned before the search, so that it compares what will ship.
+"""Refine chosen levels before the search, so that it compares what will ship.
 
 Refinement can change which of two plans is better: what the search compares should then be levels
 that are tuned already. Each chosen level is given to every unit that offers it, and the blocks are

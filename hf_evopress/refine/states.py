@@ -1,4 +1,4 @@
-"""The states of one plan after refinement: a folder that reads like a level store.
+"""Packed tensors of a refined plan, one file per block, read like a level store.
 
 One safetensors file per decoder block, whole or absent; what is not there is the store's.
 """

@@ -1,4 +1,4 @@
-"""What published baselines look at: similarity of hidden states, single drops, outliers.
+"""Scores of published baselines: similarity of hidden states, single drops, outlier ratios.
 
 Each returns plain numbers by name, measured on the dense model outside of any search.
 """

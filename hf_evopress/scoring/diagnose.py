@@ -1,4 +1,4 @@
-"""Which units a level breaks at single tokens, where averages over tokens do not show it.
+"""Find units that a level breaks at single tokens, which averages over tokens hide.
 
 The predicted loss of a level, `1/2 tr(G dW H dW^T)`, is an average. Beside it stands the
 token-level estimate `1/2 mean_t (g_t . dW x_t)^2`, split by position: where it is far above the

@@ -1,4 +1,4 @@
-"""Perplexity, KL divergence from the dense model and agreement: what a model is worth.
+"""Evaluate models: perplexity, KL divergence from the dense model, top-1 agreement.
 
 The protocol of the GPTQ papers: the whole text is tokenised once and cut into non-overlapping
 windows; what is left over at the end is not used; in each window, every token but the first is

@@ -1,4 +1,4 @@
-"""Score plans on the real end-to-end loss, sharing all the work that plans have in common.
+"""Evaluate plans on the end-to-end loss, sharing the computation that plans have in common.
 
 Candidates are run block by block: those that agree on every block so far share one hidden state,
 so a mutation costs only the blocks from the first one it changes, and each block's levels are

@@ -1,4 +1,4 @@
-"""From words to a fitness: plug-ins, users' functions, and weighted sums of them."""
+"""Build the fitness of a recipe: plug-ins, user functions and weighted sums of them."""
 
 from __future__ import annotations
 

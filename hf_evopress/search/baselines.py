@@ -1,4 +1,4 @@
-"""The simple strategies: uniform, the knapsack alone, the best of random plans, or of all."""
+"""Baseline strategies: uniform, knapsack alone, best of random plans, brute force."""
 
 from __future__ import annotations
 

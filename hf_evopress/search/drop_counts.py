@@ -1,4 +1,4 @@
-"""Plans that drop as many sub-blocks as asked for: allocation, repair and random draws.
+"""Plans with a fixed number of dropped sub-blocks: allocation, repair and random draws.
 
 Published depth pruning (Sieberling et al. 2024, arXiv:2410.14649) counts attention and MLP
 separately, which no single sum of costs can say. Where a space has such counts, these functions

@@ -1,4 +1,4 @@
-"""The default search: evolution from the knapsack plan, screened by predictions, accepted by test.
+"""The default search: evolution from the knapsack plan, offspring screened by predicted loss.
 
 It starts from the best of the knapsack plan, the uniform plans and given plans. Each generation
 draws many mutants, evaluates only those that a surrogate likes best (one is the knapsack plan of

@@ -1,4 +1,4 @@
-"""From units and their levels to genes: ties, pins, forbidden levels, droppable sub-blocks."""
+"""Build genes from units and their levels: ties, pins, forbidden levels, sub-blocks."""
 
 from __future__ import annotations
 

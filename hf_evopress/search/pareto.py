@@ -1,4 +1,4 @@
-"""A front of plans in one run: from a smaller budget up to the largest, none dominated.
+"""Search for a Pareto front of plans between two budgets in one run.
 
 The knapsack gives the plans of least predicted loss for budgets spread evenly. They and the
 uniform plans between are measured on common sequences, the predictions are corrected by what was

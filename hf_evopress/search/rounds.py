@@ -1,4 +1,4 @@
-"""What a search and its surroundings say to each other: rounds to evaluate, findings, progress."""
+"""Messages between a search strategy and the evaluator: candidates, their losses, progress."""
 
 from __future__ import annotations
 

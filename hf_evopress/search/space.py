@@ -1,4 +1,4 @@
-"""What may be chosen, and what it costs: in exact stored bits, or in the values that are kept.
+"""The search space: genes, their options, and exact costs in stored bits or kept values.
 
 A genome is a tuple of option numbers, one per gene; a gene is the level of one unit, or of
 tied units that share one. Names, levels and integers only: no tensors.

@@ -1,4 +1,4 @@
-"""A table of predicted losses, corrected by what has been measured.
+"""A surrogate of the loss: predicted losses, corrected by measured ones.
 
 The prediction of a plan is the sum of its entries. Measured differences between plans give the
 scale of the table, then correct it by a Bayesian linear regression (ridge) on relative errors

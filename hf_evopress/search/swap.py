@@ -1,4 +1,4 @@
-"""Depth search by measured neighbours: what each sub-block costs in the company it is in.
+"""Depth search by exchanging one dropped sub-block for another, each exchange measured.
 
 What a drop costs alone says little about what it costs beside others: of a run of similar blocks
 the first drop is dear and the next are cheap. So each generation measures every plan that differs

@@ -1,4 +1,4 @@
-"""Cards of models and adapters: what the plan, the recipe and the files say, and nothing else.
+"""Generate cards of models and adapters from the plan, the recipe and the files.
 
 `write_card(folder)` writes README.md and the pictures it shows beside the model's files.
 """

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..base.resources import atomic_write, bundled, format_size
 from ..base.target import check_file
+from ..base.version import __version__
 from ..plans.card_template import level_counts, measured_on, protocol
 from ..plans.plan import Plan
 from ..plans.repo import plan_rows

@@ -1,4 +1,4 @@
-"""Models and adapters to the Hub and back: whole or not at all, data only, one commit.
+"""Push and pull models and adapters: one commit, data only, whole or not at all.
 
 Pushed and pulled is what a folder of this package holds: safetensors, JSON, text, pictures. A
 file of another kind, a pickle above all, is refused by name.

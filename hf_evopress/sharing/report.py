@@ -1,4 +1,4 @@
-"""A plan as a table and as a heat map, in the terminal; everything here returns text.
+"""A plan as a table and as a heat map, as text for the terminal.
 
 Rows are decoder blocks, columns the kinds of units in them; a cell shows stored bits per
 weight. Needs neither torch nor matplotlib; the same map as a picture is in `plots.py`.

@@ -1,4 +1,4 @@
-"""One unit of a level store as a file: its levels' tensors, each stored once, and their checksums.
+"""The file of one unit in a level store: tensors of its levels, each stored once, with checksums.
 
 Tensors are called <level number>/<name>. One that is the leading part of another of the same name
 is stored once: nested ranks, and the codes that levels with the same first term have in common.

@@ -1,4 +1,4 @@
-"""What every method that stores integer codes shares: parameters, cost, packed tensors.
+"""Base class of methods that store integer codes: parameters, cost, packed tensors.
 
 A state holds `codes` uint8 (out, packed bytes of a row), `scales` float16 or bfloat16 (out,
 groups) and, if asymmetric, `zeros` uint8 (packed bytes of all zero points in one row).

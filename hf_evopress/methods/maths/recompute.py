@@ -1,4 +1,4 @@
-"""A linear product that forgets its weight: made again from the packed tensors for the gradient.
+"""A linear product whose backward pass decompresses the weight again instead of keeping it.
 
 While an adapter is trained, autograd would keep every dequantised weight from forward to
 backward, and training a compressed model would take the memory of a dense one.

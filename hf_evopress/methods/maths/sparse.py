@@ -1,4 +1,4 @@
-"""Sparse weights as they are stored: which weights are kept, and the kept ones in row-major order.
+"""Storage of sparse weights: a mask, and the kept values in row-major order.
 
 `sparsity=s` keeps any numel - round(s * numel) weights: a state holds `mask` uint8 (out,
 ceil(in / 8)), 1 bit per weight. `pattern=n:m` keeps n of every m neighbours in a row (2:4 as

@@ -1,4 +1,4 @@
-"""What a fitness is: a loss of compressed logits against compact targets of the dense model."""
+"""The interface of a fitness: loss of compressed logits against the dense model's targets."""
 
 from __future__ import annotations
 

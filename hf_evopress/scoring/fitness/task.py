@@ -1,4 +1,4 @@
-"""Your own cost: a function of dense logits, compressed logits and the tokens that follow.
+"""A user-defined fitness: a function of dense logits, compressed logits and next tokens.
 
 For a task of your own, or for costs that are not symmetric, such as losing the dense model's
 right answers weighing more than gaining others. From Python:
