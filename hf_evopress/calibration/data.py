@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,11 @@ from torch import Tensor
 
 DEFAULT_SOURCE = "HuggingFaceFW/fineweb-edu:sample-10BT"
 
+SELF, CHAT, RAW = "self", "self:chat", "self:raw"
+OWN = (SELF, CHAT, RAW)  # sources that are no text: what the dense model writes itself
+
 Source = str | os.PathLike[str] | Sequence[str]
+Writer = Callable[[int], Tensor]  # n -> token windows (n, seq_len)
 
 _TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _CHATS = ("messages", "conversations")  # looked for where a dataset has no column "text"
@@ -39,12 +43,14 @@ def load_tokens(
     seed: int = 0,
     split: str = "train",
     column: str = "text",
+    writers: Mapping[str, Writer] | None = None,
 ) -> Tensor:
     """Return (n_sequences, seq_len) int64 token windows, no two of which overlap.
 
     Every source gives an equal share. `split` and `column` say where a dataset keeps its text.
-    Without sources, text is streamed from the Hub (fineweb-edu). Raises ValueError for a source
-    that is too short, with the tokens found and needed.
+    Without sources, text is streamed from the Hub (fineweb-edu). writers: name of a source ->
+    what makes n of its windows, where it is no text. Raises ValueError for a source that is too
+    short, with the tokens found and needed.
     """
     if n_sequences < 1 or seq_len < 2:
         raise ValueError(f"need n_sequences >= 1 and seq_len >= 2, got {n_sequences} and {seq_len}")
@@ -52,12 +58,17 @@ def load_tokens(
     if isinstance(sources, (str, os.PathLike)):
         sources = [sources]
     named = list(sources) or [DEFAULT_SOURCE]
-    for source in named:
-        _check_source(source)
+    writing = [(writers or {}).get(str(source)) for source in named]
+    for source, write in zip(named, writing, strict=True):
+        if write is None:
+            _check_source(source)
     bos = bos_of(tokenizer)
     shares = [n_sequences // len(named) + (i < n_sequences % len(named)) for i in range(len(named))]
     windows: list[list[int]] = []
-    for source, share in zip(named, shares, strict=True):
+    for source, share, write in zip(named, shares, writing, strict=True):
+        if write is not None:
+            windows += write(share).tolist() if share else []
+            continue
         documents = _documents(source, tokenizer, split=split, column=column)
         cut, n_found = _windows(documents, tokenizer, seq_len - len(bos), share * _POOL)
         if len(cut) < share:
@@ -76,6 +87,7 @@ def load_splits(
     seed: int = 0,
     split: str = "train",
     column: str = "text",
+    writers: Mapping[str, Writer] | None = None,
 ) -> dict[str, Tensor]:
     """Return disjoint sets of token windows by name, e.g. {"calibration": 56, "search": 32}."""
     tokens = load_tokens(
@@ -86,6 +98,7 @@ def load_splits(
         seed=seed,
         split=split,
         column=column,
+        writers=writers,
     )
     return split_tokens(tokens, sizes, seed=seed)
 
@@ -121,6 +134,11 @@ def _check_source(source: Source) -> None:
             if not isinstance(text, str):
                 raise TypeError(f"text {i} of a list of texts is a {type(text).__name__}")
         return
+    if source in OWN:
+        raise ValueError(
+            f"{source} is what a dense model writes itself, for the commands that search; here a "
+            "text is needed: a file or a Hub dataset (a file of this name is ./self)"
+        )
     path = Path(source)
     if path.is_dir():
         raise ValueError(f"{source} is a folder: name a file or a Hub dataset")

@@ -1,9 +1,12 @@
 """Text sampled from the dense model itself, as additional calibration and training data.
 
-A few tokens of the text at hand, from anywhere in it, are continued by tokens drawn from the
-model's own distribution, nothing cut off: LLM-QAT (Liu et al. 2023, arXiv:2305.17888, section
-3.1). What a compressed model has to keep is this distribution, and there is as much of it as one
-has time for, while a calibration text of 100 sequences is soon learnt by heart.
+Beginnings are continued by tokens drawn from the model's own distribution, nothing cut off:
+LLM-QAT (Liu et al. 2023, arXiv:2305.17888, section 3.1). What a compressed model has to keep is
+this distribution, and there is as much of it as one has time for, while a calibration text of 100
+sequences is soon learnt by heart. Beginnings are, where there is a text at hand, a few tokens from
+anywhere in it (`write_sequences`); without any (`write_self`), the part of the chat template that
+comes before what a user says, so that the model asks as well as answers (Magpie: Xu et al. 2024,
+arXiv:2406.08464), or one random token.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint
 from ..base.progress import Progress
 from ..base.resources import atomic_path
+from .data import CHAT, RAW, SELF, bos_of
 from .input_moments import check_tokens
 
 START = 16  # tokens of the text that a sequence begins with, at most half of it
@@ -62,6 +66,83 @@ def write_sequences(
     }
     claim(Path(folder), made_from, what="text written by a model")
     starts = _starts(tokens, n_sequences, start, bos, seed)
+    return _kept(model, starts, seq_len, Path(folder), seed, progress)
+
+
+def write_self(
+    model: Any,
+    tokenizer: Any,
+    n_sequences: int,
+    folder: str | Path,
+    *,
+    kind: str = SELF,
+    seq_len: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return (n_sequences, seq_len) int64 that `model` wrote without any text, kept in `folder`.
+
+    kind: one of `data.OWN`. `self:chat` begins with the tokenizer's chat template up to what the
+    user says, and needs a template; `self:raw` with one random token (after BOS, where the
+    tokenizer adds it); `self` is the first where there is a template, else the second.
+    """
+    begin = chat_prefix(tokenizer) if kind != RAW else []
+    if kind == CHAT and not begin:
+        raise ValueError(
+            "self:chat needs a tokenizer whose chat template begins with a user's turn, and this "
+            "one has none: take self:raw"
+        )
+    if len(begin) >= seq_len:
+        raise ValueError(f"the chat template alone takes {len(begin)} of {seq_len} tokens")
+    made_from = {
+        "model": model_fingerprint(model),
+        "shape": [n_sequences, seq_len],
+        "begins with": begin or "a random token",
+        "seed": seed,
+    }
+    claim(Path(folder), made_from, what="text written by a model")
+    if begin:
+        starts = torch.tensor([begin] * n_sequences, dtype=torch.long)
+    else:
+        starts = _random_starts(model, tokenizer, n_sequences, seed)
+    return _kept(model, starts, seq_len, Path(folder), seed, progress)
+
+
+def chat_prefix(tokenizer: Any) -> list[int]:
+    """Return the tokens of the chat template before a user's words; [] where there is none."""
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    words = "zq user words qz"
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": words}], tokenize=False)
+    except TemplateError:
+        return []
+    before, found, _ = text.partition(words)
+    return tokenizer(before, add_special_tokens=False)["input_ids"] if found else []
+
+
+def _random_starts(model: Any, tokenizer: Any, n: int, seed: int) -> Tensor:
+    """Return (n, 1 or 2) int64: a random token each, none special, after BOS if texts have it."""
+    size = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    known = torch.tensor([i for i in range(size) if i not in special], dtype=torch.long)
+    generator = torch.Generator().manual_seed(seed)
+    first = known[torch.randint(len(known), (n, 1), generator=generator)]
+    bos = torch.tensor([bos_of(tokenizer)] * n, dtype=torch.long)
+    return torch.cat([bos, first], dim=1)
+
+
+def _kept(
+    model: Any,
+    starts: Tensor,
+    seq_len: int,
+    folder: Path,
+    seed: int,
+    progress: Progress | None,
+) -> Tensor:
+    """Return starts (n, start) continued to seq_len tokens, batch by batch, kept in `folder`."""
     parts = starts.split(_batch(model, seq_len))
     made = []
     for number, part in enumerate(parts):
@@ -70,7 +151,7 @@ def write_sequences(
             if progress and (position % _TELL == 0 or position == seq_len):
                 progress("write", before + position, len(parts) * seq_len)
 
-        file = Path(folder) / f"written_{number:05d}.safetensors"
+        file = folder / f"written_{number:05d}.safetensors"
         if not file.is_file():
             ids = _continued(model, part.to(model.device), seq_len, seed + number, tell)
             with atomic_path(file) as temporary:

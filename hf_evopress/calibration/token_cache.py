@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..base.fingerprint import text_fingerprint
 from ..base.resources import atomic_path, sha256
-from .data import DEFAULT_SOURCE, load_splits
+from .data import DEFAULT_SOURCE, Writer, load_splits
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +37,32 @@ def cached_splits(
     seed: int = 0,
     split: str = "train",
     column: str = "text",
+    writers: Mapping[str, tuple[str, Writer]] | None = None,
 ) -> dict[str, Tensor]:
-    """Return what `load_splits` returns, from `folder` where it has been made before."""
+    """Return what `load_splits` returns, from `folder` where it has been made before.
+
+    writers: source -> a fingerprint of what writes it, and the writer.
+    """
+    writers = writers or {}
+    called = [writers[name][0] if name in writers else name for name in sources]
     cut = {"seq_len": seq_len, "seed": seed, "split": split, "column": column}
-    file = Path(folder) / f"{tokens_fingerprint(sources, tokenizer, sizes, cut)}.safetensors"
+    file = Path(folder) / f"{tokens_fingerprint(called, tokenizer, sizes, cut)}.safetensors"
     if file.is_file():
         try:
             kept = load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged; delete it to read the text anew") from error
         return {name: kept[name].long() for name in sizes}
+    write = {name: writer for name, (_, writer) in writers.items()}
     tokens = load_splits(
-        sources, tokenizer, sizes, seq_len=seq_len, seed=seed, split=split, column=column
+        sources,
+        tokenizer,
+        sizes,
+        seq_len=seq_len,
+        seed=seed,
+        split=split,
+        column=column,
+        writers=write,
     )
     with atomic_path(file) as temporary:
         save_file({name: part.to(torch.int32) for name, part in tokens.items()}, temporary)

@@ -56,7 +56,8 @@ Texts = Annotated[
         "--data",
         "-d",
         help="Text to calibrate and search on: a file (.txt, .json, "
-        ".jsonl, .parquet) or a Hub dataset name[:config]. Repeat for more. "
+        ".jsonl, .parquet), a Hub dataset name[:config], or self: what the model writes "
+        "itself (self:chat under its template, self:raw without). Repeat for more. "
         "Default: HuggingFaceFW/fineweb-edu.",
     ),
 ]

@@ -10,12 +10,20 @@ from ..base.plugins import did_you_mean
 from ..base.progress import Progress
 from ..base.resources import parse_size
 from ..base.target import check_target
+from ..calibration.data import OWN
 from ..recipes.recipe import Recipe
 from ..training.tune import Tuning, tune
 
 
 def check_follow_up(recipe: Recipe, *, overwrite: bool = False) -> None:
     """Raise ValueError for settings of `adapter` and `tune` that cannot work, before anything."""
+    own = [source for source in recipe.data.sources if source in OWN]
+    for name, wanted in (("adapter", recipe.adapter), ("tune", recipe.tune)):
+        if own and wanted is not None and not wanted.sources:
+            raise ValueError(
+                f"{name} learns from a text, and data.sources is {own[0]}, which the model writes "
+                f"for the search: give {name}.sources"
+            )
     if recipe.adapter is not None and recipe.adapter.size is not None:
         parse_size(recipe.adapter.size)
     if recipe.tune is not None:

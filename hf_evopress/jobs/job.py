@@ -28,12 +28,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..base.devices import computing_in, dtypes_of, has_bfloat16
-from ..base.fingerprint import tensor_fingerprint, text_fingerprint
+from ..base.fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
 from ..base.progress import Progress
 from ..base.ranks import start
 from ..base.target import work_beside
-from ..calibration.data import bos_of
-from ..calibration.own_text import write_sequences
+from ..calibration.data import OWN, Writer, bos_of
+from ..calibration.own_text import write_self, write_sequences
 from ..calibration.token_cache import cached_splits
 from ..models.experts import warn_of_experts
 from ..models.plain import make_plain
@@ -144,7 +144,28 @@ class Job:
             seed=data.seed,
             split=data.split,
             column=data.column,
+            writers={kind: self._writer(kind) for kind in data.sources if kind in OWN},
         )
+
+    def _writer(self, kind: str) -> tuple[str, Writer]:
+        """Return a fingerprint of text that the dense model writes itself, and what writes it."""
+        data, dtype = self.recipe.data, self.search_dtype
+        name = text_fingerprint(kind, model_fingerprint(self.model), str((data.seed, dtype)))
+
+        def write(n: int) -> Tensor:
+            with self.computing_in(dtype):
+                return write_self(
+                    self.model,
+                    self.tokenizer,
+                    n,
+                    self.work / f"written-{name}-{n}x{data.seq_len}",
+                    kind=kind,
+                    seq_len=data.seq_len,
+                    seed=data.seed,
+                    progress=self.progress,
+                )
+
+        return name, write
 
     @cached_property
     def written(self) -> Tensor:

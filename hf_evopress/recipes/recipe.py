@@ -60,7 +60,7 @@ class Limit:
 class Data:
     """Text and how it is cut; calibration, search and held-out sequences never overlap."""
 
-    sources: tuple[str, ...] = ()  # files, or Hub datasets name:config; none: fineweb-edu
+    sources: tuple[str, ...] = ()  # files, Hub datasets name:config, self; none: fineweb-edu
     split: str = "train"
     column: str = "text"
     seq_len: int = 1024

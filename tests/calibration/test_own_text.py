@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from transformers import GenerationConfig
 
 import hf_evopress.calibration.own_text as written_module
-from hf_evopress.calibration.own_text import write_sequences
+from hf_evopress.calibration.data import load_tokens
+from hf_evopress.calibration.own_text import chat_prefix, write_self, write_sequences
 
 
 def test_sequences_begin_as_the_text_does(
@@ -103,3 +105,65 @@ def test_a_start_as_long_as_the_sequence_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=r"start must be in 1 \.\. 31.* got 32"):
         write_sequences(trained_llama, text_tokens(3, 32), 4, tmp_path, start=32)
+
+
+TEMPLATE = (
+    "{{ 'sys\\n' }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer(byte_tokenizer: Any) -> Any:
+    made = copy.deepcopy(byte_tokenizer)
+    made.chat_template = TEMPLATE
+    return made
+
+
+def test_a_chat_model_begins_with_its_template_up_to_the_users_words(
+    trained_llama: Any, chat_tokenizer: Any, tmp_path: Any
+) -> None:
+    prefix = chat_tokenizer("sys\n<user>")["input_ids"]
+    assert chat_prefix(chat_tokenizer) == prefix
+    made = write_self(trained_llama, chat_tokenizer, 3, tmp_path, seq_len=32)
+    assert made.shape == (3, 32)
+    assert all(row[: len(prefix)].tolist() == prefix for row in made)
+    assert len({tuple(row.tolist()) for row in made}) == 3
+
+
+def test_a_base_model_begins_with_a_random_token_that_is_not_special(
+    trained_llama: Any, byte_tokenizer: Any, chat_tokenizer: Any, tmp_path: Any
+) -> None:
+    made = write_self(trained_llama, byte_tokenizer, 40, tmp_path / "a", seq_len=9)
+    firsts = set(made[:, 0].tolist())
+    assert len(firsts) > 20 and 0 not in firsts
+    raw = write_self(trained_llama, chat_tokenizer, 40, tmp_path / "b", kind="self:raw", seq_len=9)
+    assert torch.equal(raw, made)
+
+
+def test_own_text_without_a_template_says_what_to_take(
+    trained_llama: Any, byte_tokenizer: Any, chat_tokenizer: Any, tmp_path: Any
+) -> None:
+    with pytest.raises(ValueError, match="self:chat needs a tokenizer .* take self:raw"):
+        write_self(trained_llama, byte_tokenizer, 2, tmp_path, kind="self:chat", seq_len=32)
+    with pytest.raises(ValueError, match="the chat template alone takes 10 of 8 tokens"):
+        write_self(trained_llama, chat_tokenizer, 2, tmp_path, seq_len=8)
+    chat_tokenizer.chat_template = "{{ raise_exception('no users here') }}"
+    assert chat_prefix(chat_tokenizer) == []
+
+
+def test_self_is_refused_where_nothing_writes_it(byte_tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"self is what a dense model writes .* is \./self"):
+        load_tokens(["self"], byte_tokenizer, n_sequences=1, seq_len=8)
+
+
+def test_own_text_and_a_file_share_the_windows(byte_tokenizer: Any, tmp_path: Any) -> None:
+    (tmp_path / "text.txt").write_text("abcdefg " * 500)
+    asked: list[int] = []
+
+    def write(n: int) -> Any:
+        asked.append(n)
+        return torch.full((n, 8), 7)
+
+    sources = [str(tmp_path / "text.txt"), "self"]
+    made = load_tokens(sources, byte_tokenizer, n_sequences=5, seq_len=8, writers={"self": write})
+    assert asked == [2] and int((made == 7).all(dim=1).sum()) == 2 and made.shape == (5, 8)

@@ -15,6 +15,7 @@ import hf_evopress
 from hf_evopress.jobs import pipeline, plan_search
 from hf_evopress.jobs.apply import apply_plan
 from hf_evopress.jobs.evaluate import evaluate_model
+from hf_evopress.jobs.follow_up import check_follow_up
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.levels import build_levels
 from hf_evopress.jobs.plan_search import find_plan
@@ -232,3 +233,22 @@ def test_evaluate_measures_the_folder_against_the_dense_model(
 
 def test_the_package_is_registered_by_import() -> None:
     assert hf_evopress.__version__
+
+
+def test_the_text_of_a_job_can_be_what_the_model_writes_itself(home: Path) -> None:
+    data = {"sources": ["self"], "seq_len": 32, "calibration": 8, "search": 8, "test": 4}
+    asked = recipe(home, "own", work=str(home / "own.work"), data=data, levels=["rtn:bits=4"])
+    job = Job(asked)
+    tokens = job.tokens
+    rows = {tuple(row.tolist()) for part in tokens.values() for row in part}
+    assert len(rows) == sum(map(len, tokens.values())) == 24  # disjoint, 4 of them held out
+    loss = job.model(input_ids=tokens["search"], labels=tokens["search"]).loss
+    random = torch.randint(256, tokens["search"].shape)
+    assert loss < 0.5 * job.model(input_ids=random, labels=random).loss
+    assert torch.equal(Job(asked).tokens["search"], tokens["search"])
+
+
+def test_an_adapter_needs_a_text_where_the_search_has_none(home: Path) -> None:
+    asked = recipe(home, "own", data={"sources": ["self"]}, adapter={"rank": 2})
+    with pytest.raises(ValueError, match=r"adapter learns from a text.*give adapter\.sources"):
+        check_follow_up(asked)
