@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ class Stats:
     mean (in,) float32 or None: mean of x.
     n_tokens: how many tokens gram and mean saw.
     heldout (in, in) float32 or None: the Gram of other text, to score levels.
+    outputs: G (out, out) float32, the second moment of the loss's gradients at the outputs, of
+        each weight that is made with these statistics, in their order; None or () if unknown.
     """
 
     gram: Tensor
@@ -29,7 +33,18 @@ class Stats:
     mean: Tensor | None = None
     n_tokens: int = 0
     heldout: Tensor | None = None
-    _factors: dict[tuple[float, float], Tensor] = field(default_factory=dict, repr=False)
+    outputs: tuple[Tensor | None, ...] = ()
+    _factors: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
+
+    def with_outputs(self, moments: Iterable[Tensor | None]) -> Stats:
+        """Return these statistics, factors included, for weights with these moments G."""
+        return replace(self, outputs=tuple(moments))
+
+    def remember(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        """Return what `make` returned when it was first asked for by this key."""
+        if key not in self._factors:
+            self._factors[key] = make()
+        return self._factors[key]
 
     def hessian(self, *, sink: float = SINK) -> Tensor:
         """Return H + sink * tr(H)/tr(S0) * S0, (in, in) float32, undamped.
@@ -52,9 +67,7 @@ class Stats:
         float64, whatever the number of bit-widths and of layers with this input.
         """
         key = (float(sink), float(damp))
-        if key not in self._factors:
-            self._factors[key] = _inverse_factor(self.hessian(sink=sink), damp)
-        return self._factors[key]
+        return self.remember(key, lambda: _inverse_factor(self.hessian(sink=sink), damp))
 
 
 def _inverse_factor(H: Tensor, damp: float) -> Tensor:

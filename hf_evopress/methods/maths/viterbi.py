@@ -1,0 +1,94 @@
+"""The nearest walk through a trellis: Viterbi's algorithm over all 2^L states.
+
+What a walk costs is a sum of (x - value)^2 in float32. Of the 2^k ways into a state all
+2^k states with the same past share the cheapest, so that a weight costs 2^L additions and
+comparisons, whatever its rate k. To find the minimum and where it came from in one operation,
+the k lowest bits of the (positive) costs' integer images are replaced by the number of the way:
+2^(k - 23) of a cost is lost, and equal costs go to the lowest number on any device.
+
+`lanes.py` does it on a CPU for eight walks side by side, this file on any other device for as
+many as memory allows; both add the same numbers in the same order and find the same walks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .lanes import nearest_walks as nearest_walks_cpu
+from .walks import LENGTH
+
+MAX_BYTES = 2**29  # what the ways of one batch of walks may take
+FREE = -1  # a walk may start and end anywhere
+TAIL = 64  # weights on both sides of a walk's ends by which a tail-biting state is chosen
+_NEVER = 1e30  # more than any walk costs
+
+
+def encode(x: Tensor, values: Tensor, bits: int, *, tail_biting: bool) -> Tensor:
+    """Return the states (n, 256) int32 whose values come nearest to x (n, 256) float32.
+
+    values (2^L,) float32: what each state stands for, L >= bits. A tail-biting walk ends in the
+    state that its beginning takes for its past. That state is the middle one of the free walk
+    through the last and first weights of x (QTIP, section 3.1, over fewer weights).
+    """
+    if not tail_biting:
+        return nearest_walks(x, values, bits)
+    state_bits = values.numel().bit_length() - 1
+    around = nearest_walks(torch.cat([x[:, -TAIL:], x[:, :TAIL]], 1), values, bits)
+    past = around[:, TAIL - 1] & (2 ** (state_bits - bits) - 1)
+    return nearest_walks(x, values, bits, past)
+
+
+def nearest_walks(x: Tensor, values: Tensor, bits: int, past: Tensor | None = None) -> Tensor:
+    """Return the states (n, length) int32 of the cheapest walks along x (n, length) float32.
+
+    past (n,) int32: the L - k bits that a walk starts from and ends in; None leaves it free.
+    """
+    if x.device.type == "cpu":
+        return nearest_walks_cpu(x, values, bits, past)
+    return nearest_walks_torch(x, values, bits, past)
+
+
+def nearest_walks_torch(
+    x: Tensor, values: Tensor, bits: int, past: Tensor | None = None
+) -> Tensor:
+    """Return what `nearest_walks` does, by tensor operations on any device."""
+    pasts = values.numel() >> bits
+    batch = max(1, MAX_BYTES // (x.shape[1] * pasts + 16 * values.numel()))
+    parts = [
+        _batch(part, values, bits, None if past is None else past[i * batch : (i + 1) * batch])
+        for i, part in enumerate(x.split(batch))
+    ]
+    return torch.cat(parts) if parts else x.new_empty(0, LENGTH, dtype=torch.int32)
+
+
+def _batch(x: Tensor, values: Tensor, bits: int, past: Tensor | None) -> Tensor:
+    n, length = x.shape
+    ways, pasts = 2**bits, values.numel() >> bits
+    number = torch.arange(ways, dtype=torch.int32, device=x.device).view(1, ways, 1)
+    cost = (x[:, :1] - values).square()  # (n, 2^L)
+    every_past = torch.arange(pasts, device=x.device)
+    if past is not None:
+        other = every_past.unsqueeze(0) != past.unsqueeze(1)  # (n, pasts)
+        cost.view(n, pasts, ways).masked_fill_(other.unsqueeze(2), _NEVER)
+    came_from = torch.empty(length, n, pasts, dtype=torch.uint8, device=x.device)
+    for i in range(1, length):
+        image = cost.view(torch.int32).view(n, ways, pasts)
+        least = ((image & -ways) | number).amin(1)  # (n, pasts)
+        came_from[i] = least & (ways - 1)
+        so_far = (least & -ways).view(torch.float32).unsqueeze(2)  # (n, pasts, 1)
+        step = (x[:, i : i + 1] - values).square().view(n, pasts, ways)
+        cost = (so_far + step).view(n, -1)
+    if past is not None:  # the last L - k bits of the end are the past
+        ends = cost.view(n, ways, pasts)
+        ends.masked_fill_(other.unsqueeze(1), 2 * _NEVER)
+    # the first of equals, as the loop of lanes.py takes it
+    state = (cost == cost.amin(1, keepdim=True)).to(torch.uint8).argmax(1)
+    states = torch.empty(n, length, dtype=torch.int32, device=x.device)
+    everyone = torch.arange(n, device=x.device)
+    for i in range(length - 1, -1, -1):
+        states[:, i] = state
+        if i:
+            before = state >> bits
+            state = before | (came_from[i, everyone, before].long() * pasts)
+    return states

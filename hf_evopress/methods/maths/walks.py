@@ -1,0 +1,90 @@
+"""Walks through a trellis as bits: packed into bytes, and read from any position.
+
+A state has L bits; each weight brings k new ones: state' = ((state << k) | new) mod 2^L
+(the bitshift trellis of QTIP, Tseng et al. 2024, arXiv:2406.11235). A walk of 256 weights is thus
+a string of 256 k bits, and the state of a weight is the last L bits up to its own. What
+comes before the first bit is the end of the same string where the walk bites its tail, or else
+a start of L - k bits that is stored beside it.
+
+Bit i of a walk is bit 7 - i mod 8 of byte i div 8: 32 k bytes per walk. Starts are one string for
+all walks, padded to whole bytes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+LENGTH = 256  # weights in a walk
+
+
+def pack_walks(states: Tensor, bits: int) -> Tensor:
+    """Return walks (..., 256), states as integers, as bytes (..., 32 * bits) uint8."""
+    new = _to_bits(states & (2**bits - 1), bits)
+    return _to_bytes(new.flatten(-2))
+
+
+def pack_starts(states: Tensor, bits: int, state_bits: int) -> Tensor:
+    """Return the L - k bits before each walk of states (..., 256), as one row of bytes."""
+    starts = (states[..., 0] >> bits).flatten()
+    string = _to_bits(starts, state_bits - bits).flatten()
+    return _to_bytes(torch.nn.functional.pad(string, (0, -string.numel() % 8)))
+
+
+def start_bytes(walks: int, bits: int, state_bits: int) -> int:
+    """Return the number of bytes that `pack_starts` makes of that many walks."""
+    return (walks * (state_bits - bits) + 7) // 8
+
+
+def unpack_walks(
+    codes: Tensor, bits: int, state_bits: int, starts: Tensor | None = None
+) -> Tensor:
+    """Return the states (walks, 256) int32 of codes (walks, 32 * bits) uint8.
+
+    starts: what `pack_starts` made of them, or None where walks bite their tails.
+    """
+    if starts is None:
+        # the string before its beginning is its own end, as often as L asks for
+        before = codes[:, -((state_bits - bits + 7) // 8) :] if state_bits > bits else codes[:, :0]
+    else:
+        before = _start_rows(starts, codes.shape[0], state_bits - bits)
+    ahead = before.shape[1]
+    string = torch.cat([before, codes, codes[:, :2]], dim=1)  # two more bytes to read over
+    first, shift = _windows(bits, state_bits, ahead, codes.device)
+    # a window of L <= 16 bits lies in three bytes
+    window = string[:, first].int() << 16
+    window |= string[:, first + 1].int() << 8
+    window |= string[:, first + 2].int()
+    return (window >> shift) & (2**state_bits - 1)
+
+
+@lru_cache(maxsize=64)
+def _windows(
+    bits: int, state_bits: int, ahead: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return for each weight the first byte of its state's window, and how far it is shifted."""
+    start = 8 * ahead + (torch.arange(LENGTH) + 1) * bits - state_bits
+    first = start // 8
+    shift = 24 - state_bits - (start - 8 * first)
+    return first.to(device), shift.int().to(device)
+
+
+def _start_rows(starts: Tensor, walks: int, width: int) -> Tensor:
+    """Return each walk's start (walks, bytes), its bits at the end of the row."""
+    places = torch.arange(8, dtype=torch.uint8, device=starts.device).flip(0)
+    string = ((starts.unsqueeze(-1) >> places) & 1).flatten()[: walks * width]
+    return _to_bytes(torch.nn.functional.pad(string.view(walks, width), (-width % 8, 0)))
+
+
+def _to_bits(values: Tensor, width: int) -> Tensor:
+    """Return the bits (..., width) uint8 of integers, the most significant first."""
+    places = torch.arange(width, device=values.device).flip(0)
+    return ((values.unsqueeze(-1) >> places) & 1).to(torch.uint8)
+
+
+def _to_bytes(string: Tensor) -> Tensor:
+    """Return bits (..., 8 n) uint8 as bytes (..., n) uint8."""
+    places = torch.arange(8, dtype=torch.uint8, device=string.device).flip(0)
+    return (string.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)

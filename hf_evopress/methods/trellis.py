@@ -1,0 +1,188 @@
+"""Trellis codes: rotate a weight until it looks Gaussian, then code it 256 numbers at a time.
+
+QTIP (Tseng, Sun, Hou and De Sa 2024, arXiv:2406.11235) with the two-sided rounding of YAQA (the
+same, 2025, arXiv:2505.22988). W = s Q_o^T Y Q_i: Q are rotations with a formula
+(`maths/rotation.py`), Y consists of tiles of 16 x 16, each one walk through a trellis of
+2^state_bits states (`maths/walks.py`), found by Viterbi's algorithm; each state stands for a value
+(`maths/codebook.py`). Errors of a tile are absorbed by later ones along the inputs and, where the
+statistics know the outputs' moments, along the outputs (`maths/two_sided.py`).
+
+Stores exactly `bits` per weight of whole tiles and a scale of 32 bits; without tail_biting also
+state_bits - bits per tile. Sides that 16 does not divide are padded to whole tiles, and the padding
+is stored. Making a weight takes 2^state_bits steps per weight, whatever the bits.
+
+The weight is computed in float32 by sums and products in a fixed order: the same numbers on every
+machine. It is scored, shipped and run as that weight; `rotated_operator` rotates the
+activations instead, which is the same but for the order of sums.
+
+When to use it: 1 to 5 bits, wherever quality per byte matters most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Method, Operator, Param, Shape, State
+from .maths.codebook import CODEBOOKS, codebook
+from .maths.linalg import DAMP, SINK, Stats
+from .maths.trellis_rounding import DAMP_OUTPUTS, FEEDBACKS, ROTATIONS, block_of, round_weights
+from .maths.trellis_rounding import rotate_inputs, unrotate_outputs, unrotate_sides
+from .maths.two_sided import TILE
+from .maths.walks import LENGTH, start_bytes, unpack_walks
+
+MAX_STATE_BITS = 16
+_PIECE = 2**18  # weights whose walks are read at once on a CPU
+
+
+class Trellis(Method):
+    """`trellis:bits=3`: walks through a trellis in a rotated basis, rounded on both sides."""
+
+    name = "trellis"
+    can_follow = True
+    is_trainable = True
+    params: ClassVar[Mapping[str, Param]] = {
+        "bits": Param(int, "bits per weight", choices=(1, 2, 3, 4, 5, 6, 7, 8)),
+        "state_bits": Param(
+            int, "log2 of the trellis' states", default=12, at_least=4, at_most=MAX_STATE_BITS
+        ),
+        "codebook": Param(str, "values of the states", default="strata", choices=CODEBOOKS),
+        "rotation": Param(
+            str, "size of the rotations, or 'full'", default="full", choices=ROTATIONS
+        ),
+        "seed": Param(int, "of the rotations' signs", default=0, at_least=0, at_most=2**30),
+        "tail_biting": Param(bool, "a walk's start is its end, none is stored", default=True),
+        "feedback": Param(
+            str,
+            "whose moments guide the rounding; 'both' does without outputs where G is unknown",
+            default="both",
+            choices=FEEDBACKS,
+        ),
+        "damp": Param(float, "share of H's mean diagonal added", default=DAMP, at_least=0.0),
+        "damp_outputs": Param(
+            float, "share of G's mean diagonal added", default=DAMP_OUTPUTS, at_least=0.0
+        ),
+        "sink": Param(float, "weight of position 0 in H", default=SINK, at_least=0.0),
+    }
+    examples = (
+        "trellis:bits=3,state_bits=8",
+        "trellis:bits=2,codebook=mul1,state_bits=6,tail_biting=false,sink=0.0",
+        "trellis:bits=4,rotation=none,state_bits=5,feedback=none,codebook=gauss",
+    )
+
+    def check(self, **params: Any) -> None:
+        if params["bits"] > params["state_bits"]:
+            raise ValueError(
+                f"trellis needs state_bits >= bits: a state holds the last bits of its walk; got "
+                f"bits={params['bits']}, state_bits={params['state_bits']}"
+            )
+
+    def check_shape(self, shape: Shape, **params: Any) -> None:
+        block = block_of(params["rotation"])
+        for n, side in zip(shape, ("outputs", "inputs"), strict=True):
+            if block and n % block:
+                raise ValueError(
+                    f"trellis: rotation={block} does not divide the {n} {side} of a weight of "
+                    f"shape {tuple(shape)}; use rotation=full, which fits every size"
+                )
+
+    def uses_stats(self, **params: Any) -> bool:
+        return params["feedback"] != "none"
+
+    def cost_bits(self, shape: Shape, **params: Any) -> int:
+        rows, columns = _tiles(shape)
+        starts = 0
+        if not params["tail_biting"]:
+            starts = start_bytes(rows * columns, params["bits"], params["state_bits"])
+        return rows * columns * LENGTH * params["bits"] + 8 * starts + 32
+
+    def compress(self, W: Tensor, stats: Stats | None, **params: Any) -> State:
+        return self.compress_many([W], stats, [params])[0][0]
+
+    def compress_stacked(
+        self, Ws: Sequence[Tensor], stats: Stats | None, **params: Any
+    ) -> list[State]:
+        return self.compress_many(Ws, stats, [params])[0]
+
+    def compress_many(
+        self, Ws: Sequence[Tensor], stats: Stats | None, settings: Sequence[Mapping[str, Any]]
+    ) -> list[list[State]]:
+        """Return, per setting, the states of weights that share one input.
+
+        Settings that differ in how a walk is stored share rotated weights and factors, and all
+        weights are rounded in step: the more tiles at once, the more threads have work.
+        """
+        for params in settings:
+            if self.uses_stats(**params):
+                self.required(stats, Ws)
+            for W in Ws:
+                self.check_shape((W.shape[0], W.shape[1]), **params)
+        return round_weights(Ws, stats, settings)
+
+    def decompress(self, state: State, shape: Shape, dtype: torch.dtype, **params: Any) -> Tensor:
+        Y = rotated_weight(state, shape, **params)
+        W = unrotate_sides(Y, params["rotation"], params["seed"])
+        return (W * state["scale"]).to(dtype)
+
+    def empty(self, shape: Shape, dtype: torch.dtype, **params: Any) -> State:
+        rows, columns = _tiles(shape)
+        bits = params["bits"]
+        state = {
+            "codes": torch.empty(
+                rows, columns, LENGTH * bits // 8, dtype=torch.uint8, device="meta"
+            ),
+            "scale": torch.empty(1, dtype=torch.float32, device="meta"),
+        }
+        if not params["tail_biting"]:
+            size = start_bytes(rows * columns, bits, params["state_bits"])
+            state["starts"] = torch.empty(size, dtype=torch.uint8, device="meta")
+        return state
+
+    def rotated_operator(
+        self, state: State, bias: Tensor | None, shape: Shape, dtype: torch.dtype, **params: Any
+    ) -> Operator:
+        """Return x -> x W^T + bias that rotates x and the product and leaves the weight as coded.
+
+        What a kernel that reads codes computes. In float32; W^T x agrees to about 1e-6 of
+        |W| |x|.
+        """
+        Y = rotated_weight(state, shape, **params) * state["scale"]
+
+        def run(x: Tensor) -> Tensor:
+            flat = x.reshape(-1, shape[1]).T
+            y = Y @ rotate_inputs(flat, params["rotation"], params["seed"])
+            y = unrotate_outputs(y, params["rotation"], params["seed"]).T
+            y = y.to(dtype).reshape(*x.shape[:-1], shape[0])
+            return y if bias is None else y + bias
+
+        return run
+
+
+def rotated_weight(state: State, shape: Shape, **params: Any) -> Tensor:
+    """Return Y (out, in) float32, the codebook's values in the rotated basis, without the scale."""
+    (rows, columns), bits, state_bits = _tiles(shape), params["bits"], params["state_bits"]
+    codes = state["codes"]
+    if codes.shape != (rows, columns, LENGTH * bits // 8):
+        raise ValueError(
+            f"trellis: a weight of shape {tuple(shape)} at {bits} bits has codes of shape "
+            f"{(rows, columns, LENGTH * bits // 8)}, got {tuple(codes.shape)}"
+        )
+    values = codebook(params["codebook"], state_bits, bits, codes.device)
+    Y = values.new_empty(rows, TILE, columns, TILE)
+    step = rows
+    if params["tail_biting"] and codes.device.type == "cpu":  # starts lie in one string for all
+        step = max(1, _PIECE // (columns * LENGTH))
+    for low in range(0, rows, step):
+        part = codes[low : low + step].flatten(0, 1)
+        walks = unpack_walks(part, bits, state_bits, state.get("starts"))
+        tiles = values.index_select(0, walks.flatten()).view(-1, columns, TILE, TILE)
+        Y[low : low + step] = tiles.transpose(1, 2)
+    return Y.view(rows * TILE, columns * TILE)[: shape[0], : shape[1]]
+
+
+def _tiles(shape: Shape) -> tuple[int, int]:
+    """Return how many tiles a weight has from top to bottom and from left to right."""
+    return -(-shape[0] // TILE), -(-shape[1] // TILE)
