@@ -29,8 +29,16 @@ from torch import Tensor
 from .base import Method, Operator, Param, Shape, State
 from .maths.codebook import CODEBOOKS, codebook
 from .maths.linalg import DAMP, SINK, Stats
-from .maths.trellis_rounding import DAMP_OUTPUTS, FEEDBACKS, ROTATIONS, block_of, round_weights
-from .maths.trellis_rounding import rotate_inputs, unrotate_outputs, unrotate_sides
+from .maths.trellis_rounding import (
+    DAMP_OUTPUTS,
+    FEEDBACKS,
+    ROTATIONS,
+    block_of,
+    rotate_inputs,
+    round_weights,
+    unrotate_outputs,
+    unrotate_sides,
+)
 from .maths.two_sided import TILE
 from .maths.walks import LENGTH, start_bytes, unpack_walks
 

@@ -105,7 +105,10 @@ class LevelStore:
             for group in _by_input(todo, stats, menus):
                 weights = [_weight(model, unit) for unit in group]
                 levels = list(menus[group[0].name])
-                made = compose.compress_many(levels, weights, stats.get(group[0].name))
+                known_inputs = stats.get(group[0].name)
+                if known_inputs is not None and moments:
+                    known_inputs = known_inputs.with_outputs(moments.get(u.name) for u in group)
+                made = compose.compress_many(levels, weights, known_inputs)
                 for j, (unit, W) in enumerate(zip(group, weights, strict=True)):
                     states = [per_level[j] for per_level in made]
                     known = (stats.get(unit.name), moments.get(unit.name))

@@ -30,9 +30,7 @@ CODEBOOKS = ("strata", "gauss", "mul1", "mcg", "3inst")
 
 
 @lru_cache(maxsize=32)
-def codebook(
-    name: str, state_bits: int, bits: int, device: torch.device | None = None
-) -> Tensor:
+def codebook(name: str, state_bits: int, bits: int, device: torch.device | None = None) -> Tensor:
     """Return the value of each of 2^state_bits states at `bits` per weight, float32."""
     n = 2**state_bits
     if name in ("strata", "gauss"):

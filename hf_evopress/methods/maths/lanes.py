@@ -33,7 +33,7 @@ def nearest_walks(x: Tensor, values: Tensor, bits: int, past: Tensor | None = No
     targets[:n] = x.detach().numpy()
     # (groups, length, lanes): a vector is one weight of eight walks
     targets = np.ascontiguousarray(targets.reshape(-1, LANES, length).transpose(0, 2, 1))
-    pasts = np.full(len(states) * LANES, -1, np.int32)
+    pasts: np.ndarray = np.full(len(states) * LANES, -1, np.int32)
     if past is not None:
         pasts[:n] = past.numpy()
     pasts = pasts.reshape(-1, LANES)

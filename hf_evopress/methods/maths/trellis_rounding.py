@@ -143,9 +143,7 @@ def _job(rotated: _Rotated, params: Settings) -> _Job:
     weight = Weight(R, M, rotated.N)
     width = spread(params["codebook"], params["state_bits"], bits)
     scale = GAIN[bits] / width * float(R.square().mean().sqrt())
-    states = torch.empty(
-        weight.rows, weight.columns, LENGTH, dtype=torch.int32, device=R.device
-    )
+    states = torch.empty(weight.rows, weight.columns, LENGTH, dtype=torch.int32, device=R.device)
     return _Job(R, rotated.H, rotated.G, weight, params, scale, states)
 
 

@@ -102,7 +102,6 @@ class Weight:
             tiles = slice(c * TILE, (c + 1) * TILE)
             self._errors[:, tiles] = self.W[:, tiles] - Y.reshape(-1, TILE)
             return
-        low, high, c = self._on_diagonal(step)
         assert self._lost is not None
         errors = self._diagonal(self._errors, step)
         errors.copy_(self._diagonal(self._targets, step) - Y)

@@ -49,9 +49,7 @@ def nearest_walks(x: Tensor, values: Tensor, bits: int, past: Tensor | None = No
     return nearest_walks_torch(x, values, bits, past)
 
 
-def nearest_walks_torch(
-    x: Tensor, values: Tensor, bits: int, past: Tensor | None = None
-) -> Tensor:
+def nearest_walks_torch(x: Tensor, values: Tensor, bits: int, past: Tensor | None = None) -> Tensor:
     """Return what `nearest_walks` does, by tensor operations on any device."""
     pasts = values.numel() >> bits
     batch = max(1, MAX_BYTES // (x.shape[1] * pasts + 16 * values.numel()))

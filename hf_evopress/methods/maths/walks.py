@@ -38,9 +38,7 @@ def start_bytes(walks: int, bits: int, state_bits: int) -> int:
     return (walks * (state_bits - bits) + 7) // 8
 
 
-def unpack_walks(
-    codes: Tensor, bits: int, state_bits: int, starts: Tensor | None = None
-) -> Tensor:
+def unpack_walks(codes: Tensor, bits: int, state_bits: int, starts: Tensor | None = None) -> Tensor:
     """Return the states (walks, 256) int32 of codes (walks, 32 * bits) uint8.
 
     starts: what `pack_starts` made of them, or None where walks bite their tails.
@@ -61,9 +59,7 @@ def unpack_walks(
 
 
 @lru_cache(maxsize=64)
-def _windows(
-    bits: int, state_bits: int, ahead: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _windows(bits: int, state_bits: int, ahead: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return for each weight the first byte of its state's window, and how far it is shifted."""
     start = 8 * ahead + (torch.arange(LENGTH) + 1) * bits - state_bits
     first = start // 8
