@@ -20,7 +20,7 @@ from torch import Tensor
 from .hashing import signs
 
 WHOLE = 0  # block size that stands for the whole side
-_CHUNK = 2**18  # numbers worked on at once: they stay in a CPU's cache
+_CHUNK = 2**16  # numbers worked on at once: they stay in a CPU's cache
 
 
 def rotate(X: Tensor, seed: int, block: int = WHOLE) -> Tensor:
@@ -79,11 +79,12 @@ def _mix(X: Tensor, D: Tensor) -> Tensor:
     flat = X.reshape(q, -1)
     result = torch.empty_like(flat)
     width = max(1, _CHUNK // q) if X.device.type == "cpu" else flat.shape[1]
-    for part, into in zip(flat.split(width, 1), result.split(width, 1), strict=True):
-        total = D[:, :1] * part[:1]
+    for part, total in zip(flat.split(width, 1), result.split(width, 1), strict=True):
+        torch.mul(D[:, :1], part[:1], out=total)
+        product = torch.empty_like(total)
         for k in range(1, q):
-            total += D[:, k : k + 1] * part[k : k + 1]
-        into.copy_(total)
+            torch.mul(D[:, k : k + 1], part[k : k + 1], out=product)
+            total.add_(product)
     return result.view(X.shape)
 
 

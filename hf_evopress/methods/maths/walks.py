@@ -12,8 +12,6 @@ all walks, padded to whole bytes.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -50,21 +48,15 @@ def unpack_walks(codes: Tensor, bits: int, state_bits: int, starts: Tensor | Non
         before = _start_rows(starts, codes.shape[0], state_bits - bits)
     ahead = before.shape[1]
     string = torch.cat([before, codes, codes[:, :2]], dim=1)  # two more bytes to read over
-    first, shift = _windows(bits, state_bits, ahead, codes.device)
-    # a window of L <= 16 bits lies in three bytes
-    window = string[:, first].int() << 16
-    window |= string[:, first + 1].int() << 8
-    window |= string[:, first + 2].int()
-    return (window >> shift) & (2**state_bits - 1)
-
-
-@lru_cache(maxsize=64)
-def _windows(bits: int, state_bits: int, ahead: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return for each weight the first byte of its state's window, and how far it is shifted."""
-    start = 8 * ahead + (torch.arange(LENGTH) + 1) * bits - state_bits
-    first = start // 8
-    shift = 24 - state_bits - (start - 8 * first)
-    return first.to(device), shift.int().to(device)
+    # a window of L <= 16 bits lies in three bytes; eight weights later it is `bits` bytes further
+    bytes_ = string.int()
+    three = (bytes_[:, :-2] << 16) | (bytes_[:, 1:-1] << 8) | bytes_[:, 2:]
+    states = torch.empty(len(codes), LENGTH // 8, 8, dtype=torch.int32, device=codes.device)
+    for place in range(8):
+        start = 8 * ahead + (place + 1) * bits - state_bits
+        first = three[:, start // 8 :: bits][:, : LENGTH // 8]
+        torch.bitwise_right_shift(first, 24 - state_bits - start % 8, out=states[..., place])
+    return states.flatten(1).bitwise_and_(2**state_bits - 1)
 
 
 def _start_rows(starts: Tensor, walks: int, width: int) -> Tensor:

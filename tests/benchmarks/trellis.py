@@ -1,0 +1,151 @@
+"""Trellis codes: speed and error on Gaussian numbers, error of a layer, KL of a model's levels.
+
+    python tests/benchmarks/trellis.py gaussian --state-bits 8 10 12 --bits 2 3 4
+    python tests/benchmarks/trellis.py decode
+    python tests/benchmarks/trellis.py model .cache/SmolLM2-135M-Instruct \
+        --data calibration.txt --test wiki.test.raw --windows 4 --work w \
+        --level trellis:bits=3,state_bits=10 --level trellis:bits=3,state_bits=10,feedback=inputs
+
+`gaussian` prints million weights per second and thread, the mean squared error on N(0, 1), free
+and tail-biting, and the bound 2^(-2 bits). `decode` prints milliseconds to compute a weight.
+`model` makes one store of all levels and compares them, each on every unit, on the same windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_evopress.calibration.data import tokenize_file
+from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.levels import build_levels
+from hf_evopress.methods.compose import compress, decompress, normalize
+from hf_evopress.methods.maths.codebook import codebook, spread
+from hf_evopress.methods.maths.trellis_rounding import GAIN
+from hf_evopress.methods.maths.viterbi import encode
+from hf_evopress.recipes.recipe import Recipe
+from hf_evopress.scoring.evaluate import compare_many
+
+
+def gaussian(words: argparse.Namespace) -> None:
+    torch.set_num_threads(words.threads)
+    x = torch.randn(words.tiles, 256, generator=torch.Generator().manual_seed(0))
+    print("| bits | states | codebook | Mw/s per thread | mse | tail-biting Mw/s | mse | bound |")
+    print("|---|---|---|---|---|---|---|---|")
+    for bits in words.bits:
+        for state_bits in words.state_bits:
+            if state_bits < bits:
+                continue
+            for name in words.codebooks:
+                gain = (words.gain or GAIN[bits]) / spread(name, state_bits, bits)
+                row = [str(bits), f"2^{state_bits}", name]
+                for tail_biting in (False, True):
+                    values = codebook(name, state_bits, bits)
+                    encode(x[:8] / gain, values, bits, tail_biting=tail_biting)  # compiled
+                    start = time.perf_counter()
+                    states = encode(x / gain, values, bits, tail_biting=tail_biting)
+                    seconds = (time.perf_counter() - start) * words.threads
+                    error = float((x - gain * values[states.long()]).square().mean())
+                    row += [f"{x.numel() / seconds / 1e6:.2f}", f"{error:.5f}"]
+                print("|", " | ".join([*row, f"{4.0**-bits:.5f}"]), "|", flush=True)
+
+
+def decode(words: argparse.Namespace) -> None:
+    torch.set_num_threads(words.threads)
+    for shape in ((576, 1536), (4096, 4096)):
+        W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        for text in words.level or ["trellis:bits=3,state_bits=8,feedback=none"]:
+            level = normalize(text)
+            state = compress(level, W, None)
+            best = float("inf")
+            for _ in range(5):
+                start = time.perf_counter()
+                decompress(level, state, shape, torch.bfloat16)
+                best = min(best, time.perf_counter() - start)
+            print(f"{shape} {level}: {1000 * best:.1f} ms", flush=True)
+
+
+def model(words: argparse.Namespace) -> None:
+    recipe = Recipe.from_dict(
+        {
+            "model": words.model,
+            "work": words.work,
+            "budget": {"ratio": 1.0},
+            "levels": words.level,
+            "data": {
+                "sources": [words.data],
+                "seq_len": words.seq_len,
+                "calibration": words.calibration,
+                "search": 4,
+                "heldout": 2,
+                "test": 0,
+            },
+            "search": {"sensitivity_tokens": words.sensitivity_tokens},
+        }
+    )
+    job = Job(recipe)
+    start = time.perf_counter(), time.process_time()
+    store = build_levels(job)
+    wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+    print(f"statistics and levels: {wall:.0f} s, {cpu:.0f} CPU s", flush=True)
+    evaluator = job.evaluator(store)
+    functions: dict[str, Any] = {}
+    predicted = {}
+    for text in words.level:
+        level = normalize(text)
+        levels = {unit: level for unit in store.units}
+        functions[str(level)] = lambda ids, levels=levels: evaluator.logits(levels, ids)
+        scores = [store.scores(unit, level) for unit in store.units]
+        predicted[str(level)] = sum(s.get("sensitivity_nats", 0.0) for s in scores)
+    tokens = tokenize_file(Path(words.test), job.tokenizer)
+    reports = compare_many(
+        functions, job.model, tokens, window=words.window, max_windows=words.windows
+    )
+    print("| level | stored bits | predicted KL | KL (nats) | perplexity |\n|---|---|---|---|---|")
+    for name, report in reports.items():
+        n = sum(u.shape[0] * u.shape[1] for u in store.units.values())
+        bits = sum(store.cost_bits(unit, name) for unit in store.units) / n
+        print(
+            f"| {name} | {bits:.3f} | {predicted[name]:.4f} | {report.kl_nats:.4f} "
+            f"± {report.kl_standard_error:.4f} | {report.perplexity:.2f} |",
+            flush=True,
+        )
+    print(f"dense perplexity {next(iter(reports.values())).dense_perplexity:.2f}")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = parser.add_subparsers(dest="part", required=True)
+    one = parts.add_parser("gaussian")
+    one.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    one.add_argument("--state-bits", type=int, nargs="+", default=[8, 10, 12])
+    one.add_argument("--codebooks", nargs="+", default=["strata"])
+    one.add_argument("--tiles", type=int, default=512)
+    one.add_argument("--gain", type=float)
+    two = parts.add_parser("decode")
+    two.add_argument("--level", action="append")
+    for part in (one, two):
+        part.add_argument("--threads", type=int, default=1)
+    three = parts.add_parser("model")
+    three.add_argument("model")
+    three.add_argument("--data", required=True, help="calibration text")
+    three.add_argument("--test", required=True, help="evaluation text")
+    three.add_argument("--work", default="demo/trellis.work")
+    three.add_argument("--level", action="append", required=True)
+    three.add_argument("--seq-len", type=int, default=1024)
+    three.add_argument("--calibration", type=int, default=56)
+    three.add_argument("--sensitivity-tokens", type=int, default=40960)
+    three.add_argument("--window", type=int, default=2048)
+    three.add_argument("--windows", type=int, default=4)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    words = arguments()
+    {"gaussian": gaussian, "decode": decode, "model": model}[words.part](words)
