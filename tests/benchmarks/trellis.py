@@ -97,7 +97,7 @@ def model(words: argparse.Namespace) -> None:
     predicted = {}
     for text in words.level:
         level = normalize(text)
-        levels = {unit: level for unit in store.units}
+        levels = dict.fromkeys(store.units, level)
         functions[str(level)] = lambda ids, levels=levels: evaluator.logits(levels, ids)
         scores = [store.scores(unit, level) for unit in store.units]
         predicted[str(level)] = sum(s.get("sensitivity_nats", 0.0) for s in scores)

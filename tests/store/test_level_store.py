@@ -230,3 +230,32 @@ def test_a_method_with_another_default_makes_another_level_of_the_same_name(
         _build(model, tmp_path)
     others = menus({u.name: u.shape for u in units}, LEVELS[2:])  # rtn is as it was
     assert LevelStore.lacks(tmp_path, units, others, _source(model)) is False
+
+
+def test_methods_are_told_how_the_loss_feels_each_output(model: nn.Module, tmp_path: Path) -> None:
+    """Trellis codes round on both sides where there are sensitivities, and on one where not."""
+    level = "trellis:bits=2,state_bits=6"
+    mixed = {}
+    for u in find_units(model):
+        g = torch.Generator().manual_seed(u.shape[0])
+        X = torch.randn(64, u.shape[0], generator=g) @ torch.randn(*u.shape[:1] * 2, generator=g)
+        mixed[u.name] = X.T @ X / 64
+    told = Source({"model": "tiny"}, _stats(model), lambda block: mixed)
+    untold = dataclasses.replace(told, moments=None)
+    both, one, alike = (
+        _build(model, tmp_path / name, source, levels=[text])
+        for name, source, text in (
+            ("both", told, level),
+            ("one", untold, level),
+            ("alike", told, f"{level},feedback=inputs"),
+        )
+    )
+    nats = 0.0
+    for unit in both.units:
+        codes = [
+            store.state(unit, str(store.levels(unit)[0]))["codes"] for store in (both, one, alike)
+        ]
+        assert torch.equal(codes[1], codes[2]) and not torch.equal(codes[0], codes[1])
+        nats += alike.scores(unit, f"{level},feedback=inputs")["sensitivity_nats"]
+        nats -= both.scores(unit, level)["sensitivity_nats"]
+    assert nats > 0

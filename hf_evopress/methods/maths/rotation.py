@@ -27,7 +27,7 @@ def rotate(X: Tensor, seed: int, block: int = WHOLE) -> Tensor:
     """Return Q X in float32, X (n, m)."""
     n, m = X.shape
     p, q = factors(n, block)
-    Y = X.float() * _signs(n, seed, X.device).unsqueeze(1)
+    Y = (X.float() * _signs(n, seed, X.device).unsqueeze(1)).contiguous()
     _hadamard_(Y.view(q, p, m))
     return _mix(Y, _dct(q, X.device)) if q > 1 and block == WHOLE else Y
 
@@ -37,7 +37,11 @@ def unrotate(X: Tensor, seed: int, block: int = WHOLE) -> Tensor:
     n, m = X.shape
     p, q = factors(n, block)
     mixes = q > 1 and block == WHOLE
-    Y = _mix(X.float(), _dct(q, X.device).T) if mixes else X.float().clone()
+    Y = (
+        _mix(X.float(), _dct(q, X.device).T)
+        if mixes
+        else X.float().clone(memory_format=torch.contiguous_format)
+    )
     _hadamard_(Y.view(q, p, m))
     return Y.mul_(_signs(n, seed, X.device).unsqueeze(1))
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .lanes import nearest_walks as nearest_walks_cpu
-from .walks import LENGTH
 
 MAX_BYTES = 2**29  # what the ways of one batch of walks may take
 FREE = -1  # a walk may start and end anywhere
@@ -56,8 +55,9 @@ def nearest_walks_torch(x: Tensor, values: Tensor, bits: int, past: Tensor | Non
     parts = [
         _batch(part, values, bits, None if past is None else past[i * batch : (i + 1) * batch])
         for i, part in enumerate(x.split(batch))
+        if len(part)
     ]
-    return torch.cat(parts) if parts else x.new_empty(0, LENGTH, dtype=torch.int32)
+    return torch.cat(parts) if parts else x.new_empty(x.shape, dtype=torch.int32)
 
 
 def _batch(x: Tensor, values: Tensor, bits: int, past: Tensor | None) -> Tensor:
@@ -76,7 +76,7 @@ def _batch(x: Tensor, values: Tensor, bits: int, past: Tensor | None) -> Tensor:
         came_from[i] = least & (ways - 1)
         so_far = (least & -ways).view(torch.float32).unsqueeze(2)  # (n, pasts, 1)
         step = (x[:, i : i + 1] - values).square().view(n, pasts, ways)
-        cost = (so_far + step).view(n, -1)
+        cost = (so_far + step).view(n, ways * pasts)
     if past is not None:  # the last L - k bits of the end are the past
         ends = cost.view(n, ways, pasts)
         ends.masked_fill_(other.unsqueeze(1), 2 * _NEVER)

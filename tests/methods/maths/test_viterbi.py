@@ -1,0 +1,120 @@
+"""Viterbi's algorithm: the best walk there is, and the same one on every device."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from hf_evopress.methods.maths.codebook import codebook
+from hf_evopress.methods.maths.viterbi import encode, nearest_walks, nearest_walks_torch
+
+CASES = [(1, 8), (2, 8), (3, 10), (4, 9), (5, 5), (2, 4)]
+
+
+def numbers(n, length=256, seed=0):
+    return torch.randn(n, length, generator=torch.Generator().manual_seed(seed))
+
+
+def cost(x, values, states):
+    return (x - values[states.long()]).square().sum(1)
+
+
+def is_walk(states, bits, state_bits):
+    return torch.equal(states[:, 1:] >> bits, states[:, :-1] % 2 ** (state_bits - bits))
+
+
+@pytest.mark.parametrize("bits, state_bits", CASES)
+@pytest.mark.parametrize("n", [1, 8, 19])
+def test_vectors_and_tensor_operations_find_the_same_walks(bits, state_bits, n):
+    x, values = numbers(n), codebook("strata", state_bits, bits)
+    free = nearest_walks(x, values, bits)
+    assert torch.equal(free, nearest_walks_torch(x, values, bits))
+    past = (free[:, 99] % 2 ** (state_bits - bits)).int()
+    bound = nearest_walks(x, values, bits, past)
+    assert torch.equal(bound, nearest_walks_torch(x, values, bits, past))
+
+
+def test_no_walk_is_nearer():
+    """All walks of six weights over 2^4 states at 1 bit, tried one by one."""
+    x, values = numbers(8, 6), codebook("gauss", 4, 1)
+    every = []
+    for first, *new in product(range(16), *[range(2)] * 5):
+        states = [first]
+        for bit in new:
+            states.append((states[-1] << 1 | bit) % 16)
+        every.append(states)
+    walks = torch.tensor(every)
+    least = (x.unsqueeze(1) - values[walks]).square().sum(2).amin(1)
+    assert torch.allclose(cost(x, values, nearest_walks(x, values, 1)), least, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits, state_bits", CASES)
+def test_what_comes_back_is_a_walk_and_bites_its_tail_if_asked(bits, state_bits):
+    x, values = numbers(9), codebook("strata", state_bits, bits)
+    for tail_biting in (False, True):
+        states = encode(x, values, bits, tail_biting=tail_biting)
+        assert states.shape == (9, 256) and states.dtype == torch.int32
+        assert is_walk(states, bits, state_bits)
+        if tail_biting:
+            assert torch.equal(states[:, 0] >> bits, states[:, -1] % 2 ** (state_bits - bits))
+
+
+def test_biting_its_tail_costs_less_than_the_bits_of_a_start_are_worth():
+    x, values = numbers(64), codebook("strata", 10, 2)
+    free, tied = (encode(x, values, 2, tail_biting=t) for t in (False, True))
+    ratio = float(cost(x, values, tied).sum() / cost(x, values, free).sum())
+    assert 1.0 <= ratio < 4 ** ((10 - 2) / 256)  # 1.044: what 8 bits per walk bring elsewhere
+
+
+# Squares left of N(0, 1), free walks. The random order's are the published recipe's figures.
+@pytest.mark.parametrize(
+    "name, bits, state_bits, expected",
+    [
+        ("gauss", 2, 8, 0.0860),
+        ("gauss", 2, 10, 0.0765),
+        ("gauss", 3, 8, 0.0260),
+        ("strata", 2, 8, 0.0767),
+        ("strata", 3, 8, 0.0211),
+        ("strata", 2, 10, 0.0714),
+    ],
+)
+def test_gaussian_numbers_are_coded_as_well_as_measured(name, bits, state_bits, expected):
+    x, gain = numbers(128), {2: 1.03, 3: 1.08}[bits]
+    values = gain * codebook(name, state_bits, bits)
+    error = float(cost(x, values, encode(x, values, bits, tail_biting=False)).sum() / x.numel())
+    assert error == pytest.approx(expected, rel=0.03)
+    assert error > 4.0**-bits  # the rate-distortion bound
+
+
+def test_the_work_is_shared_by_threads():
+    x, values = numbers(40), codebook("strata", 6, 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = nearest_walks(x, values, 2)
+        torch.set_num_threads(3)
+        assert torch.equal(nearest_walks(x, values, 2), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_tensor_operations_go_in_batches_that_fit_memory(monkeypatch):
+    x, values = numbers(11), codebook("strata", 6, 2)
+    whole = nearest_walks_torch(x, values, 2)
+    monkeypatch.setattr("hf_evopress.methods.maths.viterbi.MAX_BYTES", 20000)
+    assert torch.equal(nearest_walks_torch(x, values, 2), whole)
+
+
+def test_other_devices_find_the_same_walks(device):
+    x, values = numbers(5), codebook("strata", 6, 2)
+    found = encode(x.to(device), values.to(device), 2, tail_biting=True)
+    assert found.device.type == device.type
+    assert torch.equal(found.cpu(), encode(x, values, 2, tail_biting=True))
+
+
+def test_nothing_to_code_gives_nothing():
+    values = codebook("strata", 6, 2)
+    assert nearest_walks(torch.empty(0, 256), values, 2).shape == (0, 256)
+    assert nearest_walks_torch(torch.empty(0, 256), values, 2).shape == (0, 256)
