@@ -41,7 +41,8 @@ Families = Annotated[
     typer.Option(
         "--family",
         "-f",
-        help="Offer the levels of quant, sparse, lowrank, residual (quant and low-rank repair) "
+        help="Offer the levels of quant (scalar codes), trellis (a third of the loss at the same "
+        "bytes, slower to make and to run), sparse, lowrank, residual (quant and low-rank repair) "
         "or all. Repeat. Default: quant, or sparse under --sparsity.",
     ),
 ]

@@ -25,7 +25,11 @@ SPARSITY_STEP = 0.05
 SPARSITY_SPAN = 4  # steps to either side of the sparsity asked for
 RATIOS = tuple(n / 10 for n in range(3, 10))  # of the weight's values, kept in factors
 
-FAMILIES = ("quant", "sparse", "lowrank", "residual")
+# A trellis code has no groups: whole bits, and the search mixes them. From 6 bits on scalar codes
+# lose as little, and decode faster.
+TRELLIS_BITS = (1, 2, 3, 4, 5, 6)
+
+FAMILIES = ("quant", "trellis", "sparse", "lowrank", "residual")
 
 
 def default_levels(method: str = "gptq") -> list[str]:
@@ -74,6 +78,8 @@ def family_menu(shape: Shape, families: Sequence[str], sparsity: float | None) -
     for family in families:
         if family in ("quant", "residual"):
             words += _quant(group)
+        if family == "trellis":
+            words += [f"trellis:bits={b}" for b in TRELLIS_BITS]
         if family == "residual":
             words += [
                 f"gptq:bits={b},group_size={group} + lowrank:rank={r},factors=int8"
@@ -106,7 +112,7 @@ def _families(families: Sequence[str], sparsity: float | None) -> list[str]:
     if sparsity is None:
         return list(FAMILIES) if "all" in families else list(families or ("quant",))
     for family in families:
-        if family in ("quant", "residual"):
+        if family in ("quant", "trellis", "residual"):
             raise ValueError(
                 f"family {family} removes no weights, so a budget of sparsity {sparsity} means "
                 "nothing to it; take sparse or lowrank, or a budget in bits"

@@ -102,9 +102,13 @@ def recipe(words: argparse.Namespace, bits: float, strategy: str) -> Recipe:
             "model": words.model,
             "work": words.work,
             "budget": {"bits": bits},
-            **({"levels": words.level} if words.level else {}),
+            **({"levels": words.level} if words.level else {"families": words.family}),
             "data": data(words),
-            "search": {"strategy": strategy, "settings": settings},
+            "search": {
+                "strategy": strategy,
+                "settings": settings,
+                "sensitivity_tokens": words.sensitivity_tokens,
+            },
         }
     )
 
@@ -168,7 +172,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--strategies", nargs="+", default=["knapsack", "evolve"])
     parser.add_argument("--controls", type=int, nargs="*", default=[3, 4], help="bit-widths")
     parser.add_argument("--level", action="append", help="menu; default: the default menu")
+    parser.add_argument("--family", action="append", default=[], help="instead of levels")
     parser.add_argument("--generations", type=int)
+    parser.add_argument("--sensitivity-tokens", type=int, default=6144)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--calibration", type=int, default=52)
     parser.add_argument("--search", type=int, default=16)

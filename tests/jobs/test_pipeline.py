@@ -237,7 +237,9 @@ def test_the_package_is_registered_by_import() -> None:
 
 def test_the_text_of_a_job_can_be_what_the_model_writes_itself(home: Path) -> None:
     data = {"sources": ["self"], "seq_len": 32, "calibration": 8, "search": 8, "test": 4}
-    asked = recipe(home, "own", work=str(home / "own.work"), data=data, levels=["rtn:bits=2,group_size=32"])
+    asked = recipe(
+        home, "own", work=str(home / "own.work"), data=data, levels=["rtn:bits=2,group_size=32"]
+    )
     job = Job(asked)
     tokens = job.tokens
     rows = {tuple(row.tolist()) for part in tokens.values() for row in part}

@@ -45,6 +45,14 @@ def test_families_add_up_and_residuals_share_their_first_terms() -> None:
     assert {*residual} < {*everything} and len({*everything}) == len(everything)
 
 
+def test_the_trellis_family_has_whole_bits_and_fits_any_shape() -> None:
+    found = menus({"a": (64, 128), "b": (7, 30)}, families=["trellis"])
+    assert [str(x) for x in found["a"]] == [f"trellis:bits={b}" for b in (1, 2, 3, 4, 5, 6)]
+    assert found["b"] == found["a"]
+    with pytest.raises(ValueError, match="family trellis removes no weights"):
+        menus({"a": (64, 128)}, families=["trellis"], sparsity=0.5)
+
+
 def test_ranks_are_multiples_and_smaller_than_the_weight() -> None:
     shape = (192, 576)
     (menu,) = menus({"a": shape}, families=["lowrank"], sparsity=0.2).values()
