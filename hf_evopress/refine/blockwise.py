@@ -102,7 +102,7 @@ def refine(
             here = by_block.get(block, {})
             if block in missing:
                 G = moments(block) if moments else {}
-                states, notes = _finish(sets, store, here, _output_moment(model, here, G), settings)
+                states, notes = _finish(sets, store, here, G, settings)
                 write_block(result.file(block), states, notes)
                 logger.info("block %d: %s", block, notes)
             prefix = {} if settings.is_alone else here
@@ -119,13 +119,17 @@ def _finish(
     sets: Sets,
     store: LevelStore,
     levels: Mapping[str, Level],
-    G: Tensor | None,
+    G: Mapping[str, Tensor],
     settings: Settings,
 ) -> tuple[dict[str, State], dict[str, Any]]:
-    """Return the best states found for the units of one block, and their held-out losses."""
+    """Return the best states found for the units of one block, and their held-out losses.
+
+    G: unit -> second moment of the gradients at its outputs, {} where unknown.
+    """
     heldout, coded = sets["heldout"], _coded(levels)
     stream, block, model = heldout.stream, heldout.block, heldout.stream.model
-    run, loss = (lambda hidden: stream.run_block(block, hidden)), BlockLoss(G)
+    run = lambda hidden: stream.run_block(block, hidden)  # noqa: E731
+    loss = BlockLoss(_output_moment(model, levels, G))
     best = {unit: store.state(unit, level) for unit, level in coded.items()}
     dropped = operators(model, {u: x for u, x in levels.items() if x.is_drop}, {})
 
@@ -136,7 +140,7 @@ def _finish(
     least = score(best)
     notes: dict[str, Any] = {"before": least}
     for alpha in settings.alphas:
-        states = {**best, **requantised(sets, coded, dropped, alpha=alpha)}
+        states = {**best, **requantised(sets, coded, dropped, alpha=alpha, moments=G)}
         notes[f"alpha {alpha}"] = value = score(states)
         if value < least:
             best, least = states, value
@@ -159,12 +163,17 @@ def _finish(
 
 
 def requantised(
-    sets: Sets, levels: Mapping[str, Level], dropped: Mapping[str, Any], *, alpha: float
+    sets: Sets,
+    levels: Mapping[str, Level],
+    dropped: Mapping[str, Any],
+    *,
+    alpha: float,
+    moments: Mapping[str, Tensor],
 ) -> dict[str, State]:
     """Return the levels of a block made from the compressed stream's inputs, input by input.
 
-    Each input is seen as the levels made before it leave it. Experts that no token goes to are
-    left out.
+    Each input is seen as the levels made before it leave it. moments: unit -> G, for levels that
+    round with feedback along outputs. Experts that no token goes to are left out.
     """
     stream = sets["gram"].stream
     forwards = dict(dropped)
@@ -180,7 +189,8 @@ def requantised(
             Ws = [_weight(stream.model, unit) for unit in units]
             if shift is not None:
                 Ws = [shifted_weight(W, stats, shift, alpha=alpha) for W in Ws]
-            made |= dict(zip(units, compose.compress_stacked(level, Ws, stats), strict=True))
+            known = stats.with_outputs(moments.get(unit) for unit in units)
+            made |= dict(zip(units, compose.compress_stacked(level, Ws, known), strict=True))
         forwards |= operators(stream.model, levels, {unit: made[unit] for unit in group})
     return {unit: made[unit] for unit in levels if unit in made}
 

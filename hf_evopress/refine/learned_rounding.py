@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..methods import compose
 from ..methods.base import Shape, State
-from ..methods.maths.codes import pack_state, unpack_grid
+from ..methods.maths.codes import CodedMethod, pack_state, unpack_grid
 from ..methods.maths.grid import round_scale
 from ..methods.maths.packing import unpack
 from ..methods.maths.sparse import SparseMethod, pack_sparse, unpack_sparse
@@ -41,7 +41,7 @@ class TunedLevel:
         self._parts: list[_Codes | _Floats] = []
         left = W
         for part, params, tensors, suffix in compose.terms(level, state):
-            if "codes" in tensors:
+            if isinstance(part, (CodedMethod, SparseMethod)) and "codes" in tensors:
                 codes = _Codes(part, tensors, shape, params, suffix)
                 codes.lean(left)
                 made: _Codes | _Floats = codes

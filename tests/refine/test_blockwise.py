@@ -24,7 +24,13 @@ from hf_evopress.scoring.evaluator import Evaluator
 from hf_evopress.scoring.fitness.kl import KL
 from hf_evopress.store.level_store import LevelStore, Source
 
-LEVELS = ["gptq:bits=2,group_size=32", "gptq:bits=2,group_size=32 + lowrank:rank=4", "dense"]
+TRELLIS = "trellis:bits=2,state_bits=8"
+LEVELS = [
+    "gptq:bits=2,group_size=32",
+    "gptq:bits=2,group_size=32 + lowrank:rank=4",
+    TRELLIS,
+    "dense",
+]
 FAST = Settings()
 BEST = Settings(
     "best", tuning=Tuning(steps=40, batch=6, code_rate=0.005, float_rate=2e-3, zero_rate=0.03)
@@ -160,6 +166,21 @@ def test_factors_beside_codes_are_tuned_too(home: Home, tmp_path: Path) -> None:
     unit = "model.layers.0.mlp.up_proj"
     old, new = (states.state(unit, LEVELS[1]) for states in (home.store, made))
     assert new["A_1"].dtype == old["A_1"].dtype and not torch.equal(new["A_1"], old["A_1"])
+
+
+@pytest.mark.parametrize("settings", [FAST, BEST], ids=["fast", "best"])
+def test_trellis_codes_are_made_anew_with_feedback_on_both_sides(
+    home: Home, settings: Settings, tmp_path: Path
+) -> None:
+    plan = home.plan(TRELLIS)
+    made = home.refine(plan, settings, tmp_path)
+    assert home.kl(made, plan) < home.kl(home.store, plan)
+    unit = "model.layers.1.mlp.up_proj"
+    old, new = (states.state(unit, plan[unit]) for states in (home.store, made))
+    assert {k: (v.shape, v.dtype) for k, v in old.items()} == {
+        k: (v.shape, v.dtype) for k, v in new.items()
+    }
+    assert not torch.equal(old["codes"], new["codes"])
 
 
 def test_a_damaged_file_says_what_to_do(home: Home, tmp_path: Path) -> None:
