@@ -65,6 +65,7 @@ def calibrate(
     Raises ValueError where the folder holds moments made from something else.
     """
     units = list(units) if units is not None else find_units(model)
+    units = [unit for unit in units if not unit.is_end]  # see `end_moments`
     sets = _token_sets(model, tokens, heldout_tokens, prefix, n_sink)
     root = Path(folder) / FOLDER
     with ranks.first_alone():

@@ -17,7 +17,7 @@ backwards through; weights never get gradients.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +34,7 @@ from ..base.resources import atomic_path
 from ..models.experts import others
 from ..models.stream import BlockStream
 from ..models.units import Unit, find_units
+from .end_moments import FILE, EndRecorder
 from .input_moments import Moment, check_tokens
 
 FOLDER = "moments"
@@ -54,6 +55,7 @@ def output_moments(
     folder: str | Path,
     *,
     units: Sequence[Unit] | None = None,
+    counted: Tensor | None = None,
     seed: int = 0,
     batch_tokens: int = _BATCH_TOKENS,
     ranks: Ranks = ALONE,
@@ -63,10 +65,13 @@ def output_moments(
 
     tokens (n_sequences, seq_len) int64; a few thousand tokens are enough. One file per block,
     whole or absent: a killed run resumes. G is the mean over tokens of g g^T, (out, out) float32,
-    and tokens that do not come to a unit, an expert, count as zeros.
+    and tokens that do not come to a unit, an expert, count as zeros. The ends among `units` have
+    a file of their own (see `end_moments`), with the counts of tokens in `counted`.
     Raises ValueError where the folder holds moments made from something else.
     """
     units = list(units) if units is not None else find_units(model)
+    ends = [unit for unit in units if unit.is_end]
+    units = [unit for unit in units if not unit.is_end]
     check_tokens(tokens, model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     root = Path(folder) / FOLDER
     made_from = {
@@ -80,11 +85,16 @@ def output_moments(
     by_block = _by_block(units)
     mine = [i for n, i in enumerate(sorted(by_block)) if ranks.owns(n)]
     missing = [i for i in mine if not _file(root, i).is_file()]
-    if not missing:
+    lacks_ends = bool(ends) and ranks.is_first and not (root / FILE).is_file()
+    if not missing and not lacks_ends:
         ranks.wait()
         return root
-    with _Backward(model, tokens, root, seed=seed, batch_tokens=batch_tokens) as backward:
-        for block in reversed(range(min(missing), backward.stream.n_blocks)):
+    recorder = EndRecorder(model, ends, seed=seed + 1) if lacks_ends else None
+    with _Backward(
+        model, tokens, root, seed=seed, batch_tokens=batch_tokens, recorder=recorder
+    ) as backward:
+        first = 0 if lacks_ends else min(missing)
+        for block in reversed(range(first, backward.stream.n_blocks)):
             names = by_block[block] if block in missing else []
             moments: dict[str, Moment] = {}
             for pairs in backward.step(block, names):
@@ -98,8 +108,11 @@ def output_moments(
                     moment.n_tokens = tokens.numel()
                 _write(_file(root, block), {n: m.gram() for n, m in moments.items()}, names)
             if progress:
-                total = backward.stream.n_blocks - min(missing)
+                total = backward.stream.n_blocks - first
                 progress("sensitivity", backward.stream.n_blocks - block, total)
+        if recorder is not None:
+            backward.end()
+            recorder.write(root / FILE, tokens if counted is None else counted)
     ranks.wait()
     return root
 
@@ -173,9 +186,16 @@ class _Backward:
     """A model after a forward over all tokens, to be gone through backwards, block by block."""
 
     def __init__(
-        self, model: nn.Module, tokens: Tensor, folder: Path, *, seed: int, batch_tokens: int
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        folder: Path,
+        *,
+        seed: int,
+        batch_tokens: int,
+        recorder: EndRecorder | None = None,
     ) -> None:
-        self.model = model
+        self.model, self._recorder = model, recorder
         self.stream = BlockStream(model)
         self.batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
         self._scratch = TemporaryDirectory(dir=folder, prefix=".inputs.")
@@ -220,6 +240,12 @@ class _Backward:
                 if g is not None
             }
 
+    def end(self) -> None:
+        """Let the recorder see the gradients at the input of the first block."""
+        assert self._recorder is not None
+        for ids, gradient in zip(self.batches, self._gradients, strict=True):
+            self._recorder.embedding(self.stream, ids, gradient, self._scale)
+
     @torch.no_grad()
     def _forward(self) -> None:
         """Put the input of each block on disk, and the gradients at the last output in memory."""
@@ -235,13 +261,16 @@ class _Backward:
 
     def _head_gradient(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Return the gradient of -sum log p(y), y sampled from p, at the last block's output."""
-        with torch.enable_grad():
+        watching = self._recorder.watching() if self._recorder else nullcontext()
+        with torch.enable_grad(), watching:
             hidden = hidden.detach().requires_grad_()
             logits = self.stream.head(ids, hidden).flatten(0, 1).float()
             with torch.no_grad():
                 # on the CPU, in order of tokens: the same labels on any device and batch size
                 p = logits.softmax(-1).cpu()
                 labels = torch.multinomial(p, 1, generator=self._generator)[:, 0]
+            if self._recorder:
+                self._recorder.head(logits, p)
             loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
             (gradient,) = torch.autograd.grad(loss * self._scale, hidden)
         return gradient

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..methods import compose
 from ..methods.base import Shape, State
+from ..models.patching import look_up
 from ..plans.level import Level
 from .layers import CompressedLinear
 from .packed import PackedWeight
@@ -93,12 +94,6 @@ class CompressedEmbedding(PackedWeight, nn.Embedding):
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self.level_repr}"
-
-
-def look_up(level: Level, state: State, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the rows (..., in) of a packed weight for token ids (...)."""
-    rows = compose.decompress_rows(level, state, shape, ids.reshape(-1), dtype)
-    return rows.view(*ids.shape, shape[1])
 
 
 def compress_embedding(

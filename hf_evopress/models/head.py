@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .stream import BlockStream
 
+_WEIGHTS = 8  # of heads at other levels, whose sampled columns are kept
 _POSITIONS = 64  # whose columns are gathered at once: k rows of the head for each
 
 
@@ -24,7 +25,7 @@ class SomeColumns:
         if not isinstance(head, nn.Linear):
             raise ValueError(f"{type(model).__name__} has no linear head; leave out kl's columns")
         self.head, self.stream = head, stream
-        self._sampled: tuple[Tensor, Tensor | None] | None = None
+        self._sampled: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def inputs(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Return what the linear layer gets (n, d), from the last block's output (1, n, d)."""
@@ -38,9 +39,12 @@ class SomeColumns:
             else:
                 self.head.forward = before  # type: ignore[method-assign]
 
-    def at(self, x: Tensor, columns: Tensor) -> Tensor:
-        """Return the logits (n, k) of x (n, d) at each position's own `columns` (n, k)."""
-        weight, bias = self.head.weight, self.head.bias
+    def at(self, x: Tensor, columns: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the logits (n, k) of x (n, d) at each position's own `columns` (n, k).
+
+        weight: another than the head's own, of the same shape.
+        """
+        weight, bias = self.head.weight if weight is None else weight, self.head.bias
         made = [
             torch.bmm(weight[index], rows[:, :, None])[:, :, 0]
             for rows, index in zip(x.split(_POSITIONS), columns.split(_POSITIONS), strict=True)
@@ -48,12 +52,15 @@ class SomeColumns:
         logits = torch.cat(made)
         return logits if bias is None else logits + bias[columns]
 
-    def sampled(self, x: Tensor, columns: Tensor) -> Tensor:
+    def sampled(self, x: Tensor, columns: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return the logits (n, m) of x (n, d) at the same `columns` (m,) for all positions."""
-        if self._sampled is None:  # the columns stay the same for a whole search
-            bias = self.head.bias
-            self._sampled = self.head.weight[columns], None if bias is None else bias[columns]
-        return nn.functional.linear(x, *self._sampled)
+        weight, bias = self.head.weight if weight is None else weight, self.head.bias
+        known = self._sampled.get(id(weight))
+        if known is None or known[0] is not weight:
+            # the columns stay the same for a whole search, and weights are few
+            known = weight, weight[columns], None if bias is None else bias[columns]
+            self._sampled = {**dict(list(self._sampled.items())[-_WEIGHTS:]), id(weight): known}
+        return nn.functional.linear(x, *known[1:])
 
     def check(self, ids: Tensor, hidden: Tensor, logits: Tensor) -> None:
         """Raise ValueError unless the columns are those of the whole `logits` (n, V)."""

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..methods import compose
-from ..methods.base import State
+from ..methods.base import Shape, State
 from ..plans.level import Level
 from .dropped import dropped_forward
+from .ends import embedding_forward, find_ends, output_head
 from .sub_blocks import find_sub_blocks
 
 
@@ -31,11 +33,36 @@ def operators(
         if level.is_drop:
             forwards[unit] = dropped_forward(model, subs[unit])
         elif unit in states and not level.is_dense:
-            assert isinstance(module, nn.Linear)
-            shape, weight = (module.out_features, module.in_features), module.weight
-            state = {k: v.to(weight.device) for k, v in states[unit].items()}
-            forwards[unit] = compose.operator(level, state, module.bias, shape, weight.dtype)
+            forwards |= unit_operators(model, unit, level, states[unit])
     return forwards
+
+
+def unit_operators(model: nn.Module, unit: str, level: Level, state: State) -> dict[str, Any]:
+    """Return module path -> forward of the modules that compute with the weight of one unit.
+
+    One, or where the embedding's weight is the head's as well, two.
+    """
+    module: Any = model.get_submodule(unit)
+    weight = module.weight
+    shape = (weight.shape[0], weight.shape[1])
+    state = {k: v.to(weight.device) for k, v in state.items()}
+    if not isinstance(module, nn.Embedding):
+        return {unit: compose.operator(level, state, module.bias, shape, weight.dtype)}
+
+    def rows(ids: Tensor) -> Tensor:
+        return look_up(level, state, shape, ids, weight.dtype)
+
+    made = {unit: embedding_forward(module, rows)}
+    head = output_head(model)
+    if head is not None and any(end.role == "tied" for end in find_ends(model)):
+        made[head[0]] = compose.operator(level, state, head[1].bias, shape, weight.dtype)
+    return made
+
+
+def look_up(level: Level, state: State, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the rows (..., in) of a packed weight for token ids (...)."""
+    rows = compose.decompress_rows(level, state, shape, ids.reshape(-1), dtype)
+    return rows.view(*ids.shape, shape[1])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ to the last bit: sequences go through the model in batches that only their order
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..base.progress import Progress
 from ..base.ranks import ALONE, Ranks
-from ..methods import compose
 from ..methods.base import Operator
 from ..models.dropped import dropped_forward
 from ..models.head import SomeColumns
+from ..models.patching import unit_operators
 from ..models.stream import BlockStream
 from ..models.sub_blocks import find_sub_blocks
 from ..plans.level import Level
@@ -70,6 +70,7 @@ class Evaluator:
         self._targets: dict[int, Targets] = {}
         self._some = SomeColumns(model, self.stream) if fitness.columns else None
         self._operators = _OperatorCache(model, store, cache_bytes)
+        self._heads = [u.name for u in store.units.values() if u.role in ("head", "tied")]
         self._units: dict[int, list[str]] = defaultdict(list)
         for unit in store.units.values():
             self._units[unit.block].append(unit.name)
@@ -147,7 +148,7 @@ class Evaluator:
     ) -> Iterator[tuple[int, list[float]]]:
         """Yield each plan's number and its losses, batch after batch."""
         ids = [batch.to(self.device) for batch in ids]
-        groups = [([self.stream.embed(batch) for batch in ids], list(range(len(plans))))]
+        groups: list[Group] = list(self._embed(ids, plans))
         for block in range(self.stream.n_blocks):
             made: list[Group] = []
             while groups:  # hidden states are let go as soon as a block has used them
@@ -155,40 +156,70 @@ class Evaluator:
             groups = made[::-1]
             if self.progress:
                 self.progress("evaluate", block + 1, self.stream.n_blocks)
-        for hidden, members in groups:
-            values = [
-                self._loss(number, batch[j : j + 1], states[j : j + 1])
-                for batch, states, named in zip(ids, hidden, numbers, strict=True)
-                for j, number in enumerate(named)
-            ]
-            for member in members:
-                yield member, values
+        for hidden, together in groups:
+            for members in self._choices(together, plans, self._heads):
+                plan = plans[members[0]]
+                with self._installed(plan, self._heads):
+                    weight = self._head_weight(plan)
+                    values = [
+                        self._loss(number, batch[j : j + 1], states[j : j + 1], weight)
+                        for batch, states, named in zip(ids, hidden, numbers, strict=True)
+                        for j, number in enumerate(named)
+                    ]
+                for member in members:
+                    yield member, values
+
+    def _embed(self, ids: list[Tensor], plans: Plans) -> Iterator[Group]:
+        """Yield the input of the first block for each distinct choice of the embedding's level."""
+        units = self._units.get(-1, [])
+        for members in self._choices(range(len(plans)), plans, units):
+            with self._installed(plans[members[0]], units):
+                yield [self.stream.embed(batch) for batch in ids], members
+
+    @staticmethod
+    def _choices(
+        together: Iterable[int], plans: Plans, units: Sequence[str]
+    ) -> Iterable[list[int]]:
+        """Return the plans that agree on the levels of `units`, together."""
+        choices: dict[tuple[Level | None, ...], list[int]] = defaultdict(list)
+        for i in together:
+            choices[tuple(plans[i].get(unit) for unit in units)].append(i)
+        return choices.values()
 
     def _split(
         self, block: int, hidden: list[Tensor], together: list[int], plans: Plans
     ) -> Iterator[Group]:
         """Yield the block's output for each distinct choice of levels among plans so far equal."""
         units = self._units[block]
-        choices: dict[tuple[Level | None, ...], list[int]] = defaultdict(list)
-        for i in together:
-            choices[tuple(plans[i].get(unit) for unit in units)].append(i)
-        for members in choices.values():
+        for members in self._choices(together, plans, units):
             with self._installed(plans[members[0]], units):
                 yield [self.stream.run_block(block, states) for states in hidden], members
 
-    def _loss(self, number: int, ids: Tensor, hidden: Tensor) -> float:
+    def _loss(self, number: int, ids: Tensor, hidden: Tensor, weight: Tensor | None) -> float:
         targets = self._targets[number]
         return sum(
-            self._share(ids, hidden, targets, part) for part in self.fitness.parts(ids.shape[1])
+            self._share(ids, hidden, targets, part, weight)
+            for part in self.fitness.parts(ids.shape[1])
         )
 
-    def _share(self, ids: Tensor, hidden: Tensor, targets: Targets, part: slice) -> float:
+    def _share(
+        self, ids: Tensor, hidden: Tensor, targets: Targets, part: slice, weight: Tensor | None
+    ) -> float:
         if self._some is None:
             return self.fitness.share(self._head(ids, hidden, part), ids[0], targets, part)
         x = self._some.inputs(ids[:, part], hidden[:, part])
-        kept = self._some.at(x, targets["ids"][part].long())
+        kept = self._some.at(x, targets["ids"][part].long(), weight)
         sample = self.fitness.sample(self._some.head.out_features).to(self.device)
-        return self.fitness.share_at(kept, self._some.sampled(x, sample), ids[0], targets, part)
+        sampled = self._some.sampled(x, sample, weight)
+        return self.fitness.share_at(kept, sampled, ids[0], targets, part)
+
+    def _head_weight(self, plan: Mapping[str, Level]) -> Tensor | None:
+        """Return the head's weight at its level where columns of it are looked at alone."""
+        for unit in self._heads if self._some is not None else ():
+            level = plan.get(unit)
+            if level is not None and not level.is_dense:
+                return self._operators.head_weight(unit, level)
+        return None
 
     def _head(self, ids: Tensor, hidden: Tensor, part: slice) -> Tensor:
         """Return the logits (n, vocabulary) at the positions `part` of one sequence."""
@@ -227,45 +258,60 @@ class Evaluator:
     @contextmanager
     def _installed(self, plan: Mapping[str, Level], units: Sequence[str]) -> Iterator[None]:
         """Make the modules of `units` compute at their levels; absent ones stay dense."""
-        patched = []
+        changed = []
         try:
             for unit in units:
                 level = plan.get(unit)
-                if level is not None and not level.is_dense:
-                    module = self.model.get_submodule(unit)
-                    forward = self._dropped.get(unit) if level.is_drop else None
-                    module.forward = forward or self._operators.get(unit, level)
-                    patched.append(module)
+                if level is None or level.is_dense:
+                    continue
+                dropped = self._dropped.get(unit) if level.is_drop else None
+                forwards = {unit: dropped} if dropped else self._operators.get(unit, level)
+                for path, forward in forwards.items():
+                    module = self.model.get_submodule(path)
+                    module.forward = forward
+                    changed.append(module)
             yield
         finally:
-            for module in patched:
+            for module in changed:
                 del module.forward
 
 
 class _OperatorCache:
-    """Operators of (unit, level), least recently used dropped first."""
+    """Operators of (unit, level) by module path, least recently used dropped first."""
 
     def __init__(self, model: Any, store: LevelStore, limit_bytes: int) -> None:
         self.model, self.store, self.limit_bytes = model, store, limit_bytes
         self.size_bytes = 0
-        self._kept: OrderedDict[tuple[str, Level], tuple[Operator, int]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, Level, str], tuple[Any, int]] = OrderedDict()
 
-    def get(self, unit: str, level: Level) -> Operator:
-        key = (unit, level)
+    def get(self, unit: str, level: Level) -> dict[str, Operator]:
+        def make() -> dict[str, Operator]:
+            return unit_operators(self.model, unit, level, self.store.state(unit, level))
+
+        return self._get((unit, level, "operators"), make)
+
+    def head_weight(self, unit: str, level: Level) -> Tensor:
+        """Return the dense weight of the head at a level."""
+        own = self.model.get_submodule(unit).weight
+
+        def make() -> Tensor:
+            return self.store.weight(unit, level, own.dtype).to(own.device)
+
+        return self._get((unit, level, "weight"), make)
+
+    def _get(self, key: tuple[str, Level, str], make: Callable[[], Any]) -> Any:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key][0]
-        module = self.model.get_submodule(unit)
-        shape, weight = self.store.units[unit].shape, module.weight
-        state = {k: v.to(weight.device) for k, v in self.store.state(unit, level).items()}
-        operator = compose.operator(level, state, module.bias, shape, weight.dtype)
-        size = shape[0] * shape[1] * weight.element_size()
-        self._kept[key] = (operator, size)
+        made = make()
+        shape = self.store.units[key[0]].shape
+        size = shape[0] * shape[1] * self.model.get_submodule(key[0]).weight.element_size()
+        self._kept[key] = (made, size)
         self.size_bytes += size
         while self.size_bytes > self.limit_bytes and len(self._kept) > 1:
             _, (_, freed) = self._kept.popitem(last=False)
             self.size_bytes -= freed
-        return operator
+        return made
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

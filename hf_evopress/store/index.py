@@ -37,6 +37,7 @@ def new_index(
                 "shape": list(unit.shape),
                 "block": unit.block,
                 "levels": [str(level) for level in menus[unit.name]],
+                **({"role": unit.role} if unit.is_end else {}),
             }
             for unit in units
         ],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from ..base.progress import Progress
 from ..base.ranks import ALONE, Ranks
+from ..calibration.end_moments import EndMoments
+from ..calibration.output_moments import kfac_loss
 from ..methods import compose
 from ..methods.base import State
 from ..methods.maths.linalg import Stats
@@ -28,14 +31,34 @@ from .unit_file import read_scores, read_state, write_unit
 
 logger = logging.getLogger(__name__)
 
+Loss = Callable[[Tensor], float]  # an error (out, in) -> the KL per token it is expected to add
+
 
 @dataclass(frozen=True)
 class Source:
-    """What a store is made from: the statistics of each block, and a fingerprint of it all."""
+    """What a store is made from: the statistics of each block, and a fingerprint of it all.
+
+    ends: the moments of the embedding and the head, which are in no block.
+    """
 
     fingerprint: Mapping[str, Any]
     stats: Callable[[int], Mapping[str, Stats]]
     moments: Callable[[int], Mapping[str, Tensor]] | None = None
+    ends: Callable[[], Mapping[str, EndMoments]] | None = None
+
+    def known(self, units: Sequence[Unit]) -> tuple[Mapping[str, Stats], Mapping[str, Loss]]:
+        """Return for the units of one block their statistics, and what an error of each costs."""
+        if units[0].is_end:
+            ends = self.ends() if self.ends else {}
+            return {k: m.stats() for k, m in ends.items()}, {k: m.loss for k, m in ends.items()}
+        stats = self.stats(units[0].block)
+        moments = self.moments(units[0].block) if self.moments else {}
+        # sink-aware: the plain Hessian does not see errors at position 0
+        return stats, {
+            name: partial(kfac_loss, H=stats[name].hessian(), G=G)
+            for name, G in moments.items()
+            if name in stats
+        }
 
 
 class LevelStore:
@@ -49,7 +72,9 @@ class LevelStore:
         self.folder = Path(folder)
         self.index = read_index(self.folder)
         self.units: dict[str, Unit] = {
-            u["name"]: Unit(u["name"], (u["shape"][0], u["shape"][1]), u["block"])
+            u["name"]: Unit(
+                u["name"], (u["shape"][0], u["shape"][1]), u["block"], u.get("role", "linear")
+            )
             for u in self.index["units"]
         }
         self._numbers = {name: i for i, name in enumerate(self.units)}
@@ -100,8 +125,7 @@ class LevelStore:
             todo = [u for u in todo if not _unit_file(folder, numbers[u.name]).is_file()]
             if not todo:
                 continue
-            stats = source.stats(block)
-            moments = source.moments(block) if source.moments else {}
+            stats, losses = source.known(todo)
             for group in _by_input(todo, stats, menus):
                 weights = [_weight(model, unit) for unit in group]
                 levels = list(menus[group[0].name])
@@ -111,7 +135,7 @@ class LevelStore:
                 made = compose.compress_many(levels, weights, known_inputs)
                 for j, (unit, W) in enumerate(zip(group, weights, strict=True)):
                     states = [per_level[j] for per_level in made]
-                    known = (stats.get(unit.name), moments.get(unit.name))
+                    known = (stats.get(unit.name), losses.get(unit.name))
                     scores = [
                         _score(level, state, W, *known)
                         for level, state in zip(levels, states, strict=True)
@@ -160,8 +184,8 @@ class LevelStore:
         """Return what was measured when the level was made.
 
         error: tr(dW H dW^T) / tr(W H W^T) on the calibration inputs; heldout_error: the same on
-        held-out inputs; sensitivity_nats: 1/2 tr(G dW H' dW^T), the KL that the level is expected
-        to add per token. The last two only where the calibration provides for them.
+        held-out inputs; sensitivity_nats: the KL that the level is expected to add per token,
+        1/2 tr(G dW H' dW^T), or what `end_moments` says of an embedding or a head. The last two only where the calibration provides for them.
         """
         number = self._level_number(unit, level)
         if unit not in self._scores:
@@ -207,7 +231,7 @@ def _weight(model: Any, unit: Unit) -> Tensor:
 
 
 def _score(
-    level: Level, state: State, W: Tensor, stats: Stats | None, G: Tensor | None
+    level: Level, state: State, W: Tensor, stats: Stats | None, loss: Loss | None
 ) -> dict[str, float]:
     if stats is None:
         return {}
@@ -215,9 +239,8 @@ def _score(
     scores = {"error": _relative(delta, W, stats.gram)}
     if stats.heldout is not None:
         scores["heldout_error"] = _relative(delta, W, stats.heldout)
-    if G is not None:
-        H = stats.hessian()  # sink-aware: the plain Hessian does not see errors at position 0
-        scores["sensitivity_nats"] = 0.5 * float(((G @ delta) * (delta @ H)).sum())
+    if loss is not None:
+        scores["sensitivity_nats"] = loss(delta)
     return scores
 
 
