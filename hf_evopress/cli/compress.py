@@ -19,6 +19,7 @@ from .options import (
     Compare,
     DropKinds,
     DropRatio,
+    EndsWords,
     Families,
     FitnessWords,
     Forbid,
@@ -81,6 +82,7 @@ def compress(
     max_drop: MaxDrop = None,
     keep_first: KeepFirst = 0,
     keep_last: KeepLast = 0,
+    ends: EndsWords = "auto",
     skip: Skip = None,
     tie: Tie = None,
     pin: Pin = None,
@@ -139,6 +141,7 @@ def levels(
     sparsity: Sparsity = None,
     family: Families = None,
     level: Levels = None,
+    ends: EndsWords = "auto",
     skip: Skip = None,
     pin: Pin = None,
     seed: Seed = 0,
@@ -186,6 +189,7 @@ def search(
     max_drop: MaxDrop = None,
     keep_first: KeepFirst = 0,
     keep_last: KeepLast = 0,
+    ends: EndsWords = "auto",
     skip: Skip = None,
     tie: Tie = None,
     pin: Pin = None,
@@ -311,7 +315,7 @@ def _run(recipe: Recipe, test: str | None, overwrite: bool) -> None:
 def show_result(result: Result) -> None:
     """Print heat map, figures and a sentence of a model that was made."""
     from ..sharing.cards import exact_bits, refined
-    from ..sharing.report import heat_map, results_table
+    from ..sharing.report import ends_line, heat_map, results_table
 
     drawn = heat_map(result.plan, exact_bits(result.plan), color=console.is_terminal)
     console.print(drawn, markup=False, soft_wrap=True)
@@ -328,6 +332,8 @@ def show_result(result: Result) -> None:
     ]
     if rows:
         console.print("\n" + results_table(rows), markup=False, soft_wrap=True)
+    if told := ends_line(result.plan):
+        console.print(f"\n{told}", markup=False)
     for notes in refined(result.plan.results):
         kept = "" if notes["is_kept"] else ", not kept"
         console.print(
@@ -344,7 +350,7 @@ def show_result(result: Result) -> None:
 def _level_errors(store: LevelStore) -> Any:
     """Return a table of held-out layer errors: the mean over the units that offer each level."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for unit in store.units:
+    for unit in (u.name for u in store.units.values() if not u.is_end):
         for level in store.levels(unit):
             scores = store.scores(unit, level)
             error = scores.get("heldout_error", scores.get("error", 0.0))

@@ -149,6 +149,14 @@ RefineLevels = Annotated[
         "'gptq:bits=[23],*'. Each takes the time of --refine best. Repeat.",
     ),
 ]
+EndsWords = Annotated[
+    str,
+    typer.Option(
+        "--ends",
+        help="Embedding and output head: auto (searched with --size and --ratio, 8 bits with "
+        "--bits), budget (searched, and --bits counts their weights), dense, or a level.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of data order and search.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per calibration and search sequence.")]
 Calibration = Annotated[int, typer.Option(help="Calibration sequences.")]
@@ -194,7 +202,7 @@ def recipe_of(**words: Any) -> Recipe:
     recipe: dict[str, Any] = {
         **{
             k: given[k]
-            for k in ("model", "out", "work", "revision", "skip", "refine", "refine_levels")
+            for k in ("model", "out", "work", "revision", "ends", "skip", "refine", "refine_levels")
             if k in given
         },
         "budget": {

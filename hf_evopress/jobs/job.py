@@ -230,6 +230,8 @@ class Job:
             "bits_per_weight": round(self.space.bits_per_weight(genome), 6),
             "checkpoint_bytes_at_most": self.space.size_bytes(genome),
         }
+        if ends := self.problem.ends.size_bytes(self.levels(genome)):
+            budget["ends_bytes"] = ends
         return Plan(
             levels,
             shapes=shapes,

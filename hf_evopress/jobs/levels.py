@@ -8,8 +8,11 @@ from typing import Any
 
 from ..base.fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
 from ..base.version import __version__
+from ..calibration.end_moments import load_ends
 from ..calibration.input_moments import calibrate, load_stats
 from ..calibration.output_moments import load_moments, output_moments
+from ..methods import compose
+from ..models.units import Unit
 from ..store.level_store import LevelStore, Source
 from .job import Job
 from .refinement import refined_levels
@@ -46,20 +49,31 @@ def calibrated(job: Job) -> Source:
         ranks=job.ranks,
         progress=job.progress,
     )
-    moments = None
-    if n_tokens := job.recipe.search.sensitivity_tokens:
+    moments = ends = None
+    units = [unit for unit in job.units if not unit.is_end or _is_open(job, unit)]
+    searched = [unit for unit in units if unit.is_end]
+    n_tokens = job.recipe.search.sensitivity_tokens
+    if n_tokens or searched:
         n = max(1, n_tokens // job.recipe.data.seq_len)
         output_moments(
             job.model,
             job.tokens["calibration"][:n],
             job.work,
-            units=job.units,
+            units=units if n_tokens else searched,
+            counted=job.tokens["calibration"],
             seed=job.recipe.data.seed,
             ranks=job.ranks,
             progress=job.progress,
         )
-        moments = lambda block: load_moments(job.work, block)  # noqa: E731
-    return Source(_fingerprint(job), lambda block: load_stats(job.work, block), moments)
+        moments = (lambda block: load_moments(job.work, block)) if n_tokens else None
+        ends = lambda: load_ends(job.work, searched)  # noqa: E731
+    return Source(_fingerprint(job), lambda block: load_stats(job.work, block), moments, ends)
+
+
+def _is_open(job: Job, unit: Unit) -> bool:
+    """Return whether an end is searched, or made from statistics."""
+    menu = job.menus[unit.name]
+    return len(menu) > 1 or any(compose.needs_stats(level) for level in menu)
 
 
 def _store_folder(job: Job, source: Source) -> Path:

@@ -134,6 +134,8 @@ def _expected(store: LevelStore, levels: Mapping[str, Level]) -> float | None:
         if unit not in store.units or level.is_dense:
             continue
         if (loss := store.scores(unit, level).get("sensitivity_nats")) is None:
+            if store.units[unit].is_end:  # at the same level in all plans
+                continue
             return None
         total += loss
     return total

@@ -6,7 +6,7 @@ Nothing here needs weights: a model on the meta device has names, shapes and dty
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -26,6 +26,7 @@ from ..recipes.recipe import Recipe
 from ..search.budget import Budget
 from ..search.drop_counts import drop_counts
 from ..search.space import Genome, SearchSpace
+from .ends import Ends, choose_ends, default_level
 
 NOTHING = Droppable({}, {}, {})
 
@@ -34,7 +35,8 @@ NOTHING = Droppable({}, {}, {})
 class Problem:
     """The units to compress, the levels offered to each, what may be dropped; space and budget.
 
-    Under a budget of drops no unit is searched: what is kept stays dense.
+    Under a budget of drops no unit is searched: what is kept stays dense. `ends` are among the
+    units; those at one level are in every plan, and not in the space.
     """
 
     units: tuple[Unit, ...]
@@ -42,15 +44,20 @@ class Problem:
     added: Droppable
     space: SearchSpace
     budget: Budget
+    ends: Ends = field(default_factory=Ends)
 
     def levels(self, genome: Genome) -> dict[str, Level]:
         """Return the levels of a plan: unit -> level, and the sub-blocks that are dropped."""
         found = self.added.plan_levels(self.space.levels(genome))
-        return {unit: compose.normalize(level) for unit, level in found.items()}
+        made = {unit: compose.normalize(level) for unit, level in found.items()}
+        return {**made, **self.ends.fixed}
 
     def genome(self, levels: Mapping[str, Any]) -> Genome:
         """Return the genome of a plan's levels, the inverse of `levels`."""
-        said = {unit: str(level) for unit, level in levels.items()}
+        said = {u: str(level) for u, level in levels.items() if u not in self.ends.fixed}
+        for end in self.ends.units:  # plans of before left them dense
+            if end.name in self.menus and end.name not in {*said, *self.ends.fixed}:
+                said[end.name] = str(default_level(end.shape))
         return self.space.genome(self.added.space_levels(said))
 
     def starts(self, plans: Sequence[str]) -> list[Genome]:
@@ -81,6 +88,8 @@ def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
     units = [] if said.drop is not None else find_units(skeleton, skip=recipe.skip)
     shapes = {unit.name: unit.shape for unit in units}
     offered = menus(shapes, recipe.levels, families=recipe.families, sparsity=said.sparsity)
+    ends = choose_ends(skeleton, recipe)
+    units, offered = [*units, *ends.units], {**offered, **ends.menus}
     offered = _pinned(offered, recipe.pin)
     added = NOTHING
     if recipe.drop.kinds or said.drop is not None:
@@ -91,14 +100,14 @@ def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
             keep_first=recipe.drop.keep_first,
             keep_last=recipe.drop.keep_last,
         )
-    space = _space(skeleton, units, offered, added, recipe)
+    space = _space(skeleton, units, offered, added, recipe, ends)
     if said.drop is not None:
         budget = Budget.of_drops(space)
     else:
         budget = Budget.parse(
             space, bits=said.bits, size=said.size, ratio=said.ratio, sparsity=said.sparsity
         )
-    return Problem(tuple(units), offered, added, space, budget)
+    return Problem(tuple(units), offered, added, space, budget, ends)
 
 
 def _space(
@@ -107,8 +116,12 @@ def _space(
     offered: Mapping[str, list[Level]],
     added: Droppable,
     recipe: Recipe,
+    ends: Ends,
 ) -> SearchSpace:
     fixed, dense = _fixed_bits(skeleton, units, offered)
+    fixed += ends.fixed_bits
+    units = [unit for unit in units if unit.name not in ends.fixed]
+    outside = {unit.name for unit in ends.units}
     sub_blocks = {sub.name: sub for sub in find_sub_blocks(skeleton)} if added.options else {}
     menu: dict[str, Any] = {
         unit.name: [_option(level, unit, recipe) for level in offered[unit.name]] for unit in units
@@ -125,10 +138,11 @@ def _space(
         fixed_bits=fixed - added.kept_bits,
         dense_bits=dense,
         ties=_ties([*((u.name, u.block) for u in units), *added.blocks.items()], recipe.tie),
-        pins=_pins(menu, recipe.pin),
+        pins=_pins(menu, recipe.pin, outside=[*ends.fixed]),
         forbid=_forbidden(menu, added, recipe.forbid),
         inside=added.inside,
         blocks={**{unit.name: unit.block for unit in units}, **added.blocks},
+        ends=[unit.name for unit in units if unit.name in outside],
     )
     limits = _drop_limits(sub_blocks, recipe)
     kinds = {sub: sub_blocks[sub].kind for sub in added.options}
@@ -185,14 +199,19 @@ def _pinned(offered: dict[str, list[Level]], pins: Mapping[str, str]) -> dict[st
     return made
 
 
-def _pins(menu: Mapping[str, Sequence[Any]], pins: Mapping[str, str]) -> dict[str, str]:
-    """Return unit -> pinned level. Sub-blocks take `drop` and `dense` only, units no `drop`."""
+def _pins(
+    menu: Mapping[str, Sequence[Any]], pins: Mapping[str, str], *, outside: Sequence[str]
+) -> dict[str, str]:
+    """Return unit -> pinned level. Sub-blocks take `drop` and `dense` only, units no `drop`.
+
+    outside: ends that are not searched, whose pins are known already.
+    """
     made: dict[str, str] = {}
     for pattern, text in pins.items():
         level = str(compose.normalize(text))
         found = [unit for unit in menu if matches(unit, pattern)]
         able = [unit for unit in found if level in {option[0] for option in menu[unit]}]
-        if not able:
+        if not able and not any(matches(unit, pattern) for unit in outside):
             what = "units that do not take it" if found else f"none of the {len(menu)} units"
             raise ValueError(
                 f"pin {pattern}={level} matches {what}; only sub-blocks can be dropped, and only "

@@ -29,7 +29,6 @@ def operators(
     if any(level.is_drop for level in levels.values()):
         subs = {sub.name: sub for sub in find_sub_blocks(model)}
     for unit, level in levels.items():
-        module = model.get_submodule(unit)
         if level.is_drop:
             forwards[unit] = dropped_forward(model, subs[unit])
         elif unit in states and not level.is_dense:

@@ -27,6 +27,7 @@ KINDS = ("attention", "mlp")
 BLOCKWISE = ("none", "fast", "best")  # see hf_evopress/refine
 END_TO_END = "end-to-end"  # refine the whole model; see jobs/refinement.py
 REFINE = (*BLOCKWISE, END_TO_END, *(f"{mode}+{END_TO_END}" for mode in BLOCKWISE[1:]))
+ENDS = ("auto", "budget", "dense")
 DTYPES = ("auto", "bfloat16", "float16")
 SEARCH_DTYPES = ("auto", "float32", "bfloat16")
 
@@ -40,6 +41,11 @@ class Limit:
     ratio: float | None = None  # of the dense checkpoint's size
     sparsity: float | None = None  # share of the compressed weights that is removed
     drop: float | None = None  # share of the attention and of the MLP sub-blocks, each dropped
+
+    @property
+    def counts_file(self) -> bool:
+        """Whether the limit is of the whole file."""
+        return self.size is not None or self.ratio is not None
 
     def __post_init__(self) -> None:
         said = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
@@ -184,6 +190,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     levels: tuple[str, ...] | None = None  # none: the menu of `families`
     families: tuple[str, ...] = ()  # quant, sparse, lowrank, residual, all; none: what fits
+    ends: str = "auto"  # of embedding and head: auto, budget, dense or a level; see jobs.ends
     drop: Drop = field(default_factory=Drop)
     skip: tuple[str, ...] = ()  # glob patterns of units that stay dense
     tie: tuple[tuple[str, ...], ...] = ()  # last name parts that share a level in each block
@@ -199,6 +206,9 @@ class Recipe:
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("refine", self.refine, REFINE)
+        if self.ends not in ENDS and ":" not in self.ends:
+            hint = did_you_mean(self.ends, list(ENDS))
+            raise ValueError(f"ends is {', '.join(ENDS)} or a level, got {self.ends!r}{hint}")
         if self.data.written and self.refine == "none" and not self.refine_levels:
             raise ValueError(
                 f"data.written is {self.data.written}: text that the model writes is what refine "

@@ -60,7 +60,8 @@ class Budget:
             text = f"{size} bytes" if isinstance(size, int) else str(size)
         elif bits is not None:
             limit = floor(_number("bits", bits) * space.n_weights)
-            text = f"{bits} bits per weight"
+            ends = any(gene.is_end for gene in space.genes)
+            text = f"{bits} bits per weight{', embedding and head counted' if ends else ''}"
         else:
             limit = floor(_number("ratio", ratio) * space.dense_bits) - space.fixed_bits
             text = f"ratio {ratio}"
@@ -104,6 +105,16 @@ def _number(name: str, value: float | str | None) -> Fraction:
     return number
 
 
+def _made_of(space: SearchSpace) -> str:
+    """Return what the smallest file consists of, in bytes."""
+    ends = sum(
+        space.bits[i][space.cheapest[i]] for i, gene in enumerate(space.genes) if gene.is_end
+    )
+    decoder = space.cost_bits(space.cheapest) - ends
+    parts = {"the decoder": decoder, "embedding and head": ends, "all else": space.fixed_bits}
+    return ", ".join(f"{k} {format_size(ceil(v / 8))}" for k, v in parts.items() if v)
+
+
 def _least(space: SearchSpace, unit: str) -> str:
     """Return the smallest possible budget in the words of `unit`, rounded so that it works."""
     if unit == "sparsity":
@@ -111,7 +122,7 @@ def _least(space: SearchSpace, unit: str) -> str:
         return f"sparsity {most:g}: the menu removes no more"
     whole = space.fixed_bits + space.min_cost
     if unit == "size":
-        return f"{ceil(whole / 8)}B ({format_size(ceil(whole / 8))})"
+        return f"{ceil(whole / 8)}B ({format_size(ceil(whole / 8))}): {_made_of(space)}"
     top, bottom = (space.min_cost, space.n_weights) if unit == "bits" else (whole, space.dense_bits)
     least = ceil(Fraction(top, bottom) * 10000) / 10000
     return f"{least:g} bits per weight" if unit == "bits" else f"ratio {least:g}"

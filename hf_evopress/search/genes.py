@@ -48,6 +48,7 @@ class Gene:
     inside: int | None = None
     block: int = 0
     n_weights: int = 0
+    is_end: bool = False  # the embedding or the head: its bits are not those of the decoder
 
     @property
     def kind(self) -> str:
@@ -90,6 +91,7 @@ def build_genes(
     forbid: Mapping[str, str | Sequence[str]],
     inside: Mapping[str, str],
     blocks: Mapping[str, int],
+    ends: Sequence[str] = (),
 ) -> tuple[Gene, ...]:
     """Return one gene per untied unit or tie, in the order of `units`; see SearchSpace.build."""
     _check_units(options, units, "options")
@@ -109,6 +111,7 @@ def build_genes(
                 inside=outer.pop(),
                 block=min(blocks.get(unit, _block_in_name(unit)) for unit in group),
                 n_weights=sum(units[unit] for unit in group),
+                is_end=any(unit in ends for unit in group),
             )
         )
     return tuple(genes)

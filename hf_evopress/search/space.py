@@ -38,7 +38,7 @@ class SearchSpace:
     counts: tuple[DropCount, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.genes or self.n_weights <= 0:
+        if all(gene.is_end for gene in self.genes) or self.n_weights <= 0:
             raise ValueError("a search space needs at least one unit; is everything skipped?")
         for gene in self.genes:
             if gene.inside is None:
@@ -68,6 +68,7 @@ class SearchSpace:
         forbid: Mapping[str, str | Sequence[str]] | None = None,
         inside: Mapping[str, str] | None = None,
         blocks: Mapping[str, int] | None = None,
+        ends: Sequence[str] = (),
     ) -> SearchSpace:
         """Return the space of `units` (name -> number of weights, in model order).
 
@@ -76,7 +77,8 @@ class SearchSpace:
         one that all of them offer. pins: unit pattern -> its only level (a later pattern wins).
         forbid: unit pattern -> patterns of levels it may not take. inside: unit -> the droppable
         sub-block, itself a unit, that contains it. blocks: unit -> decoder block, by default the
-        first number in its name. dense_bits: the dense checkpoint, by default 16 per weight.
+        first number in its name. ends: units outside the decoder. dense_bits: the dense
+        checkpoint, by default 16 per weight.
         """
         genes = build_genes(
             units,
@@ -86,6 +88,7 @@ class SearchSpace:
             forbid=forbid or {},
             inside=inside or {},
             blocks=blocks or {},
+            ends=ends,
         )
         total = sum(units.values())
         dense = fixed_bits + 16 * total if dense_bits is None else dense_bits
@@ -159,8 +162,10 @@ class SearchSpace:
         return int(sum(self.values(self.bits, genome)))
 
     def bits_per_weight(self, genome: Genome) -> float:
-        """Return the stored bits per compressed weight, scales and zero points counted."""
-        return self.cost_bits(genome) / self.n_weights
+        """Return the stored bits per weight of the decoder, scales and zero points counted."""
+        ends = [i for i, gene in enumerate(self.genes) if gene.is_end]
+        bits = self.cost_bits(genome) - sum(self.bits[i][genome[i]] for i in ends)
+        return bits / (self.n_weights - sum(self.genes[i].n_weights for i in ends))
 
     def size_bytes(self, genome: Genome) -> int:
         """Return the bytes of the whole checkpoint."""

@@ -146,6 +146,16 @@ def bits_line(plan: Plan) -> str:
     return f"bits per weight: {stored:.3f} stored, all counted; {named} (as in the map below)"
 
 
+def ends_line(plan: Plan) -> str:
+    """Return a sentence on what embedding and head take in the file, "" where that is not known."""
+    told = plan.budget.get("ends_bytes") or {}
+    parts = [
+        f"{unit} {size / 1e6:.1f} MB ({plan.levels.get(unit, 'dense')})"
+        for unit, size in told.items()
+    ]
+    return f"Outside the decoder: {', '.join(parts)}." if parts else ""
+
+
 def results_table(rows: Sequence[Mapping[str, object]]) -> str:
     """Return rows with the same keys as aligned columns, numbers to the right.
 

@@ -185,7 +185,8 @@ class LevelStore:
 
         error: tr(dW H dW^T) / tr(W H W^T) on the calibration inputs; heldout_error: the same on
         held-out inputs; sensitivity_nats: the KL that the level is expected to add per token,
-        1/2 tr(G dW H' dW^T), or what `end_moments` says of an embedding or a head. The last two only where the calibration provides for them.
+        1/2 tr(G dW H' dW^T), or what `end_moments` says of an embedding or a head. The last
+        two only where the calibration provides for them.
         """
         number = self._level_number(unit, level)
         if unit not in self._scores:

@@ -1,0 +1,112 @@
+"""What a recipe leaves open of a model's ends: searched within the budget, at one level, or dense.
+
+auto     budgets of size and ratio: searched, for they are of the whole file;
+         budgets of bits: 8 bits, outside the budget, which is of the decoder's weights;
+         budgets of sparsity and of drops: dense
+budget   searched, and a budget of bits counts the weights of the ends as well
+dense    as they are
+a level  at that level, outside a budget of bits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..base.patterns import matches
+from ..methods import compose
+from ..methods.menu import fits
+from ..models.ends import find_ends
+from ..models.units import Unit
+from ..plans.level import DENSE, Level
+from ..recipes.recipe import Recipe
+
+Shape = tuple[int, int]
+
+# 8 bits cost SmolLM2-135M 0.0003 nats; below 3 bits an embedding is of no use.
+FIXED_BITS = 8
+BITS = (3, 4, 5, 6, 8)
+FINE_BITS = (3, 4, 5)  # at half groups as well
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The ends that are compressed: those searched with their menus, and those at one level."""
+
+    units: tuple[Unit, ...] = ()
+    menus: Mapping[str, list[Level]] = field(default_factory=dict)
+    fixed: Mapping[str, Level] = field(default_factory=dict)
+    every: tuple[Unit, ...] = ()  # those that stay dense as well
+
+    def size_bytes(self, levels: Mapping[str, Level]) -> dict[str, int]:
+        """Return what each end takes in a file of a plan's levels."""
+        return {
+            unit.name: compose.cost_bits(levels.get(unit.name, DENSE), unit.shape) // 8
+            for unit in self.every
+        }
+
+    @property
+    def fixed_bits(self) -> int:
+        """Stored bits of the ends at one level."""
+        shapes = {unit.name: unit.shape for unit in self.units}
+        return sum(compose.cost_bits(level, shapes[u]) for u, level in self.fixed.items())
+
+
+def choose_ends(skeleton: nn.Module, recipe: Recipe) -> Ends:
+    """Return what `recipe` leaves open of the ends of a model."""
+    said, budget, every = recipe.ends, recipe.budget, tuple(find_ends(skeleton))
+    in_budget = said == "budget" or (said == "auto" and budget.counts_file)
+    if budget.sparsity is not None or budget.drop is not None:
+        if said not in ("auto", "dense"):
+            raise ValueError(
+                f"ends={said!r} needs a budget of bits, size or ratio; under a budget of sparsity "
+                "or of drops the embedding and the head stay dense"
+            )
+        return Ends(every=every)
+    if said == "dense" or (said == "auto" and not in_budget):
+        return Ends(every=every)
+    units = find_ends(skeleton, skip=recipe.skip)
+    if in_budget:
+        offered = {u.name: _menu(u.shape, recipe.levels) for u in units}
+        return Ends(tuple(units), offered, every=every)
+    fixed = {u.name: _level(u, said, recipe.pin) for u in units}
+    return Ends(tuple(units), {name: [level] for name, level in fixed.items()}, fixed, every)
+
+
+def default_level(shape: Shape) -> Level:
+    """Return the level of an end that is not searched."""
+    return compose.normalize(f"rtn:bits={FIXED_BITS},group_size={_group(shape)}")
+
+
+def _menu(shape: Shape, levels: Sequence[str | Level] | None) -> list[Level]:
+    """Return the levels that an end is offered, cheapest first: codes, and those of the user."""
+    group = _group(shape)
+    words = [f"gptq:bits={b},group_size={group}" for b in BITS]
+    if group % 64 == 0:
+        words += [f"gptq:bits={b},group_size={group // 2}" for b in FINE_BITS]
+    offered = dict.fromkeys([compose.normalize(w) for w in words] + [default_level(shape)])
+    for level in map(compose.normalize, levels or ()):
+        if not (level.is_dense or level.is_drop) and fits(level, shape):
+            offered[level] = None
+    return sorted(offered, key=lambda level: (compose.cost_bits(level, shape), str(level)))
+
+
+def _level(unit: Unit, said: str, pins: Mapping[str, str]) -> Level:
+    """Return the level of an end outside the budget; the last pin that matches it wins."""
+    level = default_level(unit.shape) if said == "auto" else compose.normalize(said)
+    for pattern, text in pins.items():
+        if matches(unit.name, pattern):
+            level = compose.normalize(text)
+    if level.is_drop:
+        raise ValueError(f"{unit.name} cannot be dropped; give it a level, or dense")
+    try:
+        compose.check_shape(level, unit.shape)
+    except ValueError as error:
+        raise ValueError(f"{unit.name}: {error}") from error
+    return level
+
+
+def _group(shape: Shape) -> int:
+    return next((g for g in (64, 32, 16) if shape[1] % g == 0), -1)

@@ -1,0 +1,143 @@
+"""The whole file under the budget: embedding and head are searched, fixed or left dense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.pipeline import compress
+from hf_evopress.loading.embedding import CompressedEmbedding
+from hf_evopress.loading.layers import CompressedLinear
+from hf_evopress.models.size import stored_bytes
+from hf_evopress.plans.plan import Plan
+from hf_evopress.recipes.recipe import Recipe
+
+SMALL = {"seq_len": 64, "calibration": 12, "search": 8, "heldout": 2, "test": 4}
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+def recipe(home: Path, out: Path, **changes: Any) -> Recipe:
+    said = {
+        "model": str(home / "dense"),
+        "budget": {"size": "240kB"},
+        "data": {"sources": [str(home / "text.txt")], **SMALL},
+        "search": {"settings": {"generations": 2}, "sensitivity_tokens": 512},
+        "out": str(out),
+        **changes,
+    }
+    return Recipe.from_dict(said)
+
+
+@pytest.fixture(scope="module")
+def made(home: Path) -> Any:
+    return compress(recipe(home, home / "small"), window=64)
+
+
+def test_a_file_size_bends_the_ends_too(made: Any) -> None:
+    assert stored_bytes(made.folder) <= 240_000
+    assert {EMBEDDING, HEAD} < set(made.plan)
+    assert not made.plan[EMBEDDING].is_dense and not made.plan[HEAD].is_dense
+    assert set(made.plan.budget["ends_bytes"]) == {EMBEDDING, HEAD}
+
+
+def test_what_was_searched_is_what_loads(made: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(made.folder)
+    assert isinstance(model.model.embed_tokens, CompressedEmbedding)
+    assert isinstance(model.lm_head, CompressedLinear)
+    assert model.model.embed_tokens.level == made.plan[EMBEDDING]
+    names = [row.name for row in made.rows]
+    assert names[0] == "dense" and names[-1] == "searched"
+    assert 0 < made.rows[-1].report.kl_nats < 3
+
+
+def test_bits_are_those_of_the_decoder(made: Any, home: Path) -> None:
+    plan = made.plan
+    weights = {u: r * c for u, (r, c) in plan.shapes.items() if u not in (EMBEDDING, HEAD)}
+    from hf_evopress.methods import compose
+
+    bits = sum(compose.cost_bits(compose.normalize(plan[u]), plan.shapes[u]) for u in weights)
+    assert plan.budget["bits_per_weight"] == pytest.approx(bits / sum(weights.values()), rel=1e-4)
+
+
+def test_a_budget_of_bits_counts_the_ends_where_it_is_told_to(home: Path) -> None:
+    alone = Job(recipe(home, home / "x", budget={"bits": 4.0}, ends="dense"))
+    counted = Job(recipe(home, home / "x", budget={"bits": 4.0}, ends="budget"))
+    assert counted.space.n_weights == alone.space.n_weights + 2 * 256 * 64
+    assert counted.budget.limit == 4 * counted.space.n_weights
+    assert "embedding and head counted" in counted.budget.text
+
+
+def test_ends_at_a_level_lie_outside_a_budget_of_bits(home: Path) -> None:
+    level = "rtn:bits=6,group_size=32"
+    job = Job(recipe(home, home / "x", budget={"bits": 4.0}, ends=level))
+    dense = Job(recipe(home, home / "x", budget={"bits": 4.0}, ends="dense"))
+    assert job.budget == dense.budget and job.space.genes == dense.space.genes
+    levels = job.levels(job.space.cheapest)
+    assert str(levels[EMBEDDING]) == str(levels[HEAD]) == level
+    assert job.genome(levels) == job.space.cheapest
+    saved = dense.space.fixed_bits - job.space.fixed_bits
+    assert 0.8 * 2 * 256 * 64 * (16 - 6.7) < saved < 2 * 256 * 64 * (16 - 6.6)
+
+
+def test_a_pin_gives_one_end_another_level(home: Path) -> None:
+    pin = {"*embed_tokens": "rtn:bits=5,group_size=64"}
+    job = Job(
+        recipe(home, home / "x", budget={"bits": 4}, ends="rtn:bits=8,group_size=64", pin=pin)
+    )
+    levels = job.levels(job.space.cheapest)
+    assert levels[EMBEDDING].terms[0].kwargs["bits"] == 5
+    assert levels[HEAD].terms[0].kwargs["bits"] == 8
+
+
+def test_skipped_ends_stay_dense(home: Path) -> None:
+    job = Job(recipe(home, home / "x", budget={"size": "300kB"}, skip=["*embed_tokens"]))
+    levels = job.levels(job.space.cheapest)
+    assert EMBEDDING not in levels and HEAD in levels
+    ends = job.problem.ends.size_bytes(levels)
+    assert ends[EMBEDDING] == 2 * 256 * 64 > ends[HEAD]
+
+
+def test_a_size_that_cannot_be_says_what_the_least_is_made_of(home: Path) -> None:
+    with pytest.raises(ValueError, match=r"decoder .*, embedding and head .*, all else .*"):
+        Job(recipe(home, home / "x", budget={"size": "40kB"}))
+
+
+@pytest.mark.parametrize("budget", [{"sparsity": 0.5}, {"drop": 0.4}])
+def test_other_budgets_leave_the_ends_dense(budget: dict[str, float], home: Path) -> None:
+    job = Job(recipe(home, home / "x", budget=budget))
+    assert not [unit for unit in job.units if unit.is_end]
+    with pytest.raises(ValueError, match="stay dense"):
+        Job(recipe(home, home / "x", budget=budget, ends="budget"))
+
+
+def test_a_word_that_is_no_level_is_refused(home: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'budget'"):
+        recipe(home, home / "x", ends="budgt")
+
+
+def test_a_plan_without_ends_starts_a_search_with_8_bits_for_them(
+    home: Path, tmp_path: Path
+) -> None:
+    job = Job(recipe(home, home / "x", budget={"size": "300kB"}))
+    levels = {u: x for u, x in job.levels(job.space.cheapest).items() if u not in (EMBEDDING, HEAD)}
+    plan = Plan(levels)
+    genome = job.genome(plan.levels)
+    assert str(job.levels(genome)[HEAD]) == "rtn:bits=8,group_size=64"
+
+
+def test_the_dense_export_writes_what_was_measured(made: Any, tmp_path: Path) -> None:
+    from hf_evopress.jobs.convert import convert
+
+    folder = convert(str(made.folder), tmp_path / "dense", format="dense")
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        packed, dense = (
+            AutoModelForCausalLM.from_pretrained(f, dtype=torch.bfloat16)(ids).logits.float()
+            for f in (made.folder, folder)
+        )
+    assert torch.allclose(packed, dense, atol=0.1)
