@@ -96,17 +96,9 @@ def output_moments(
         first = 0 if lacks_ends else min(missing)
         for block in reversed(range(first, backward.stream.n_blocks)):
             names = by_block[block] if block in missing else []
-            moments: dict[str, Moment] = {}
-            for pairs in backward.step(block, names):
-                for name, (_, g) in pairs.items():
-                    if name not in moments:
-                        moments[name] = Moment(g, torch.float32)
-                    moments[name].add(g)
+            moments = _block_moments(backward, block, names, tokens.numel())
             if names:
-                _lend(moments, names)
-                for moment in moments.values():  # experts see a part of the tokens
-                    moment.n_tokens = tokens.numel()
-                _write(_file(root, block), {n: m.gram() for n, m in moments.items()}, names)
+                _write(_file(root, block), moments, names)
             if progress:
                 total = backward.stream.n_blocks - first
                 progress("sensitivity", backward.stream.n_blocks - block, total)
@@ -115,6 +107,22 @@ def output_moments(
             recorder.write(root / FILE, tokens if counted is None else counted)
     ranks.wait()
     return root
+
+
+def _block_moments(
+    backward: _Backward, block: int, names: Sequence[str], n_tokens: int
+) -> dict[str, Tensor]:
+    """Return G of the units `names` of one block, after going backwards through it."""
+    moments: dict[str, Moment] = {}
+    for pairs in backward.step(block, names):
+        for name, (_, g) in pairs.items():
+            if name not in moments:
+                moments[name] = Moment(g, torch.float32)
+            moments[name].add(g)
+    _lend(moments, names)
+    for moment in moments.values():  # experts see a part of the tokens
+        moment.n_tokens = n_tokens
+    return {name: moment.gram() for name, moment in moments.items()}
 
 
 def load_moments(folder: str | Path, block: int) -> dict[str, Tensor]:
