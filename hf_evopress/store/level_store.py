@@ -60,6 +60,11 @@ class Source:
             if name in stats
         }
 
+    def outputs(self, units: Sequence[Unit]) -> Mapping[str, Tensor]:
+        """Return the second moments of the gradients at the outputs of the units of one block."""
+        is_known = self.moments is not None and not units[0].is_end
+        return self.moments(units[0].block) if is_known else {}  # type: ignore[misc]
+
 
 class LevelStore:
     """Read access to a finished store; `LevelStore.build` makes or continues one.
@@ -125,7 +130,7 @@ class LevelStore:
             todo = [u for u in todo if not _unit_file(folder, numbers[u.name]).is_file()]
             if not todo:
                 continue
-            stats, losses = source.known(todo)
+            (stats, losses), moments = source.known(todo), source.outputs(todo)
             for group in _by_input(todo, stats, menus):
                 weights = [_weight(model, unit) for unit in group]
                 levels = list(menus[group[0].name])

@@ -256,7 +256,7 @@ def test_joint_two_of_four_and_int4_reloads_generates_and_takes_what_the_plan_sa
     home: Path,
 ) -> None:
     level = "sparsegpt:pattern=2:4,bits=4,group_size=32"
-    same: dict[str, Any] = {"levels": [level], "out": str(home / "joint24")}
+    same: dict[str, Any] = {"levels": [level], "ends": "dense", "out": str(home / "joint24")}
     result = pipeline.compress(recipe(home, budget={"ratio": 1.0}, **same))
     # 2 codes of 4 bits and 3 bits of places for 4 weights; scale and zero point for 32
     bits = result.plan.budget["bits_per_weight"]
