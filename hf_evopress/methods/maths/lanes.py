@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 LANES = 8
+PAD = 2  # states
 _of_thread = threading.local()  # memory to work in, kept from call to call
 _NEVER = 1e30  # more than any walk costs
 
@@ -69,23 +70,29 @@ def _compiled(bits: int) -> Any:
     def walk(x, values, pasts, cost, new_cost, came_from, states):  # type: ignore[no-untyped-def]
         length, n_states = x.shape[0], values.shape[0]
         n_pasts = n_states >> bits
+        # The ways into a state lie n_pasts states apart; PAD more, and they share no cache set.
+        pad = PAD if ways <= n_pasts else 0
         for s in range(n_states):
             for lane in range(LANES):
                 d = x[0, lane] - values[s]
                 never = pasts[lane] >= 0 and pasts[lane] != s >> bits
-                cost[s * LANES + lane] = np.float32(_NEVER) if never else d * d
+                place = s + s // n_pasts * pad
+                cost[place * LANES + lane] = np.float32(_NEVER) if never else d * d
         for i in range(1, length):
             before, after = cost.ctypes.data, new_cost.ctypes.data
             ways_in, target = came_from[i].ctypes.data, x[i].ctypes.data
             for u in range(n_pasts):
-                step(before, after, ways_in, values.ctypes.data, target, u, n_pasts)
+                s = u * ways
+                into = after + 4 * LANES * (s + s // n_pasts * pad)
+                step(before, into, ways_in, values.ctypes.data, target, u, n_pasts + pad)
             cost, new_cost = new_cost, cost
         for lane in range(LANES):
             best, state = np.float32(2 * _NEVER), 0
             for s in range(n_states):
                 allowed = pasts[lane] < 0 or pasts[lane] == s & (n_pasts - 1)
-                if allowed and cost[s * LANES + lane] < best:
-                    best, state = cost[s * LANES + lane], s
+                here = cost[(s + s // n_pasts * pad) * LANES + lane]
+                if allowed and here < best:
+                    best, state = here, s
             for i in range(length - 1, -1, -1):
                 states[lane, i] = state
                 if i:
@@ -97,10 +104,10 @@ def _compiled(bits: int) -> Any:
 
 
 def _step(bits: int) -> Any:
-    """Return step(before, after, ways_in, values, x, u, n_pasts), all addresses and integers.
+    """Return step(before, into, ways_in, values, x, u, stride), all addresses and integers.
 
-    For past u: the cheapest of the 2^k ways in, and from it the costs of the 2^k states
-    (u << k) | j, each (x - value)^2 more.
+    For past u: the cheapest of the 2^k ways in, `stride` states apart, and from it the costs of
+    the 2^k states (u << k) | j, each (x - value)^2 more, written to `into`.
     """
     from llvmlite import ir
     from numba import types
@@ -111,7 +118,7 @@ def _step(bits: int) -> Any:
     ways, size = 2**bits, 4 * LANES
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        before, after, ways_in, values, x, u, n_pasts = arguments
+        before, into, ways_in, values, x, u, stride = arguments
 
         def at(base: Any, offset: Any, kind: Any) -> Any:
             return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
@@ -136,7 +143,7 @@ def _step(bits: int) -> Any:
                 image = builder.or_(image, ir.Constant(ints, [j] * LANES))
                 is_less = builder.icmp_signed("<", image, least)
                 least = builder.select(is_less, image, least)
-            offset = builder.add(offset, times(n_pasts, size))
+            offset = builder.add(offset, times(stride, size))
         way = builder.trunc(least, bytes_)
         builder.store(way, at(ways_in, times(u, LANES), bytes_), align=LANES)
         so_far = builder.bitcast(builder.and_(least, mask), floats)
@@ -146,10 +153,10 @@ def _step(bits: int) -> Any:
             value = builder.load(at(values, times(place, 4), f32), align=4)
             d = builder.fsub(target, splat(value))
             cost = builder.fadd(so_far, builder.fmul(d, d))
-            builder.store(cost, at(after, times(place, size), floats), align=size)
+            builder.store(cost, at(into, ir.Constant(i64, j * size), floats), align=size)
         return context.get_dummy_value()
 
-    def typing(context: Any, before, after, ways_in, values, x, u, n_pasts):  # type: ignore[no-untyped-def]
+    def typing(context: Any, before, into, ways_in, values, x, u, stride):  # type: ignore[no-untyped-def]
         return types.void(*[types.int64] * 7), emit
 
     return intrinsic(typing)
@@ -160,7 +167,8 @@ def _workspace(n_states: int, bits: int, length: int) -> tuple[np.ndarray, ...]:
     spaces: dict[str, tuple[np.ndarray, ...]] = _of_thread.__dict__
     key = str((n_states, bits, length))
     if key not in spaces:
-        rows = [_aligned(4 * n_states * LANES).view(np.float32) for _ in range(2)]
+        size = 4 * LANES * (n_states + PAD * 2**bits)
+        rows = [_aligned(size).view(np.float32) for _ in range(2)]
         n_pasts = n_states >> bits
         ways = _aligned(length * n_pasts * LANES).reshape(length, n_pasts * LANES)
         spaces[key] = (*rows, ways)
