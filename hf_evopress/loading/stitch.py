@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..base.progress import Progress
 from ..calibration.input_moments import calibrate, load_stats
+from ..calibration.output_moments import load_moments, output_moments
 from ..methods import compose
 from ..methods.maths.linalg import Stats
 from ..models.dropped import replace_dropped
@@ -19,6 +20,7 @@ from ..models.plain import match_plan
 from ..models.units import Unit, find_units
 from ..plans.level import Level
 from ..plans.plan import Plan
+from ..recipes.recipe import Search
 from .layers import planned_levels
 from .replace import replace
 
@@ -29,9 +31,9 @@ def compress_model(
     """Replace, in place, the linear layers and sub-blocks of `model` by their levels in `plan`.
 
     tokens (n_sequences, seq_len) calibrate levels that need it, and may be None if none does;
-    statistics are those of the dense model, as in the level store, so the same text gives the
-    same tensors. The statistics of all blocks pass through a temporary folder; one block's are
-    in memory.
+    statistics are those of the dense model, sensitivities by a recipe's default number of tokens
+    included, as in the level store, so the same text gives the same tensors. The statistics of
+    all blocks pass through a temporary folder; one block's are in memory.
     """
     match_plan(model, plan)
     levels = planned_levels(model, plan)
@@ -40,6 +42,10 @@ def compress_model(
         if any(compose.needs_stats(level) for level in levels.values()):
             assert tokens is not None
             calibrate(model, tokens, folder, units=units, progress=progress)
+            felt = [unit for unit in units if compose.uses_outputs(levels[unit.name])]
+            if felt:
+                n = max(1, Search().sensitivity_tokens // tokens.shape[1])
+                output_moments(model, tokens[:n], folder, units=felt, progress=progress)
         for block in sorted({unit.block for unit in units}):
             of_block = [unit for unit in units if unit.block == block]
             _replace(model, of_block, levels, _stats(Path(folder), of_block, levels))
@@ -49,9 +55,14 @@ def compress_model(
 
 
 def _stats(folder: Path, units: list[Unit], levels: Mapping[str, Level]) -> Mapping[str, Stats]:
-    if any(compose.needs_stats(level) for level in levels.values()):
-        return load_stats(folder, units[0].block)
-    return {}
+    """Return what is known of each unit of one block, its outputs' moments included."""
+    if not any(compose.needs_stats(level) for level in levels.values()):
+        return {}
+    stats, block = load_stats(folder, units[0].block), units[0].block
+    if not any(compose.uses_outputs(levels[unit.name]) for unit in units):
+        return stats
+    moments = load_moments(folder, block)
+    return {name: of.with_outputs([moments.get(name)]) for name, of in stats.items()}
 
 
 def _replace(

@@ -110,6 +110,10 @@ class Method(ABC):
         """Return whether compress() needs calibration statistics at these parameters."""
         return self.needs_stats
 
+    def uses_outputs(self, **params: Any) -> bool:
+        """Return whether compress() makes use of `Stats.outputs` where they are known."""
+        return False
+
     def required(self, stats: Stats | None, Ws: Sequence[Tensor]) -> Stats:
         """Return `stats`, or raise ValueError where they are missing or of another layer."""
         if stats is None:

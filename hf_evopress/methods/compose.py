@@ -62,6 +62,11 @@ def needs_stats(level: Level) -> bool:
     return any(part.uses_stats(**params) for part, params, _ in _parts(level))
 
 
+def uses_outputs(level: Level) -> bool:
+    """Return whether `level` is better for knowing the second moments of the outputs' gradients."""
+    return any(part.uses_outputs(**params) for part, params, _ in _parts(level))
+
+
 def cost_bits(level: Level, shape: Shape) -> int:
     """Return the exact number of bits that a weight of `shape` stores at `level`."""
     return sum(part.cost_bits(shape, **params) for part, params, _ in _parts(level))

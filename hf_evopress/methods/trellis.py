@@ -100,6 +100,9 @@ class Trellis(Method):
     def uses_stats(self, **params: Any) -> bool:
         return params["feedback"] != "none"
 
+    def uses_outputs(self, **params: Any) -> bool:
+        return params["feedback"] == "both"
+
     def cost_bits(self, shape: Shape, **params: Any) -> int:
         rows, columns = _tiles(shape)
         starts = 0

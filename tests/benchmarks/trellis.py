@@ -10,9 +10,9 @@
 
 `gaussian` prints million weights per CPU second, the mean squared error on N(0, 1), free
 and tail-biting, and the bound 2^(-2 bits). `decode` prints milliseconds to compute a weight.
-`model` makes one store of all levels and compares them, each on every unit, on the same windows. `block`
-makes levels of some blocks from the statistics that `model` left in its work folder, and prints
-the loss that they add, on the calibration text and on what is held out, and the seconds.
+`model` makes one store of all levels and compares them, each on every unit, on the same windows.
+`block` makes levels of some blocks from the statistics that `model` left in its work folder, and
+prints the loss that they add, on the calibration text and on what is held out, and the seconds.
 """
 
 from __future__ import annotations
