@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..base.progress import Progress
 from ..base.target import whole_folder, writes_out
@@ -20,6 +19,7 @@ from ..calibration.data import load_tokens, tokenize_file
 from ..calibration.output_moments import load_moments, output_moments
 from ..loading.quantizer import register_with_transformers
 from ..models.plain import make_plain
+from ..models.source import check_context, load_checked, read_config, read_tokenizer, window_of
 from ..scoring.evaluate import Report, compare_many
 from .eora import attached, eora
 from .folder import CONFIG, WEIGHTS, Adapter, check_target, read_adapter
@@ -38,6 +38,7 @@ def adapt(
     out: str | Path,
     *,
     data: Sequence[str],
+    column: str = "text",
     dense: str | None = None,
     rank: int | None = None,
     size: str | int | None = None,
@@ -62,8 +63,10 @@ def adapt(
     dense = dense or dense_name(source, model)
     check_readable(source)
     base = load(dense)
+    check_context(base.config, seq_len, "seq_len")
     words = tokenizer_of(dense if _gguf_file(model) else model)  # a GGUF file's is a translation
-    tokens = load_tokens(list(data), words, n_sequences=n_sequences, seq_len=seq_len, seed=seed)
+    cut: dict[str, Any] = {"n_sequences": n_sequences, "seq_len": seq_len, "seed": seed}
+    tokens = load_tokens(list(data), words, column=column, **cut)
     request: dict[str, Any] = {"rank": rank, "size": size, "error": error, "prefix": prefix}
     with tempfile.TemporaryDirectory(prefix="evopress-") as folder:
         moments = None
@@ -99,7 +102,7 @@ def merge(
     work: str | None = None,
     against: str | None = None,
     test: str | None = None,
-    window: int = 512,
+    window: int | None = None,
     n_sequences: int = 56,
     seq_len: int = 1024,
     seed: int = 0,
@@ -112,9 +115,12 @@ def merge(
     Otherwise the levels are made anew from the sum, at the same bits: text from `data`, or the
     statistics in `work`, calibrate those that need it.
     """
+    config = read_config(model)
+    window = window_of(config, window, default=512)
     factors = read_adapter(local_folder(adapter))
     tokens = held_out = None
     if data:
+        check_context(config, seq_len, "seq_len")
         everything = load_tokens(
             list(data),
             tokenizer_of(model),
@@ -181,9 +187,9 @@ def load(name: str, *, dtype: Any = None) -> Any:
     dtype = dtype or (torch.bfloat16 if has_gpu else torch.float32)
     where, file = _gguf_file(name) or (name, {})
     if not file:
-        _check_folder(Path(where))
+        read_config(where)  # its errors are clearer
         check_package(where)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **file)
+    model = load_checked(where, dtype=dtype, **file)
     if getattr(model, "hf_quantizer", None) is None:
         make_plain(model)
     model = model.eval().requires_grad_(False)
@@ -191,18 +197,10 @@ def load(name: str, *, dtype: Any = None) -> Any:
     return model.to("cuda") if has_gpu and not is_placed else model
 
 
-def _check_folder(folder: Path) -> None:
-    if (folder / "config.json").is_file() and (folder / CONFIG).is_file():
-        raise ValueError(
-            f"{folder} holds a model and an adapter, and transformers would load another model, "
-            f"the base that {CONFIG} names: move {CONFIG} and {WEIGHTS} to a folder of their own"
-        )
-
-
 def tokenizer_of(name: str) -> Any:
     """Return the tokenizer in a model's folder or repository."""
     where, file = _gguf_file(name) or (name, {})
-    return AutoTokenizer.from_pretrained(where, **file)
+    return read_tokenizer(where, **file)
 
 
 def _gguf_file(name: str) -> tuple[str, dict[str, str]] | None:

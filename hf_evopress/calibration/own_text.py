@@ -24,7 +24,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint
 from ..base.progress import Progress
 from ..base.resources import atomic_path
-from .data import CHAT, RAW, SELF, bos_of
+from .text import CHAT, RAW, SELF, bos_of
 from .input_moments import check_tokens
 
 START = 16  # tokens of the text that a sequence begins with, at most half of it

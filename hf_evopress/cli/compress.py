@@ -16,6 +16,7 @@ from .inspect import show_front
 from .options import (
     Bits,
     Calibration,
+    Column,
     Compare,
     DropKinds,
     DropRatio,
@@ -48,6 +49,7 @@ from .options import (
     Strategy,
     Texts,
     Tie,
+    Window,
     Work,
     Written,
     bits_of,
@@ -71,6 +73,7 @@ def compress(
     sparsity: Sparsity = None,
     drop_ratio: DropRatio = None,
     data: Texts = None,
+    column: Column = "text",
     test: Annotated[
         str | None,
         typer.Option(help="Text file for the final figures; default: unseen parts of the data."),
@@ -102,6 +105,7 @@ def compress(
     search_pool: SearchPool = 32,
     revision: Revision = None,
     overwrite: Overwrite = False,
+    window: Window = None,
 ) -> None:
     """Compress a model to a size: calibrate, make levels, search, pack, reload, measure.
 
@@ -115,7 +119,7 @@ def compress(
     the same --work costs only the search.
     """
     recipe = recipe_of(**locals())
-    _run(recipe, test, overwrite)
+    _run(recipe, test=test, window=window, overwrite=overwrite)
 
 
 def run(
@@ -125,19 +129,22 @@ def run(
     ] = None,
     test: Annotated[str | None, typer.Option(help="Text file for the final figures.")] = None,
     overwrite: Overwrite = False,
+    window: Window = None,
 ) -> None:
     """Do what a recipe says; `compress` writes the recipe of each run into its folder.
 
     \b
     hf-evopress run smollm2-135m-3.3bit budget.bits=2.8 out=smol-2.8bit
     """
-    _run(Recipe.load(recipe, override or ()), test, overwrite)
+    loaded = Recipe.load(recipe, override or ())
+    _run(loaded, test=test, window=window, overwrite=overwrite)
 
 
 def levels(
     model: Model,
     work: Annotated[str, typer.Option(help="Folder to keep statistics and levels in.")],
     data: Texts = None,
+    column: Column = "text",
     sparsity: Sparsity = None,
     family: Families = None,
     level: Levels = None,
@@ -183,6 +190,7 @@ def search(
     sparsity: Sparsity = None,
     drop_ratio: DropRatio = None,
     data: Texts = None,
+    column: Column = "text",
     family: Families = None,
     level: Levels = None,
     drop: DropKinds = None,
@@ -248,6 +256,7 @@ def apply(
         str | None, typer.Option(help="The dense model; default: the one the plan was made for.")
     ] = None,
     data: Texts = None,
+    column: Column = "text",
     seed: Seed = 0,
     seq_len: SeqLen = 1024,
     calibration: Calibration = 56,
@@ -266,6 +275,7 @@ def apply(
         out,
         model=model,
         data=data,
+        column=column,
         n_sequences=calibration,
         seq_len=seq_len,
         seed=seed,
@@ -294,7 +304,7 @@ def _front(words: dict[str, Any], out: str) -> None:
         show_front(out)
 
 
-def _run(recipe: Recipe, test: str | None, overwrite: bool) -> None:
+def _run(recipe: Recipe, *, overwrite: bool, **words: Any) -> None:
     from ..jobs.pipeline import compress as run_line
 
     if recipe.adapter is not None or recipe.tune is not None:
@@ -302,7 +312,7 @@ def _run(recipe: Recipe, test: str | None, overwrite: bool) -> None:
 
         check_follow_up(recipe, overwrite=overwrite)
     with bars() as progress:
-        result = run_line(recipe, test=test, overwrite=overwrite, progress=progress)
+        result = run_line(recipe, overwrite=overwrite, progress=progress, **words)
     show_result(result)
     if recipe.adapter is not None or recipe.tune is not None:
         from ..jobs.follow_up import follow_up

@@ -13,6 +13,7 @@ from ..jobs.search_log import ENDING, read_log
 from ..plans.plan import Plan
 from ..plans.repo import FILE_NAME, INDEX_NAME, list_plans
 from .console import bars, console, table
+from .options import Column, Window
 
 
 def show(
@@ -138,11 +139,12 @@ def list_plugins(
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model, dense or compressed.")],
-    data: Annotated[str, typer.Option("--data", "-d", help="A text file.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="A text file or a table.")],
+    column: Column = "text",
     against: Annotated[
         str | None, typer.Option(help="The dense model: adds KL divergence and agreement.")
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 2048,
+    window: Window = None,
     max_windows: Annotated[int | None, typer.Option(help="Stop after so many windows.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -158,6 +160,7 @@ def evaluate(
         measured = evaluate_model(
             model,
             data,
+            column=column,
             against=against,
             window=window,
             max_windows=max_windows,

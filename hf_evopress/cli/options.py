@@ -47,6 +47,13 @@ Families = Annotated[
     ),
 ]
 Out = Annotated[str, typer.Option("--out", "-o", help="Folder to write.")]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens per window of the figures; windows do not overlap. Default: 2048, or the "
+        "model's context where that is shorter."
+    ),
+]
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace all that is in OUT, also what others put there."),
@@ -57,9 +64,16 @@ Texts = Annotated[
         "--data",
         "-d",
         help="Text to calibrate and search on: a file (.txt, .json, "
-        ".jsonl, .parquet), a Hub dataset name[:config], or self: what the model writes "
+        ".jsonl, .csv, .tsv, .parquet), a Hub dataset name[:config], or self: what the model writes "
         "itself (self:chat under its template, self:raw without). Repeat for more. "
         "Default: HuggingFaceFW/fineweb-edu.",
+    ),
+]
+Column = Annotated[
+    str,
+    typer.Option(
+        help="Column of text or conversations in tables and datasets. Default: text, else "
+        "messages, conversations or instruction, input and output."
     ),
 ]
 Work = Annotated[
@@ -197,6 +211,7 @@ def recipe_of(**words: Any) -> Recipe:
         "calibration": given["calibration"],
         "search": given.get("search_pool", 32),
         "written": given.get("written", 0),
+        "column": given.get("column", "text"),
         "seed": given["seed"],
     }
     recipe: dict[str, Any] = {

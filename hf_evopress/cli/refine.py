@@ -11,7 +11,19 @@ from ..base.plugins import did_you_mean
 from ..recipes.recipe import END_TO_END, REFINE
 from .compress import show_result
 from .console import bars
-from .options import Calibration, Out, Overwrite, Revision, Seed, SeqLen, Texts, Work, Written
+from .options import (
+    Calibration,
+    Column,
+    Out,
+    Overwrite,
+    Revision,
+    Seed,
+    SeqLen,
+    Texts,
+    Window,
+    Work,
+    Written,
+)
 
 Steps = Annotated[
     int | None, typer.Option(help="Training steps of end-to-end; default: 200.", min=1)
@@ -39,6 +51,7 @@ def refine(
         str | None, typer.Option(help="The dense model; default: the one the plan was made for.")
     ] = None,
     data: Texts = None,
+    column: Column = "text",
     test: Annotated[
         str | None,
         typer.Option(help="Text file for the final figures; default: unseen parts of the data."),
@@ -52,6 +65,7 @@ def refine(
     learning_rate: LearningRate = None,
     revision: Revision = None,
     overwrite: Overwrite = False,
+    window: Window = None,
 ) -> None:
     """Finish a plan: tune its levels block by block against the dense model; bytes stay.
 
@@ -74,7 +88,7 @@ def refine(
     else:
         _check(mode, {} if mode.endswith(END_TO_END) else training)
     common: dict[str, Any] = {
-        **{"data": data or (), "test": test, "seed": seed},
+        **{"data": data or (), "column": column, "test": test, "window": window, "seed": seed},
         "seq_len": seq_len,
         "n_sequences": calibration,
         "written": written,

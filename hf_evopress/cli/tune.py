@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import bars, console, table
-from .options import Overwrite
+from .options import Column, Overwrite
 
 if TYPE_CHECKING:
     from ..adapters.repair import Merged
@@ -49,6 +49,7 @@ def adapt(
     model: Model,
     out: Out,
     data: Texts,
+    column: Column = "text",
     rank: Annotated[int | None, typer.Option(help="The same rank for every layer.")] = None,
     size: Annotated[
         str | None,
@@ -85,6 +86,7 @@ def adapt(
             model,
             out,
             data=data,
+            column=column,
             dense=dense,
             rank=rank,
             size=size,
@@ -104,6 +106,7 @@ def tune(
     model: Model,
     out: Out,
     data: Texts,
+    column: Column = "text",
     train: Train = "lora",
     target: Target = "all-linear",
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
@@ -172,7 +175,9 @@ def merge(
         str | None, typer.Option(help="The dense model, to measure against.")
     ] = None,
     test: Annotated[str | None, typer.Option(help="Text file to measure on.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens per window of the figures.")] = 512,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens per window of the figures. Default: 512.")
+    ] = None,
     calibration: Annotated[int, typer.Option(help="Calibration sequences.")] = 56,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
     seed: Seed = 0,

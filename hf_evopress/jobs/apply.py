@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from ..base.target import whole_folder, writes_out
 from ..loading.config import EvoPressConfig
 from ..loading.quantizer import register_with_transformers
+from ..models.source import load_checked, read_tokenizer
 
 
 @writes_out("plan", "model", "data")
@@ -19,6 +18,7 @@ def apply_plan(
     *,
     model: str | None = None,
     data: Sequence[str] | None = None,
+    column: str = "text",
     n_sequences: int = 56,
     seq_len: int = 1024,
     seed: int = 0,
@@ -33,15 +33,18 @@ def apply_plan(
     """
     register_with_transformers()
     config = EvoPressConfig(
-        plan, data=list(data or ()) or None, n_sequences=n_sequences, seq_len=seq_len, seed=seed
+        plan,
+        data=list(data or ()) or None,
+        column=column,
+        n_sequences=n_sequences,
+        seq_len=seq_len,
+        seed=seed,
     )
     source = model or (config.plan.base_model if config.plan else None)
     if source is None:
         raise ValueError(f"the plan {plan} does not name its model; give one with --model")
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    compressed = AutoModelForCausalLM.from_pretrained(
-        source, revision=revision, quantization_config=config
-    )
+    tokenizer = read_tokenizer(source, revision=revision)
+    compressed = load_checked(source, revision=revision, quantization_config=config)
     with whole_folder(Path(out)) as folder:
         compressed.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

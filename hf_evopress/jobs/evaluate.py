@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from ..base.progress import Progress
 from ..calibration.data import tokenize_file
 from ..loading.quantizer import register_with_transformers
 from ..models.size import model_size, stored_bytes
+from ..models.source import load_checked, read_config, read_tokenizer, window_of
 from ..scoring.evaluate import compare
 
 
@@ -18,8 +17,9 @@ def evaluate_model(
     model: str,
     data: str,
     *,
+    column: str = "text",
     against: str | None = None,
-    window: int = 2048,
+    window: int | None = None,
     max_windows: int | None = None,
     dtype: str = "float32",
     progress: Progress | None = None,
@@ -27,13 +27,14 @@ def evaluate_model(
     """Return what `model` scores on the text file `data`, what it stores, and how far from
     the dense model `against` it is."""
     register_with_transformers()
-    tokens = tokenize_file(data, AutoTokenizer.from_pretrained(model))
+    window = window_of(read_config(model), window)
+    tokens = tokenize_file(data, read_tokenizer(model), column=column)
     if len(tokens) < window:
         raise ValueError(f"{data} has {len(tokens)} tokens, one window needs {window}")
-    made = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
-    dense = AutoModelForCausalLM.from_pretrained(against, dtype=dtype) if against else None
+    size = model_size(load_checked(model, dtype="auto"))  # as stored, whatever it is computed in
+    made = load_checked(model, dtype=dtype).eval()
+    dense = load_checked(against, dtype=dtype).eval() if against else None
     report = compare(made, dense, tokens, window=window, max_windows=max_windows, progress=progress)
-    size = model_size(made)
     stored = {"size_bytes": stored_bytes(model)} if Path(model).is_dir() else {}
     return {
         **report.to_dict(),

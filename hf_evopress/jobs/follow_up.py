@@ -10,7 +10,7 @@ from ..base.plugins import did_you_mean
 from ..base.progress import Progress
 from ..base.resources import parse_size
 from ..base.target import check_target
-from ..calibration.data import OWN
+from ..calibration.text import OWN
 from ..recipes.recipe import Recipe
 from ..training.tune import Tuning, tune
 

@@ -25,18 +25,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from ..base.devices import computing_in, dtypes_of, has_bfloat16
 from ..base.fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
 from ..base.progress import Progress
 from ..base.ranks import start
 from ..base.target import work_beside
-from ..calibration.data import OWN, Writer, bos_of
+from ..calibration.data import Writer
 from ..calibration.own_text import write_self, write_sequences
+from ..calibration.text import OWN, bos_of
 from ..calibration.token_cache import cached_splits
 from ..models.experts import warn_of_experts
 from ..models.plain import make_plain
+from ..models.source import check_class, check_context, load_checked, read_config, read_tokenizer
 from ..models.stream import check_streamable
 from ..plans.level import Level
 from ..plans.plan import Plan
@@ -128,7 +130,7 @@ class Job:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.recipe.model, revision=self.recipe.revision)
+        return read_tokenizer(self.recipe.model, revision=self.recipe.revision)
 
     @cached_property
     def tokens(self) -> Mapping[str, Tensor]:
@@ -193,9 +195,7 @@ class Job:
 
     def load_model(self) -> Any:
         """Return the dense model in the dtype to ship."""
-        model = AutoModelForCausalLM.from_pretrained(
-            self.recipe.model, revision=self.recipe.revision, dtype=self.dtype
-        )
+        model = load_checked(self.recipe.model, revision=self.recipe.revision, dtype=self.dtype)
         make_plain(model)
         return model.eval().requires_grad_(False)
 
@@ -244,7 +244,7 @@ class Job:
 
 
 def _dense_config(recipe: Recipe) -> Any:
-    config = AutoConfig.from_pretrained(recipe.model, revision=recipe.revision)
+    config = read_config(recipe.model, revision=recipe.revision)
     quantized = getattr(config, "quantization_config", None)
     if quantized:
         kind = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
@@ -252,4 +252,6 @@ def _dense_config(recipe: Recipe) -> Any:
             f"{recipe.model} is already compressed ({kind}); start from the dense model, "
             "or dequantize() it and save that first"
         )
+    check_class(config, recipe.model)
+    check_context(config, recipe.data.seq_len, "data.seq_len (--seq-len)")
     return config

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from ..calibration.data import tokenize_file
 from ..loading.quantizer import register_with_transformers
+from ..models.plain import make_plain
 from ..models.size import stored_bytes
+from ..models.source import window_of
 from ..plans.level import Level
 from ..plans.plan import Plan
 from ..scoring.evaluate import Report, compare_many
@@ -46,7 +48,9 @@ def verify(job: Job, states: LevelStore, plan: Plan, folder: Path) -> None:
     register_with_transformers()
     for dtype in dict.fromkeys((job.search_dtype, job.model.dtype)):
         with job.computing_in(dtype):
-            check_reloaded(job.evaluator(states), plan, _reload(job, folder))
+            reloaded = _reload(job, folder)
+            make_plain(reloaded)  # what was scored: experts one by one, Conv1D as nn.Linear
+            check_reloaded(job.evaluator(states), plan, reloaded)
 
 
 def measure(
@@ -153,9 +157,10 @@ def _logits(evaluator: Evaluator, levels: Mapping[str, Level], ids: Tensor) -> T
     return evaluator.logits(levels, ids.to(evaluator.device))
 
 
-def unseen_tokens(job: Job, test: str | None, window: int) -> tuple[Tensor, int]:
+def unseen_tokens(job: Job, test: str | None, window: int | None) -> tuple[Tensor, int]:
     """Return what to measure on, tokens (n,) of a text or unseen ones of the data, and a window."""
     if test is not None:
+        window = window_of(job.config, window)
         tokens = tokenize_file(test, job.tokenizer)
         if len(tokens) < window:
             raise ValueError(f"{test} has {len(tokens)} tokens, one window needs {window}")

@@ -44,7 +44,7 @@ def compress(
     recipe: Recipe,
     *,
     test: str | None = None,
-    window: int = 2048,
+    window: int | None = None,
     max_windows: int | None = 10,
     fitness: Fitness | None = None,
     report_to: Sequence[str] = (),
@@ -53,7 +53,8 @@ def compress(
 ) -> Result:
     """Return the model of `recipe`, compressed, written to its folder, reloaded and measured.
 
-    test: a text file for the figures, in windows of `window` tokens; by default sequences of the
+    test: a text file for the figures, in windows of `window` tokens (2048, or
+    the model's context); by default sequences of the
     recipe's own data that neither calibration nor search has seen. fitness: what to minimise,
     where the recipe's words cannot say it. report_to: as of transformers' Trainer, such as
     tensorboard. overwrite: replace all that is in the folder, also what is not ours. Of several
@@ -69,14 +70,14 @@ def compress(
         return _compressed(job, test, window, max_windows)
 
 
-def _compressed(job: Job, test: str | None, window: int, max_windows: int | None) -> Result:
+def _compressed(job: Job, test: str | None, window: int | None, max_windows: int | None) -> Result:
     seconds, recipe = Clock(), job.recipe
-    unseen, window = unseen_tokens(job, test, window)
+    unseen, length = unseen_tokens(job, test, window)
     store = seconds("levels", partial(build_levels, job))
     plan = seconds("search", lambda: find_plan(job, store))
     if not job.ranks.is_first:
         return Result(Path(str(recipe.out)), plan, seconds=seconds.spent)
-    on = (unseen, window, max_windows)
+    on = (unseen, length, max_windows)
     text = Path(test).name if test is not None else _unseen_name(recipe)
     return ship(job, store, plan, on, text, rivals=rivals(job, store), seconds=seconds)
 

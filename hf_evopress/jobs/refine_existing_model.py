@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from ..adapters.repair import load, tokenizer_of
 from ..base.progress import Progress
 from ..base.target import writes_out
 from ..calibration.data import tokenize_file
 from ..models.size import model_size, stored_bytes
+from ..models.source import check_context, read_config, window_of
 from ..plans.plan import Plan
 from ..scoring.evaluate import compare_many
 from ..sharing.cards import write_card
@@ -40,11 +40,12 @@ def refine_end_to_end(
     out: str | Path,
     *,
     data: Sequence[str],
+    column: str = "text",
     dense: str | None = None,
     steps: int = 200,
     learning_rate: float | None = None,
     test: str | None = None,
-    window: int = 2048,
+    window: int | None = None,
     max_windows: int | None = 10,
     n_sequences: int = 56,
     written: int = 0,
@@ -60,7 +61,9 @@ def refine_end_to_end(
     written: sequences that the dense model writes itself, to learn from as well.
     test: text for the final figures. A stopped run goes on from its last checkpoint, in OUT.work.
     """
-    window = min(window, _check_compressed(model))
+    config = _check_compressed(model)
+    check_context(config, seq_len, "seq_len")
+    window = window_of(config, window)
     dense = dense or Plan.from_pretrained(model).base_model
     if dense is None:
         raise ValueError(f"{model} does not say which model it was made from: give --model DENSE")
@@ -73,6 +76,7 @@ def refine_end_to_end(
         learning_rate=learning_rate,
         seq_len=seq_len,
         sequences=n_sequences,
+        column=column,
         written=written,
         seed=seed,
     )
@@ -119,14 +123,14 @@ def _rows(
     return tuple(Row(name, *stored.get(name, (bits, size)), reports[name]) for name in models)
 
 
-def _check_compressed(model: str) -> int:
-    """Return the context of a compressed model; ValueError, at once, for a plan or a dense one."""
+def _check_compressed(model: str) -> Any:
+    """Return the config of a compressed model; ValueError, at once, for a plan or a dense one."""
     way_out = "apply the plan first (hf-evopress apply), or take mode fast or best"
     if Path(model).is_file() or (
         Path(model).is_dir() and not (Path(model) / "config.json").is_file()
     ):
         raise ValueError(f"end-to-end refines a compressed model, and {model} is none: {way_out}")
-    config = AutoConfig.from_pretrained(model)
+    config = read_config(model)
     if getattr(config, "quantization_config", None) is None:
         raise ValueError(f"end-to-end refines a compressed model, and {model} is dense: {way_out}")
-    return int(config.get_text_config(decoder=True).max_position_embeddings)
+    return config

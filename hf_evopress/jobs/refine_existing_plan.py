@@ -26,8 +26,9 @@ def refine_plan(
     steps: int | None = None,
     learning_rate: float | None = None,
     data: Sequence[str] = (),
+    column: str = "text",
     test: str | None = None,
-    window: int = 2048,
+    window: int | None = None,
     max_windows: int | None = 10,
     work: str | Path | None = None,
     n_sequences: int = 56,
@@ -55,6 +56,7 @@ def refine_plan(
         distil={"steps": steps, "learning_rate": learning_rate},
         data={
             "sources": list(data),
+            "column": column,
             "seq_len": seq_len,
             "calibration": n_sequences,
             "written": written,
@@ -63,12 +65,12 @@ def refine_plan(
         revision=revision or found.revision,
     )
     job = Job(recipe, progress=progress)
-    unseen, window = unseen_tokens(job, test, window)
+    unseen, length = unseen_tokens(job, test, window)
     store = build_levels(job)
     made = job.plan(
         found.levels, search={**found.search, "versions": versions()}, results=found.results
     )
-    return ship(job, store, made, (unseen, window, max_windows))
+    return ship(job, store, made, (unseen, length, max_windows))
 
 
 def recipe_of_plan(

@@ -18,7 +18,7 @@ QUANT_METHOD = "evopress"
 FORMAT_VERSION = 1  # of the checkpoint: what config.json and the safetensors files hold
 
 _STORED = ("plan", "checksums", "format_version", "written_by", "quant_method")
-_LOADING = ("data", "n_sequences", "seq_len", "seed", "dequantize", "verify", "runtime")
+_LOADING = ("data", "column", "n_sequences", "seq_len", "seed", "dequantize", "verify", "runtime")
 
 
 class EvoPressConfig(QuantizationConfigMixin):
@@ -30,7 +30,7 @@ class EvoPressConfig(QuantizationConfigMixin):
 
     The others matter while loading and are not written to config.json:
     data: text files or datasets to calibrate on, for a dense model and levels such as gptq;
-        n_sequences, seq_len and seed say how much is read.
+        n_sequences, seq_len and seed say how much is read, column where tables have their text.
     dequantize: return the stock dense model with the compressed model's weights.
     verify: compare the files with their checksums (about 2 GB/s).
     runtime: "packed" holds the packed tensors only and computes a weight whenever its layer is
@@ -51,6 +51,7 @@ class EvoPressConfig(QuantizationConfigMixin):
         plan: Plan | Mapping[str, Any] | str | Path | None = None,
         *,
         data: str | Sequence[str] | None = None,
+        column: str = "text",
         n_sequences: int = 128,
         seq_len: int = 1024,
         seed: int = 0,
@@ -71,7 +72,7 @@ class EvoPressConfig(QuantizationConfigMixin):
             raise ValueError(f"EvoPressConfig has no option {key!r}{did_you_mean(key, known)}")
         self.quant_method = QUANT_METHOD
         self.plan = None if plan is None else _read_plan(plan)
-        self.data = data
+        self.data, self.column = data, column
         self.n_sequences, self.seq_len, self.seed = n_sequences, seq_len, seed
         self.dequantize, self.verify, self.runtime = dequantize, verify, runtime
         self.checksums = dict(checksums or {})

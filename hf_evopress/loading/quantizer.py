@@ -120,19 +120,20 @@ class EvoPressQuantizer(HfQuantizer):
             return
         # Statistics are those of the dense model, so nothing is compressed while loading. The
         # data is read first: it should fail before the weights are loaded, not after.
-        from transformers import AutoTokenizer
-
         from ..calibration.data import load_tokens
+        from ..models.source import check_context, read_tokenizer
 
         config = self.quantization_config
+        check_context(model.config, config.seq_len, "seq_len")
         sources = [config.data] if isinstance(config.data, str) else list(config.data or ())
         with torch.device("cpu"):  # transformers builds models inside torch.device("meta")
             self._tokens = load_tokens(
                 sources,
-                AutoTokenizer.from_pretrained(model.config.name_or_path),
+                read_tokenizer(model.config.name_or_path),
                 n_sequences=config.n_sequences,
                 seq_len=config.seq_len,
                 seed=config.seed,
+                column=config.column,
             )
 
     # -- while the weights are loaded ----------------------------------------------------------

@@ -72,6 +72,13 @@ def stock_linears(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def shape_of(linear: Any) -> tuple[int, int]:
+    """Return (out, in) of a layer, a Conv1D too."""
+    if isinstance(linear, Conv1D):
+        return linear.nf, linear.nx
+    return linear.out_features, linear.in_features
+
+
 @torch.no_grad()
 def _linear(module: Any) -> nn.Linear:
     is_transposed = isinstance(module, Conv1D)

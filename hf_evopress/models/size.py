@@ -42,7 +42,7 @@ def model_size(model: nn.Module, *, shapes: Mapping[str, tuple[int, int]] | None
     `shapes` (unit -> (out, in), a plan's) adds the weights of dropped blocks, which the model
     no longer has, to the number of weights.
     """
-    units = {unit.name: unit.shape for unit in find_units(model)}
+    units = {unit.name: unit.shape for unit in find_units(model, in_stock_form=True)}
     seen: set[int] = set()  # tied parameters are one object under two names
     unit_bits = other_bits = other_weights = 0
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ..plans.plan import Shape
 from ..plans.published import Published, SubBlockNames
+from .source import read_config
 from .sub_blocks import find_sub_blocks
 from .units import find_blocks, find_units
 
@@ -19,9 +20,7 @@ def fit_to(
     Raises ValueError where a drop configuration has another number of blocks than the model.
     """
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(model, revision=revision)
-        )
+        skeleton = AutoModelForCausalLM.from_config(read_config(model, revision=revision))
     n_blocks = len(find_blocks(skeleton)[1])
     if config.kind == "drop" and len(config.blocks) != n_blocks:
         raise ValueError(
@@ -37,4 +36,4 @@ def fit_to(
             raise ValueError(f"{model} has no {part} in block {block} that can be dropped")
         return names[block, part]
 
-    return {unit.name: unit.shape for unit in find_units(skeleton)}, sub_block
+    return {unit.name: unit.shape for unit in find_units(skeleton, in_stock_form=True)}, sub_block

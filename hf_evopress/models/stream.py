@@ -144,7 +144,8 @@ class BlockStream:
 
     def _forward(self, input_ids: Tensor) -> Tensor:
         device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
-        return self.model(input_ids=input_ids.to(device), use_cache=False).logits
+        out = self.model(input_ids=input_ids.to(device), use_cache=False)
+        return out.logits if hasattr(out, "logits") else out[0]  # a base model has no head
 
     def _give(self, i: int, hidden: Tensor) -> Callable[..., Any]:
         """Return a forward for block i that ignores its input and gives `hidden`."""

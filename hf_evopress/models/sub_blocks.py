@@ -51,7 +51,7 @@ def find_sub_blocks(model: nn.Module) -> list[SubBlock]:
     offered. Neither is attention whose keys and values later layers share (Gemma 3n).
     """
     path, blocks = find_blocks(model)
-    units = find_units(model)
+    units = find_units(model, in_stock_form=True)
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     shares = bool(getattr(config, "num_kv_shared_layers", 0))
     found = []

@@ -6,14 +6,14 @@ without a table of architectures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..base.patterns import matches
-from .plain import stock_linears
+from .plain import shape_of, stock_linears
 
 SUPPORTED = (
     "decoder-only transformers models whose blocks hold nn.Linear layers, such as Llama, "
@@ -75,23 +75,27 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return min(found, key=lambda item: item[0].count("."))
 
 
-def find_units(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
+def find_units(
+    model: nn.Module, *, skip: Sequence[str] = (), in_stock_form: bool = False
+) -> list[Unit]:
     """Return the linear weights inside the decoder blocks, in module order.
 
     `skip` are globs ("*.v_proj", "model.layers.0.*") or regular expressions ("re:...") on
     module paths. Embeddings, the output head, routers, indexers of sparse attention, tied weights,
     and layers whose weight is read without a call (inside nn.MultiheadAttention, Mamba's dt_proj)
-    are never units.
+    are never units. in_stock_form: take layers of other classes (Conv1D) too, for their names and
+    shapes, where a model in its plain form is not needed.
     """
     path, blocks = find_blocks(model)
     tied = {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", ())}
     routed = _expert_counts(model)
     units = []
     for i, block in enumerate(blocks):
-        for name, linear in _linears(block, f"{path}.{i}"):
+        others = stock_linears(block) if in_stock_form else {}
+        for name, linear in _linears(block, f"{path}.{i}", others):
             if name in tied or _is_router(name, linear, routed):
                 continue
-            units.append(Unit(name, (linear.out_features, linear.in_features), i))
+            units.append(Unit(name, shape_of(linear), i))
     if not units:
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear inside its decoder blocks; "
@@ -120,16 +124,18 @@ def linear_layers(model: nn.Module) -> list[str]:
     ]
 
 
-def _linears(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the linear modules of one block with their full paths."""
-    if others := stock_linears(block):
+def _linears(
+    block: nn.Module, path: str, taken: Mapping[str, Any]
+) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the linear modules of one block with their full paths; those in stock form if taken."""
+    if not taken and (others := stock_linears(block)):
         name, module = next(iter(others.items()))
         raise ValueError(
             f"{path}.{name} is a {type(module).__name__}: bring the model into its plain form "
             "first, hf_evopress.models.plain.make_plain(model)"
         )
     for name, module in _called(block, path):
-        if is_linear(module):
+        if is_linear(module) or name.removeprefix(f"{path}.") in taken:
             yield name, module  # type: ignore[misc]
 
 
@@ -164,4 +170,4 @@ def _expert_counts(model: nn.Module) -> set[int]:
 
 
 def _is_router(name: str, linear: Any, widths: set[int]) -> bool:
-    return name.rpartition(".")[2] in _ROUTERS and linear.out_features in widths
+    return name.rpartition(".")[2] in _ROUTERS and shape_of(linear)[0] in widths

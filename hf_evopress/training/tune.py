@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters.folder import activate, check_target, load_adapter
@@ -31,8 +31,10 @@ from ..base.fingerprint import claim
 from ..base.plugins import did_you_mean
 from ..base.progress import Progress
 from ..base.target import whole_folder, work_beside, writes_out
-from ..calibration.data import bos_of, load_tokens, tokenize_file
+from ..calibration.data import load_tokens, tokenize_file
 from ..calibration.own_text import write_sequences
+from ..calibration.text import bos_of
+from ..models.source import check_context, read_config, window_of
 from ..models.units import linear_layers
 from ..refine.distillation import Sequences, Targets, distillation_loss, precompute_targets
 from .trainer import DistillationTrainer
@@ -74,6 +76,7 @@ class Tuning:
     learning_rate: float | None = None  # by default 2e-4 for adapters, 1e-4 for floats
     seq_len: int = 512
     sequences: int = 256
+    column: str = "text"  # of tables and datasets, where their text is
     written: int = 0
     heldout: int = 4
     seed: int = 0
@@ -130,7 +133,7 @@ def tune(
     *,
     data: Sequence[str],
     tests: Mapping[str, str] | None = None,
-    window: int = 512,
+    window: int | None = None,
     targets: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -143,13 +146,19 @@ def tune(
     """
     if not settings.kinds:
         check_target(out)
+    if not model.endswith(".gguf"):
+        config = read_config(model)
+        check_context(config, settings.seq_len, "seq_len")
+        window = window_of(config, window, default=512)
     work = work_beside(out)
     made_from = {"model": model, "data": list(data), **vars(settings)}
     claim(work, {k: v for k, v in made_from.items() if k != "steps"}, what="a training run")
     # a missing text is an error now, not after the teacher's pass
     texts = {name: tokenize_file(path, tokenizer_of(model)) for name, path in (tests or {}).items()}
     dataset, heldout = _datasets(model, data, settings, Path(targets or work), progress)
-    return trained(model, out, settings, dataset, heldout, work=work, texts=texts, window=window)
+    return trained(
+        model, out, settings, dataset, heldout, work=work, texts=texts, window=window or 512
+    )
 
 
 def trained(
@@ -168,7 +177,7 @@ def trained(
     heldout: what a teacher says of text that is not in the dataset. texts: name -> tokens (n,),
     to measure perplexities on in windows of `window`.
     """
-    stored = AutoConfig.from_pretrained(model).dtype
+    stored = read_config(model).dtype
     made = prepared(load(model), settings, kappa_file=_kappa_file(model, work))
     measures: dict[str, Callable[[Any], float]] = {
         name: partial(perplexity_of, tokens=tokens, window=window)
@@ -291,6 +300,7 @@ def _datasets(
         n_sequences=n + (settings.heldout if settings.teacher else 0),
         seq_len=settings.seq_len,
         seed=settings.seed,
+        column=settings.column,
     )
     if settings.teacher is None:
         return Sequences(tokens), None

@@ -147,7 +147,7 @@ def test_a_hub_dataset_is_streamed_with_its_config(byte_tokenizer, monkeypatch):
         return iter([{"text": "some text of the hub"}] * 50)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("hf_evopress.calibration.data._knock", lambda endpoint: None)
+    monkeypatch.setattr("hf_evopress.calibration.text._knock", lambda endpoint: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     tokens = load_tokens(
         ["me/words:small"], byte_tokenizer, n_sequences=3, seq_len=16, split="validation"
@@ -164,7 +164,7 @@ def test_a_hub_dataset_is_read_at_its_revision(byte_tokenizer, monkeypatch):
         return iter([{"text": "some text of the hub"}] * 50)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("hf_evopress.calibration.data._knock", lambda endpoint: None)
+    monkeypatch.setattr("hf_evopress.calibration.text._knock", lambda endpoint: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     load_tokens(["me/words:small@v1.0"], byte_tokenizer, n_sequences=3, seq_len=16)
     assert asked == [(("me/words", "small"), "v1.0")]

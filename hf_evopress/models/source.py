@@ -1,0 +1,191 @@
+"""The model that a name stands for: its config, its tokenizer and its weights, all checked.
+
+What transformers answers with a warning, with another file's name or at the end of a run is an
+error here, at once: a folder that is none, a class whose head would be lost, weights that the
+checkpoint lacks or that are not numbers, text longer than the context.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..plans.repo import is_repo_id
+from .units import SUPPORTED
+
+_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_OURS = "evopress"
+
+
+def read_config(name: str | Path, *, revision: str | None = None) -> Any:
+    """Return the config of a model, a folder or a Hub name; errors name the way out."""
+    _check_place(name)
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except OSError as error:
+        raise type(error)(_no_model(name, error)) from error
+
+
+def read_tokenizer(name: str | Path, *, revision: str | None = None, **file: str) -> Any:
+    """Return the tokenizer of a model; ValueError where its folder has none."""
+    if not file:
+        _check_place(name)
+    folder = Path(name)
+    if folder.is_dir() and not file and not _has_tokenizer(folder):
+        raise ValueError(
+            f"{name} holds a model and no tokenizer: copy tokenizer.json and "
+            "tokenizer_config.json of the model that it comes from into it"
+        )
+    return AutoTokenizer.from_pretrained(name, revision=revision, **file)
+
+
+def load_checked(name: str | Path, **options: Any) -> Any:
+    """Return the causal language model called `name`, after checking class, keys and values.
+
+    options: as of from_pretrained. Checkpoints of other quantizers are left to them.
+    """
+    if "gguf_file" not in options:
+        check_class(read_config(name, revision=options.get("revision")), name)
+    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if getattr(method, "quant_method", _OURS) == _OURS:
+        _check_keys(name, type(model).__name__, info)
+        check_finite(model, str(name))
+    return model
+
+
+def check_class(config: Any, name: str | Path) -> None:
+    """Raise ValueError unless the checkpoint is of the causal language model of its config."""
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        raise ValueError(
+            f"{name} is a {_said(config)}, which is no causal language model; supported: "
+            f"{SUPPORTED}"
+        )
+    made = mapping[type(config)]
+    classes = made if isinstance(made, (list, tuple)) else (made,)
+    known = [kind.__name__ for kind in classes]
+    saved = [a for a in getattr(config, "architectures", None) or () if hasattr(transformers, a)]
+    if saved and not set(saved) & set(known):
+        raise ValueError(
+            f"{name} is a {saved[0]}, of which a causal language model would lose or lack the "
+            f"head; supported here: {' or '.join(known)}, that is {SUPPORTED}"
+        )
+    if getattr(config, "is_decoder", None) is False and _is_encoder(classes[0]):
+        raise ValueError(
+            f"{name} is a {known[0]} with is_decoder=false, an encoder in which every token sees "
+            f"those behind it; supported: {SUPPORTED}"
+        )
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raise ValueError that names the weights of `model` that hold NaN or infinity."""
+    wrong = [n for n, p in model.named_parameters() if not is_finite(p)]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(
+            f"{name} holds NaN or infinity in {', '.join(wrong[:4])}{more}: the checkpoint is "
+            "damaged, or was saved in float16, which overflows; download it again"
+        )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether all values are numbers; what is not in memory counts as if they were."""
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.element_size() > 1 and bool(torch.isfinite(tensor.detach().sum(dtype=torch.float32))):
+        return True  # one pass, no memory; a sum that overflows is looked at closely
+    return bool(torch.isfinite(tensor.detach().to(torch.float32)).all())
+
+
+def context_of(config: Any) -> int | None:
+    """Return the most tokens that a model takes, None where its config does not say."""
+    text = config.get_text_config(decoder=True)
+    longest = getattr(text, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def check_context(config: Any, n_tokens: int, what: str) -> None:
+    """Raise ValueError where sequences of `n_tokens` are longer than the model's context."""
+    longest = context_of(config)
+    if longest is not None and n_tokens > longest:
+        raise ValueError(f"{what} {n_tokens} is longer than the model's context of {longest}")
+
+
+def window_of(config: Any, window: int | None, *, default: int = 2048) -> int:
+    """Return the tokens per window: what was asked, else `default` or the model's context."""
+    if window is None:
+        return min(default, context_of(config) or default)
+    check_context(config, window, "window")
+    return window
+
+
+def _check_keys(name: str | Path, kind: str, info: Any) -> None:
+    parts = {
+        "lacks": [*info["missing_keys"]],
+        "has, and the model has no place for,": [*info["unexpected_keys"]],
+        "has in another shape": [str(key[0]) for key in info["mismatched_keys"]],
+    }
+    for what, keys in parts.items():
+        if keys:
+            more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+            raise ValueError(
+                f"{name} does not fit {kind}: the checkpoint {what} "
+                f"{', '.join(sorted(keys)[:6])}{more}; supported: {SUPPORTED}"
+            )
+
+
+def _said(config: Any) -> str:
+    architectures = getattr(config, "architectures", None)
+    return architectures[0] if architectures else f"model of type {config.model_type!r}"
+
+
+def _is_encoder(kind: type) -> bool:
+    """Return whether a class needs is_decoder=True to be causal, as its own file says."""
+    return "add `is_decoder=True" in inspect.getsource(sys.modules[kind.__module__])
+
+
+def _check_place(name: str | Path) -> None:
+    """Raise an error for a name that is neither a model's folder nor could be one on the Hub."""
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"{name} is a file; give the folder of a model")
+    has_config, is_adapter = (folder / "config.json").is_file(), (folder / _ADAPTER).is_file()
+    if folder.is_dir() and is_adapter and has_config:
+        raise ValueError(
+            f"{name} holds a model and an adapter, and transformers would load another model, "
+            f"the base that {_ADAPTER} names: move {_ADAPTER} and {_ADAPTER_WEIGHTS} to a folder "
+            "of their own"
+        )
+    if folder.is_dir() and is_adapter:
+        raise ValueError(
+            f"{name} is an adapter, not a model: give the model that {_ADAPTER} names as its base, "
+            "or merge the two first (hf-evopress merge, or PEFT's merge_and_unload)"
+        )
+    if folder.is_dir() and not has_config:
+        raise FileNotFoundError(f"the folder {name} holds no config.json, so no model")
+    if not folder.is_dir() and not is_repo_id(str(name)):
+        raise FileNotFoundError(f"there is no folder {name} (in {Path.cwd()})")
+
+
+def _no_model(name: str | Path, error: OSError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if Path(name).is_dir():
+        return f"the config of {name} cannot be read: {lines[0] if lines else error}"
+    return (
+        f"there is no folder {name} (in {Path.cwd()}), and the Hub gives no model of that name: "
+        f"{lines[0] if lines else type(error).__name__}"
+    )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    ends = ("tokenizer.json", "tokenizer_config.json", ".model", "vocab.json", "vocab.txt")
+    more = ("tekken.json", ".tiktoken")
+    return any(p.name.endswith((*ends, *more)) for p in folder.iterdir())
