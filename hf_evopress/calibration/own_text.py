@@ -24,8 +24,8 @@ from transformers import GenerationConfig, StoppingCriteria
 from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint
 from ..base.progress import Progress
 from ..base.resources import atomic_path
-from .text import CHAT, RAW, SELF, bos_of
 from .input_moments import check_tokens
+from .text import CHAT, RAW, SELF, bos_of
 
 START = 16  # tokens of the text that a sequence begins with, at most half of it
 _BATCH_TOKENS = 65536  # written side by side, fewer where their keys and values take more than

@@ -64,8 +64,8 @@ Texts = Annotated[
         "--data",
         "-d",
         help="Text to calibrate and search on: a file (.txt, .json, "
-        ".jsonl, .csv, .tsv, .parquet), a Hub dataset name[:config], or self: what the model writes "
-        "itself (self:chat under its template, self:raw without). Repeat for more. "
+        ".jsonl, .csv, .tsv, .parquet), a Hub dataset name[:config], or self: what the model "
+        "writes itself (self:chat under its template, self:raw without). Repeat for more. "
         "Default: HuggingFaceFW/fineweb-edu.",
     ),
 ]

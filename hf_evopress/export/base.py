@@ -7,8 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from ..base.target import whole_folder
 from ..methods.base import State
+from ..models.plain import make_plain
 from ..plans.level import Level
 from ..plans.plan import Plan
 
@@ -27,6 +32,14 @@ class Export(ABC):
         `model` is changed by it. The folder exists and is empty.
         """
 
+    def check(self, model: Any, plan: Plan, states: States, folder: Path) -> None:
+        """Raise RuntimeError unless `folder`, loaded as its users will, computes what `plan` says.
+
+        `model` is as `write` left it: here, dense and with the weights that were written.
+        """
+        make_plain(model)
+        check_loads(folder, model, dtype=model.dtype)
+
     def save(
         self,
         model: Any,
@@ -43,7 +56,46 @@ class Export(ABC):
         folder = Path(folder)
         with whole_folder(folder) as temporary:
             self.write(model, plan, states, temporary)
+            self.check(model, plan, states, temporary)
             plan.save(temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
         return folder
+
+
+@torch.no_grad()
+def check_loads(folder: Path, model: Any, *, dtype: torch.dtype) -> None:
+    """Raise RuntimeError unless stock transformers loads `folder` as what `model` computes.
+
+    model: in the plain form, in `dtype`. What was loaded runs as it is, and then in the plain
+    form too, where both are the same computation and their logits have to be equal to the bit.
+    """
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True
+    )
+    lost = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    if lost:
+        raise RuntimeError(
+            f"stock transformers lacks or does not know {', '.join(lost[:4])} of this export; use "
+            "the evopress export, and please report this"
+        )
+    loaded = loaded.eval().to(model.device)
+    n_tokens = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 17, device=model.device)[None] % n_tokens
+    _logits(loaded, ids)  # as it is
+    make_plain(loaded)
+    ours, theirs = _logits(model, ids), _logits(loaded, ids)
+    if not torch.equal(ours, theirs):
+        there = loaded.state_dict()
+        wrong = [
+            n for n, w in model.state_dict().items() if not torch.equal(w, there.get(n, w[:0]))
+        ]
+        raise RuntimeError(
+            f"stock transformers loads another model from this export (logits differ by "
+            f"{float((ours - theirs).abs().max()):.3g}; weights that differ: "
+            f"{', '.join(wrong[:4]) or 'none'}); use the evopress export, and please report this"
+        )
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, use_cache=False).logits

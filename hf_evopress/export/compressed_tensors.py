@@ -21,9 +21,10 @@ from torch import nn
 from ..methods import compose
 from ..methods.base import State
 from ..models.experts import SplitExperts
+from ..models.plain import stock_class
 from ..plans.level import Level
 from ..plans.plan import Plan
-from .base import Export, States
+from .base import Export, States, check_loads
 
 Scheme = tuple[int, int, bool]
 
@@ -47,6 +48,27 @@ class CompressedTensorsExport(Export):
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         model.config.quantization_config = _config(groups, ignore=linears)
         model.save_pretrained(folder)
+
+    @torch.no_grad()
+    def check(self, model: Any, plan: Plan, states: States, folder: Path) -> None:
+        """Raise RuntimeError unless stock transformers loads the weights of the plan.
+
+        In the dtype in which compressed-tensors rounds nothing (see above).
+        """
+        levels = {unit: level for unit, level in plan.items() if not level.is_dense}
+        has_zeros = not all(_scheme(level)[2] for level in levels.values())
+        dtype = torch.float16 if has_zeros else torch.float32
+        for unit, level in levels.items():
+            packed, state = model.get_submodule(unit), states(unit, level)
+            out, columns = (int(n) for n in packed.weight_shape)
+            linear = nn.Linear(columns, out, bias=False, device="meta")
+            W = compose.decompress(level, state, (out, columns), dtype)
+            linear.weight, linear.bias = nn.Parameter(W, requires_grad=False), packed.bias
+            model.set_submodule(unit, linear)
+        del model.config.quantization_config
+        for parameter in model.parameters():  # not buffers: rotary tables stay in float32
+            parameter.data = parameter.data.to(dtype)
+        check_loads(folder, model, dtype=dtype)
 
 
 class PackedLinear(nn.Module):
@@ -109,8 +131,11 @@ def _obstacles(model: Any, plan: Plan) -> Iterator[tuple[str, str]]:
             yield unit, "it is dropped"
             continue
         linear = model.get_submodule(unit)
+        stock = stock_class(model, unit)
         if unit.startswith(tuple(experts)):
             yield unit, "it is an expert, stored with others as one tensor"
+        elif stock is not nn.Linear:
+            yield unit, f"it is a {stock.__name__} there, and the format knows nn.Linear"
         elif len(level.terms) > 1 or "codes" not in _names(level, linear):
             yield unit, f"level '{level}' is not one term with codes"
 

@@ -27,3 +27,6 @@ class EvoPressExport(Export):
         replace_linears(model, plan, states)
         attach(model, plan)
         model.save_pretrained(folder)
+
+    def check(self, model: Any, plan: Plan, states: States, folder: Path) -> None:
+        """Nothing: a job compares the reloaded folder with what its search scored."""

@@ -63,6 +63,12 @@ def _make_linear(model: nn.Module) -> None:
         known |= {path: type(module) for path, module in found.items()}
 
 
+def stock_class(model: nn.Module, path: str) -> type[nn.Module]:
+    """Return the class that the layer at `path` has in the stock form of `model`."""
+    known: dict[str, type[nn.Module]] = model.__dict__.get(_STOCK, {})
+    return known.get(path) or type(model.get_submodule(path))
+
+
 def stock_linears(model: nn.Module) -> dict[str, Any]:
     """Return the layers that are in another form than nn.Linear, by path."""
     return {

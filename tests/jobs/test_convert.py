@@ -109,6 +109,38 @@ def test_codes_go_to_compressed_tensors(make: Callable[..., Path]) -> None:
     assert torch.equal(logits(folder), logits(small))
 
 
+@pytest.mark.parametrize("arch, kind", [("gpt2", "Conv1D"), ("falcon", "FalconLinear")])
+def test_compressed_tensors_refuses_layers_of_other_classes_by_name(
+    arch: str, kind: str, make: Callable[..., Path]
+) -> None:
+    pytest.importorskip("compressed_tensors", reason="an extra: hf-evopress[compressed-tensors]")
+    small = make(arch, "rtn:bits=4,group_size=32,symmetric=true")
+    with pytest.raises(ValueError, match=rf"transformer\.h\.0\.\S+: it is a {kind} there"):
+        convert(str(small), small.parent / "ct", format="compressed_tensors")
+    assert not (small.parent / "ct").exists()
+
+
+@pytest.mark.parametrize("format", ["dense", "compressed_tensors"])
+def test_an_export_that_would_load_as_another_model_is_not_kept(
+    format: str, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("compressed_tensors", reason="an extra: hf-evopress[compressed-tensors]")
+    small = make("llama", *LEVELS)
+    own = AutoModelForCausalLM.from_pretrained
+
+    def loads_noise(folder: Path, **options: Any) -> Any:  # as Conv1D did in compressed-tensors
+        model, info = own(folder, **options)
+        model(IDS)
+        model.model.layers[1].mlp.up_proj.weight.data.normal_()
+        return model, info
+
+    monkeypatch.setattr("hf_evopress.export.base.AutoModelForCausalLM.from_pretrained", loads_noise)
+    monkeypatch.setattr("hf_evopress.jobs.convert.load", lambda name, dtype: own(name, dtype=dtype))
+    with pytest.raises(RuntimeError, match=r"another model .*layers\.1\.mlp\.up_proj\.weight"):
+        convert(str(small), small.parent / "out", format=format)
+    assert not (small.parent / "out").exists()
+
+
 def test_the_command_writes_and_says_how_large(
     make: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
