@@ -112,7 +112,7 @@ def lora_layer_class() -> type[nn.Module]:
     """Return the subclass of peft.tuners.lora.Linear for compressed base layers."""
     from peft.tuners.lora.layer import Linear
 
-    return type("CompressedLora", (MergesExactly, Linear), {"__doc__": MergesExactly.__doc__})
+    return type("CompressedLoraLinear", (MergesExactly, Linear), {"__doc__": MergesExactly.__doc__})
 
 
 def register_with_peft() -> None:

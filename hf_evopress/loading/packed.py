@@ -67,6 +67,13 @@ class PackedWeight(nn.Module):
         """The packed tensors by name, as they stand in a checkpoint."""
         return {name: getattr(self, name) for name in self._state_names}
 
+    @state.setter
+    def state(self, value: State) -> None:
+        # PEFT hands each base layer's `state`, which is of bitsandbytes to it, to the layer again
+        own = self.state
+        if value.keys() != own.keys() or any(value[name] is not own[name] for name in own):
+            raise AttributeError("the packed tensors are parameters of the layer: change those")
+
     @property
     def weight(self) -> Tensor:
         """The dense weight (out, in) in `weight_dtype`, computed now; changes to it raise."""
@@ -79,6 +86,14 @@ class PackedWeight(nn.Module):
         if name == "weight":
             raise AttributeError(READ_ONLY)
         super().__setattr__(name, value)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        sentinel = state_dict.get(f"{prefix}weight")
+        if sentinel is not None and not sentinel.numel():
+            del state_dict[f"{prefix}weight"]  # for those without this package: not unexpected
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def check_loaded(self, action: str) -> None:
         """Raise ValueError where there are no numbers to do `action` with."""

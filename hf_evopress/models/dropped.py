@@ -42,6 +42,12 @@ class Dropped(nn.Module):
         names = list(inspect.signature(type(original).forward).parameters)[1:]
         self.residual_at = names.index("residual") if "residual" in names else None
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        state_dict.pop(f"{prefix}{self.dense_key}", None)  # the sentinel: not unexpected
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return zeros like the hidden states, in the form that the block unpacks."""
         if self.residual_at is None:

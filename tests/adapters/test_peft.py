@@ -292,3 +292,56 @@ def test_adapters_load_in_a_fresh_process_by_every_way(model: Any, tmp_path: Pat
     found = load_file(out)
     assert all(torch.equal(found[str(i)], expected) for i in range(4))
     assert torch.allclose(found["4"], expected, atol=1e-4)
+
+
+def configs() -> dict[str, Any]:
+    """Return one config of each kind of adapter, over layers of all kinds."""
+    import peft
+
+    on = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+    return {
+        "ia3": peft.IA3Config(**on, feedforward_modules=["down_proj"], init_ia3_weights=False),
+        "loha": peft.LoHaConfig(**on, init_weights=False),
+        "lokr": peft.LoKrConfig(**on, init_weights=False),
+        "vera": peft.VeraConfig(target_modules=["q_proj"], init_weights=False),
+        "oft": peft.OFTConfig(**on, oft_block_size=8, init_weights=False),
+        "hra": peft.HRAConfig(**on),
+        "fourierft": peft.FourierFTConfig(**on, n_frequency=10, init_weights=False),
+        "adalora": peft.AdaLoraConfig(**on, total_step=10),
+        "randlora": peft.RandLoraConfig(**on, init_weights=False),
+        "shira": peft.ShiraConfig(**on, r=4, init_weights=False),
+    }
+
+
+@pytest.mark.parametrize("kind", list(configs()))
+def test_every_kind_of_adapter_gives_what_it_gives_over_dense_layers(
+    kind: str, model: Any, ids: torch.Tensor
+) -> None:
+    logits = []
+    for base in (copy.deepcopy(model), copy.deepcopy(model).dequantize()):
+        torch.manual_seed(0)
+        made = get_peft_model(base, configs()[kind]).eval()
+        with torch.no_grad():
+            logits.append(made(ids).logits)
+    assert torch.allclose(*logits, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(logits[0], model(ids).logits, atol=1e-3) or kind in QUIET
+    if kind not in QUIET:
+        packed = get_peft_model(copy.deepcopy(model), configs()[kind])
+        with pytest.raises(RuntimeError, match="dequantize"):
+            packed.merge_and_unload()
+
+
+QUIET = ("hra", "adalora")  # they start as nothing
+
+
+@pytest.mark.parametrize("first", ["all-linear", ["q_proj", "up_proj"]])
+def test_a_second_adapter_finds_all_linear_layers(model: Any, first: Any) -> None:
+    made = get_peft_model(model, LoraConfig(target_modules=first, task_type="CAUSAL_LM"))
+    made.add_adapter("two", LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    targets = {
+        name.removesuffix(".lora_A.two").removeprefix("base_model.model.")
+        for name, module in made.named_modules()
+        if name.endswith(".lora_A.two")
+    }
+    assert targets == {unit.name for unit in find_units(made.unload())}

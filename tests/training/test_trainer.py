@@ -285,3 +285,34 @@ def test_trl_trains_compressed_models(
     trainer.train()
     found = losses(trainer)
     assert found[-1] < found[0]
+
+
+def test_the_best_checkpoint_is_loaded_without_a_word_of_unexpected_keys(
+    folder: Path, tokens: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    make_tunable(model, ("scales", "norms"))
+    saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    args = arguments(tmp_path, max_steps=4, load_best_model_at_end=True, **saving)
+    data = Sequences(tokens[:16])
+    Trainer(model, args, train_dataset=data, eval_dataset=data).train()
+    Trainer(model, args, train_dataset=data, eval_dataset=data).train(resume_from_checkpoint=True)
+    assert not [r for r in caplog.records if "unexpected" in r.getMessage().lower()]
+    assert {p.name for p in tmp_path.iterdir()} >= {"checkpoint-2", "checkpoint-4"}
+
+
+def test_a_checkpoint_of_dropped_blocks_has_no_unexpected_keys(
+    dense: Any, tokens: Tensor, write_model: Any, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    model = copy.deepcopy(dense)
+    units = [u.name for u in find_units(model) if "layers.1.mlp" not in u.name]
+    plan = Plan({**dict.fromkeys(units, LEVEL), "model.layers.1.mlp": "drop"})
+    compress_model(model, plan, tokens)
+    attach(model, plan)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).load_state_dict(state, strict=False)
+    assert not loaded.unexpected_keys
+    assert set(loaded.missing_keys) <= {"lm_head.weight"}
