@@ -47,6 +47,7 @@ from .options import (
     Sparsity,
     StartPlans,
     Strategy,
+    Test,
     Texts,
     Tie,
     Window,
@@ -74,10 +75,7 @@ def compress(
     drop_ratio: DropRatio = None,
     data: Texts = None,
     column: Column = "text",
-    test: Annotated[
-        str | None,
-        typer.Option(help="Text file for the final figures; default: unseen parts of the data."),
-    ] = None,
+    test: Test = None,
     work: Work = None,
     family: Families = None,
     level: Levels = None,
@@ -127,7 +125,7 @@ def run(
     override: Annotated[
         list[str] | None, typer.Argument(help="key=value, such as budget.bits=3 or out=smol.")
     ] = None,
-    test: Annotated[str | None, typer.Option(help="Text file for the final figures.")] = None,
+    test: Test = None,
     overwrite: Overwrite = False,
     window: Window = None,
 ) -> None:

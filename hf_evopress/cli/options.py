@@ -69,6 +69,12 @@ Texts = Annotated[
         "Default: HuggingFaceFW/fineweb-edu.",
     ),
 ]
+Test = Annotated[
+    str | None,
+    typer.Option(
+        help="Text file or table for the final figures; default: unseen parts of the data."
+    ),
+]
 Column = Annotated[
     str,
     typer.Option(

@@ -11,7 +11,6 @@ each of 179 712 groups of SmolLM2-135M at 3.3 bits raised its layer's error. Mod
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,6 @@ def refine_end_to_end(
     if dense is None:
         raise ValueError(f"{model} does not say which model it was made from: give --model DENSE")
     unseen = None if test is None else _unseen(test, model, window)
-    start = time.perf_counter()
     settings = end_to_end_settings(
         dense,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
@@ -81,7 +79,7 @@ def refine_end_to_end(
         seed=seed,
     )
     done = tune(model, out, settings, data=data, progress=progress)
-    notes = distilled_notes(done, steps, time.perf_counter() - start, written=written)
+    notes = distilled_notes(done, steps, written=written)
     after = load(str(out))
     plan = Plan.load(out)
     plan = plan.replace(results={**plan.results, "distilled": notes})

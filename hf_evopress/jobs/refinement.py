@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -75,7 +74,6 @@ def refine_blocks(
     Without held-out sequences the first two of calibration judge and make no level. Files are in
     work/refined-<fingerprint of the plan>; a run that was stopped goes on from there.
     """
-    start = time.perf_counter()
     settings = settings or refine_settings(job, job.recipe.blockwise)
     tokens, heldout = refining_tokens(job)
     made_from = [repr(settings), *(f"{u} {x}" for u, x in plan.levels.items())]
@@ -102,7 +100,6 @@ def refine_blocks(
         "after": after,
         "is_kept": after < before,
         "written": len(job.written),
-        "seconds": round(time.perf_counter() - start, 1),
     }
     logger.info("refined: %s", notes)
     if not after < before:
@@ -124,7 +121,6 @@ def distil(job: Job, plan: Plan, folder: Path) -> tuple[bool, Plan]:
     say that it is closer. Files are in work/end-to-end-<fingerprint>; a run that was stopped goes
     on from there.
     """
-    start = time.perf_counter()
     parts = [job.tokens[kind] for kind in ("calibration", "search", "heldout")]
     learn, judge = torch.cat(parts[:2]), parts[2]
     if not len(judge):
@@ -147,8 +143,7 @@ def distil(job: Job, plan: Plan, folder: Path) -> tuple[bool, Plan]:
     claim(work, made_from, what="a training run")
     targets = [_targets(job, ids) for ids in (learn, judge)]
     done = trained(str(folder), folder, settings, *targets, work=work)
-    seconds = time.perf_counter() - start
-    notes = distilled_notes(done, settings.steps, seconds, written=len(job.written))
+    notes = distilled_notes(done, settings.steps, written=len(job.written))
     logger.info("distilled: %s", notes)
     return done.is_kept, plan.replace(results={**plan.results, "distilled": notes})
 
@@ -188,8 +183,8 @@ def end_to_end_settings(teacher: str, *, device: torch.device, **settings: Any) 
     return Tuning(train=KINDS, teacher=teacher, batch=1, bf16=has_bfloat16(device), **settings)
 
 
-def distilled_notes(done: Tuned, steps: int, seconds: float, *, written: int) -> dict[str, Any]:
-    """Return what a plan's results say of learning end to end.
+def distilled_notes(done: Tuned, steps: int, *, written: int) -> dict[str, Any]:
+    """Return what a plan's results say of learning end to end; no times, which differ by run.
 
     written: sequences among those learnt from that the dense model wrote itself.
     """
@@ -202,5 +197,4 @@ def distilled_notes(done: Tuned, steps: int, seconds: float, *, written: int) ->
         "after": done.kl[1],
         "is_kept": done.is_kept,
         "written": written,
-        "seconds": round(seconds, 1),
     }

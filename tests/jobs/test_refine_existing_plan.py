@@ -166,8 +166,14 @@ def test_end_to_end_takes_a_compressed_model_only(home: Path, plain: pipeline.Re
             refine_end_to_end(str(model), home / "not", data=[str(home / "text.txt")])
     with pytest.raises(FileNotFoundError):  # before any training
         refine_end_to_end(
-            str(plain.folder), home / "not", data=[str(home / "text.txt")], test="nowhere.txt"
+            str(plain.folder),
+            home / "not",
+            data=[str(home / "text.txt")],
+            test="nowhere.txt",
+            seq_len=64,
         )
+    with pytest.raises(ValueError, match="seq_len 1024 is longer than the model's context of 512"):
+        refine_end_to_end(str(plain.folder), home / "not", data=[str(home / "text.txt")])
     assert not (home / "not.work").exists()
 
 
