@@ -116,8 +116,7 @@ def compress(
     Stop it with Ctrl-C at any time; the same command goes on where it was. Another --bits with
     the same --work costs only the search.
     """
-    recipe = recipe_of(**locals())
-    _run(recipe, test=test, window=window, overwrite=overwrite)
+    _run(recipe_of(**locals()), test=test, window=window, overwrite=overwrite)
 
 
 def run(
