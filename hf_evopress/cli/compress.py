@@ -1,4 +1,4 @@
-"""compress, levels, search, apply, run: commands that make something."""
+"""compress, levels, search, run: commands that make something."""
 
 from __future__ import annotations
 
@@ -246,42 +246,6 @@ def _show_plan(plan: Plan, path: str | Path) -> None:
     console.print(f"plan written to {path}", markup=False)
 
 
-def apply(
-    plan: Annotated[str, typer.Argument(help="A plan: a file, a folder or a Hub name.")],
-    out: Out,
-    model: Annotated[
-        str | None, typer.Option(help="The dense model; default: the one the plan was made for.")
-    ] = None,
-    data: Texts = None,
-    column: Column = "text",
-    seed: Seed = 0,
-    seq_len: SeqLen = 1024,
-    calibration: Calibration = 56,
-    revision: Revision = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Compress a model by a plan that is already there, without a search.
-
-    \b
-    hf-evopress apply plan.json --model me/my-finetune --data text.txt --out my-finetune-3.3bit
-    """
-    from ..jobs.apply import apply_plan
-
-    folder = apply_plan(
-        plan,
-        out,
-        model=model,
-        data=data,
-        column=column,
-        n_sequences=calibration,
-        seq_len=seq_len,
-        seed=seed,
-        revision=revision,
-        overwrite=overwrite,
-    )
-    console.print(f"model written to {folder}", markup=False)
-
-
 def _front(words: dict[str, Any], out: str) -> None:
     """Find plans of all sizes in a range and write them to the folder `out`."""
     low, _, high = words["bits"].partition(":")
@@ -403,4 +367,4 @@ def _diagnose(job: Job, store: LevelStore, level: str) -> None:
         )
 
 
-COMMANDS = {"compress": compress, "run": run, "levels": levels, "search": search, "apply": apply}
+COMMANDS = {"compress": compress, "run": run, "levels": levels, "search": search}
