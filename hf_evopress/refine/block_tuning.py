@@ -20,7 +20,6 @@ from ..calibration.two_streams import TwoStreams
 from ..methods import compose
 from ..methods.base import State
 from ..models.patching import patched
-from .learned_rounding import TunedLevel
 
 SLOWER = 0.2  # rates of the next attempt
 SINK = 0.05  # weight of position 0 beside the mean of all others
@@ -40,6 +39,7 @@ class Tuning:
     # the errors of five, lost a third more, though a block on exact inputs lost less.
     code_rate: float = 0.0075  # of one code, falling linearly to 0
     float_rate: float = 5e-4
+    weight_rate: float = 2e-3  # of a dense weight that is tuned before it is made (`in_turn`)
     zero_rate: float = 0.0075  # of one code; a zero point moves when it has gone half of one
     looks: int = 5  # how often the held-out loss is measured
     attempts: int = 3  # each at a fifth of the rates, where the one before improved nothing
@@ -99,7 +99,7 @@ def block_loss(
 def tune_block(
     model: nn.Module,
     run: Run,
-    tuned: Callable[[], Mapping[str, TunedLevel]],
+    tuned: Callable[[], Mapping[str, Any]],
     loss: BlockLoss,
     train: TwoStreams,
     heldout: TwoStreams,
@@ -126,12 +126,12 @@ def tune_block(
 def _attempt(
     model: nn.Module,
     run: Run,
-    tuned: Mapping[str, TunedLevel],
+    tuned: Mapping[str, Any],
     loss: BlockLoss,
     sets: tuple[TwoStreams, TwoStreams],
     settings: Tuning,
     rates: Sequence[float],
-) -> Iterator[tuple[float, Mapping[str, TunedLevel]]]:
+) -> Iterator[tuple[float, Mapping[str, Any]]]:
     """Yield the held-out loss and what it is the loss of, at each look."""
     train, heldout = sets
     groups = [
@@ -165,7 +165,7 @@ def _attempt(
 def _heldout(
     model: nn.Module,
     run: Run,
-    tuned: Mapping[str, TunedLevel],
+    tuned: Mapping[str, Any],
     loss: BlockLoss,
     heldout: TwoStreams,
 ) -> float:
@@ -177,11 +177,11 @@ def _sequences(batches: Sequence[Tensor]) -> list[Tensor]:
     return [sequence for batch in batches for sequence in batch.split(1)]
 
 
-def _forwards(model: nn.Module, tuned: Mapping[str, TunedLevel]) -> dict[str, Any]:
+def _forwards(model: nn.Module, tuned: Mapping[str, Any]) -> dict[str, Any]:
     return {unit: _forward(model.get_submodule(unit), level) for unit, level in tuned.items()}
 
 
-def _forward(module: Any, level: TunedLevel) -> Callable[[Tensor], Tensor]:
+def _forward(module: Any, level: Any) -> Callable[[Tensor], Tensor]:
     fix = compose.bias_fix(level.level, level.start)
     bias = module.bias if fix is None else fix if module.bias is None else module.bias + fix
     weight = level.weight()

@@ -32,6 +32,7 @@ from ..plans.level import Level
 from ..recipes.recipe import BLOCKWISE
 from ..store.level_store import LevelStore
 from .block_tuning import BlockLoss, Tuning, block_loss, tune_block
+from .in_turn import made_in_turn
 from .learned_rounding import TunedLevel
 from .states import RefinedStates, write_block
 
@@ -145,6 +146,11 @@ def _finish(
         if value < least:
             best, least = states, value
     if settings.mode == "best":
+        how: dict[str, Any] = {"run": run, "loss": loss, "settings": settings.tuning}
+        states = {**best, **made_in_turn(sets, coded, dropped, moments=G, **how)}
+        notes["in turn"] = value = score(states)
+        if value < least:
+            best, least = states, value
         start = dict(best)
 
         def fresh() -> dict[str, TunedLevel]:

@@ -32,9 +32,10 @@ LEVELS = [
     "dense",
 ]
 FAST = Settings()
-BEST = Settings(
-    "best", tuning=Tuning(steps=40, batch=6, code_rate=0.005, float_rate=2e-3, zero_rate=0.03)
+TUNING = Tuning(
+    steps=80, batch=6, code_rate=0.005, float_rate=2e-3, zero_rate=0.03, weight_rate=8e-3
 )
+BEST = Settings("best", tuning=TUNING)
 
 
 class Home:
@@ -103,6 +104,12 @@ def test_tuning_lowers_the_heldout_loss_of_a_block(best: RefinedStates) -> None:
     for block in range(3):
         notes = read_notes(best.file(block))
         assert notes["tuned"] < min(v for k, v in notes.items() if k != "tuned")
+
+
+def test_weights_tuned_for_those_made_before_them_leave_less(best: RefinedStates) -> None:
+    for block in range(3):
+        notes = read_notes(best.file(block))
+        assert notes["in turn"] < min(notes["before"], notes["alpha 0.5"])
 
 
 def test_names_shapes_and_dtypes_stay_those_of_the_store(home: Home, best: RefinedStates) -> None:
