@@ -29,15 +29,18 @@ from ..base.progress import Progress
 from ..base.ranks import ALONE, Ranks
 from ..base.resources import atomic_path
 from ..methods.maths.linalg import Stats
+from ..models.ends import output_head
 from ..models.experts import others
+from ..models.head import head_inputs
 from ..models.stream import BlockStream
 from ..models.units import Unit, find_units
+from .end_moments import HEAD_FILE, STATS
 
 logger = logging.getLogger(__name__)
 
 Group = tuple[str, ...]  # names of units that share one input
 
-FOLDER = "stats"
+FOLDER = STATS
 _BATCH_TOKENS = 4096
 
 
@@ -65,6 +68,7 @@ def calibrate(
     Raises ValueError where the folder holds moments made from something else.
     """
     units = list(units) if units is not None else find_units(model)
+    needs_head = ranks.is_first and any(unit.role in ("head", "tied") for unit in units)
     units = [unit for unit in units if not unit.is_end]  # see `end_moments`
     sets = _token_sets(model, tokens, heldout_tokens, prefix, n_sink)
     root = Path(folder) / FOLDER
@@ -75,14 +79,16 @@ def calibrate(
         by_block.setdefault(unit.block, []).append(unit.name)
     mine = [i for n, i in enumerate(sorted(by_block)) if ranks.owns(n)]
     missing = [i for i in mine if not _file(root, i).is_file()]
-    if not missing:
+    needs_head = needs_head and not (root / HEAD_FILE).is_file()
+    if not missing and not needs_head:
         ranks.wait()
         return root
     stream = BlockStream(model)
     stream.check(tokens[:1, :8])
     with torch.no_grad():
         runs = {k: _Run(stream, ids, batch_tokens) for k, ids in sets.items()}
-        for i in range(missing[-1] + 1):
+        n_blocks = stream.n_blocks if needs_head else missing[-1] + 1
+        for i in range(n_blocks):
             if i in missing:
                 made = {
                     k: run.moments(i, by_block[i], accumulate if k == "gram" else torch.float32)
@@ -94,7 +100,9 @@ def calibrate(
                 for run in runs.values():
                     run.advance(i)
             if progress:
-                progress("calibration", i + 1, missing[-1] + 1)
+                progress("calibration", i + 1, n_blocks)
+        if needs_head:
+            _write_head(root / HEAD_FILE, runs["gram"])
     ranks.wait()
     return root
 
@@ -177,7 +185,8 @@ class _Run:
     def __init__(self, stream: BlockStream, ids: Tensor, batch_tokens: int) -> None:
         self.stream = stream
         size = max(1, batch_tokens // ids.shape[1])
-        self.hidden = [stream.embed(part) for part in ids.split(size)]
+        self.ids = ids.split(size)
+        self.hidden = [stream.embed(part) for part in self.ids]
 
     def advance(self, block: int) -> None:
         """Run one block over all sequences, in place."""
@@ -196,6 +205,21 @@ class _Run:
                         made[group] = Moment(x, dtype)
                     made[group].add(x)
         return made
+
+
+def _write_head(path: Path, run: _Run) -> None:
+    """Write the moment of the head's inputs, when all blocks have been run."""
+    found = output_head(run.stream.model)
+    if found is None:
+        return
+    moment: Moment | None = None
+    for ids, hidden in zip(run.ids, run.hidden, strict=True):
+        x = head_inputs(found[1], run.stream, ids, hidden)
+        moment = moment or Moment(x, torch.float32)
+        moment.add(x)
+    assert moment is not None  # there are tokens
+    with atomic_path(path) as temporary:
+        save_file({"gram": moment.gram().cpu()}, temporary)
 
 
 @contextmanager

@@ -40,18 +40,18 @@ def build_levels(job: Job) -> LevelStore:
 
 def calibrated(job: Job) -> Source:
     """Return what levels are made from, after one streaming pass and one backward pass."""
+    units = [unit for unit in job.units if not unit.is_end or _is_open(job, unit)]
+    searched = [unit for unit in units if unit.is_end]
     calibrate(
         job.model,
         job.tokens["calibration"],
         job.work,
-        units=job.units,
+        units=units,
         heldout_tokens=job.tokens.get("heldout"),
         ranks=job.ranks,
         progress=job.progress,
     )
     moments = ends = None
-    units = [unit for unit in job.units if not unit.is_end or _is_open(job, unit)]
-    searched = [unit for unit in units if unit.is_end]
     n_tokens = job.recipe.search.sensitivity_tokens
     if n_tokens or searched:
         n = max(1, n_tokens // job.recipe.data.seq_len)

@@ -29,15 +29,7 @@ class SomeColumns:
 
     def inputs(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Return what the linear layer gets (n, d), from the last block's output (1, n, d)."""
-        before = self.head.__dict__.get("forward")
-        self.head.forward = nn.Identity().forward  # type: ignore[method-assign]
-        try:
-            return self.stream.head(ids, hidden)[0]
-        finally:
-            if before is None:
-                del self.head.forward
-            else:
-                self.head.forward = before  # type: ignore[method-assign]
+        return head_inputs(self.head, self.stream, ids, hidden)[0]
 
     def at(self, x: Tensor, columns: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return the logits (n, k) of x (n, d) at each position's own `columns` (n, k).
@@ -71,3 +63,23 @@ class SomeColumns:
                 f"{type(self.stream.model).__name__} changes the logits after its linear head "
                 "(a scale or a soft cap); leave out kl's columns"
             )
+
+
+def head_inputs(head: nn.Module, stream: BlockStream, ids: Tensor, hidden: Tensor) -> Tensor:
+    """Return what a linear head gets (batch, seq, d), without the product with its weight."""
+    seen: list[Tensor] = []
+
+    def passed_on(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x
+
+    before = head.__dict__.get("forward")
+    head.forward = passed_on  # type: ignore[method-assign]
+    try:
+        stream.head(ids, hidden)
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before  # type: ignore[method-assign]
+    return seen[0]
