@@ -90,12 +90,7 @@ def calibrate(
         n_blocks = stream.n_blocks if needs_head else missing[-1] + 1
         for i in range(n_blocks):
             if i in missing:
-                made = {
-                    k: run.moments(i, by_block[i], accumulate if k == "gram" else torch.float32)
-                    for k, run in runs.items()
-                }
-                _lend(made["gram"], by_block[i])
-                _write(_file(root, i), made, by_block[i])
+                _write_block(_file(root, i), runs, i, by_block[i], accumulate)
             else:
                 for run in runs.values():
                     run.advance(i)
@@ -205,6 +200,18 @@ class _Run:
                         made[group] = Moment(x, dtype)
                     made[group].add(x)
         return made
+
+
+def _write_block(
+    path: Path, runs: dict[str, _Run], block: int, names: list[str], accumulate: torch.dtype
+) -> None:
+    """Run one block over all sets of sequences, and write the moments of its inputs."""
+    made = {
+        k: run.moments(block, names, accumulate if k == "gram" else torch.float32)
+        for k, run in runs.items()
+    }
+    _lend(made["gram"], names)
+    _write(path, made, names)
 
 
 def _write_head(path: Path, run: _Run) -> None:

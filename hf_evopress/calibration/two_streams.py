@@ -27,11 +27,21 @@ class TwoStreams:
     dense, compressed: (batch, seq, dim) each; targets: the dense block's outputs, after aim().
     """
 
-    def __init__(self, stream: BlockStream, tokens: Tensor, *, batch_tokens: int) -> None:
+    def __init__(
+        self,
+        stream: BlockStream,
+        tokens: Tensor,
+        *,
+        batch_tokens: int,
+        forwards: Mapping[str, Any] | None = None,
+    ) -> None:
         self.stream, self.block = stream, 0
-        size = max(1, batch_tokens // tokens.shape[1])
-        self.dense = [stream.embed(part) for part in tokens.split(size)]
+        batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
+        self.dense = [stream.embed(part) for part in batches]
         self.compressed = list(self.dense)
+        if forwards:
+            with patched(stream.model, forwards):
+                self.compressed = [stream.embed(part) for part in batches]
         self.targets: list[Tensor] = []
 
     def aim(self) -> None:
@@ -47,10 +57,23 @@ class TwoStreams:
 Sets = Mapping[str, TwoStreams]
 
 
-def two_streams(stream: BlockStream, tokens: Tensor, heldout: Tensor, *, n_sink: int = 64) -> Sets:
-    """Return the streams of all tokens (gram), of single first tokens (sink), and held out."""
+def two_streams(
+    stream: BlockStream,
+    tokens: Tensor,
+    heldout: Tensor,
+    *,
+    n_sink: int = 64,
+    forwards: Mapping[str, Any] | None = None,
+) -> Sets:
+    """Return the streams of all tokens (gram), of single first tokens (sink), and held out.
+
+    forwards: module path -> forward of a compressed embedding, with which the prefix begins.
+    """
     sets = {"gram": tokens, "sink": first_tokens(tokens, n_sink)[:, None], "heldout": heldout}
-    return {kind: TwoStreams(stream, ids, batch_tokens=BATCH_TOKENS) for kind, ids in sets.items()}
+    return {
+        kind: TwoStreams(stream, ids, batch_tokens=BATCH_TOKENS, forwards=forwards)
+        for kind, ids in sets.items()
+    }
 
 
 def input_groups(

@@ -1,9 +1,9 @@
 """A checkpoint of compressed-tensors: loads in stock transformers and in vLLM, without hf_evopress.
 
 The same codes and scales in that format's packing, which wastes no bits either. It can hold layers
-at one term with codes. Zero points are read by transformers 5.23 only where all layers have the
-same level, so that plans with several need `symmetric=true`. vLLM has kernels for 4 and 8 bits, and
-wants one level for layers that it fuses (`--tie`).
+at one term with codes; embedding and head are written dense. Zero points are read by transformers
+5.23 only where all layers have the same level, so that plans with several need `symmetric=true`.
+vLLM has kernels for 4 and 8 bits, and wants one level for layers that it fuses (`--tie`).
 
 Loaded in float16 the weights are those of the plan in float16, bit for bit, and without zero points
 in float32, too; in bfloat16 compressed-tensors rounds float16 scales to bfloat16.
@@ -11,6 +11,7 @@ in float32, too; in bfloat16 compressed-tensors rounds float16 scales to bfloat1
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,15 @@ from torch import nn
 
 from ..methods import compose
 from ..methods.base import State
+from ..models.ends import find_ends
 from ..models.experts import SplitExperts
 from ..models.plain import stock_class
 from ..plans.level import Level
 from ..plans.plan import Plan
 from .base import Export, States, check_loads
+from .dense import write_weights
+
+logger = logging.getLogger(__name__)
 
 Scheme = tuple[int, int, bool]
 
@@ -37,6 +42,7 @@ class CompressedTensorsExport(Export):
     name = "compressed_tensors"
 
     def write(self, model: Any, plan: Plan, states: States, folder: Path) -> None:
+        plan = _without_ends(model, plan, states)
         check_plan(model, plan)
         groups: dict[Scheme, list[str]] = {}
         for unit, level in plan.items():
@@ -55,7 +61,11 @@ class CompressedTensorsExport(Export):
 
         In the dtype in which compressed-tensors rounds nothing (see above).
         """
-        levels = {unit: level for unit, level in plan.items() if not level.is_dense}
+        levels = {
+            unit: level
+            for unit, level in plan.items()
+            if isinstance(model.get_submodule(unit), PackedLinear)  # ends are dense
+        }
         has_zeros = not all(_scheme(level)[2] for level in levels.values())
         dtype = torch.float16 if has_zeros else torch.float32
         for unit, level in levels.items():
@@ -69,6 +79,22 @@ class CompressedTensorsExport(Export):
         for parameter in model.parameters():  # not buffers: rotary tables stay in float32
             parameter.data = parameter.data.to(dtype)
         check_loads(folder, model, dtype=dtype)
+
+
+def _without_ends(model: Any, plan: Plan, states: States) -> Plan:
+    """Return the plan of the decoder, after writing dense weights into embedding and head."""
+    names = {unit.name for unit in find_ends(model)}
+    ends = {u: x for u, x in plan.items() if u in names and not x.is_dense}
+    rest = {u: x for u, x in plan.levels.items() if u not in ends}
+    if not ends or not rest:
+        return plan
+    logger.warning(
+        "compressed-tensors has no place for a packed embedding or head: %s are written dense, "
+        "as their levels decompress them",
+        ", ".join(f"{unit} ({level})" for unit, level in ends.items()),
+    )
+    write_weights(model, Plan(ends), states)
+    return plan.replace(levels=rest, shapes={u: s for u, s in plan.shapes.items() if u in rest})
 
 
 class PackedLinear(nn.Module):

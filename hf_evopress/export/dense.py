@@ -32,7 +32,7 @@ class DenseExport(Export):
 
 @torch.no_grad()
 def write_weights(model: Any, plan: Plan, states: States) -> None:
-    """Put the weights that the levels of `plan` stand for into the linear layers of `model`."""
+    """Put the weights that the levels of `plan` stand for into the layers of `model`."""
     for unit, level in plan.items():
         if level.is_dense or level.is_drop:
             continue

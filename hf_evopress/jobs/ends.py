@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from ..base.patterns import matches
@@ -88,9 +89,15 @@ def _menu(shape: Shape, levels: Sequence[str | Level] | None) -> list[Level]:
         words += [f"gptq:bits={b},group_size={group // 2}" for b in FINE_BITS]
     offered = dict.fromkeys([compose.normalize(w) for w in words] + [default_level(shape)])
     for level in map(compose.normalize, levels or ()):
-        if not (level.is_dense or level.is_drop) and fits(level, shape):
+        if not (level.is_dense or level.is_drop) and _serves(level, shape):
             offered[level] = None
     return sorted(offered, key=lambda level: (compose.cost_bits(level, shape), str(level)))
+
+
+def _serves(level: Level, shape: Shape) -> bool:
+    """Return whether an end takes a level: an embedding has no bias that could be corrected."""
+    is_corrected = fits(level, shape) and "bias_fix" in compose.empty(level, shape, torch.float32)
+    return fits(level, shape) and not is_corrected
 
 
 def _level(unit: Unit, said: str, pins: Mapping[str, str]) -> Level:
@@ -101,6 +108,8 @@ def _level(unit: Unit, said: str, pins: Mapping[str, str]) -> Level:
             level = compose.normalize(text)
     if level.is_drop:
         raise ValueError(f"{unit.name} cannot be dropped; give it a level, or dense")
+    if fits(level, unit.shape) and not _serves(level, unit.shape):
+        raise ValueError(f"{unit.name}: level '{level}' corrects a bias; leave centred out")
     try:
         compose.check_shape(level, unit.shape)
     except ValueError as error:

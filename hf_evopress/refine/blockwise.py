@@ -89,6 +89,7 @@ def refine(
         _made_from(model, store, levels, tokens, heldout, settings),
         what="refined levels",
     )
+    ends = {} if settings.is_alone else _ends(store, levels)
     by_block = _by_block(model, store, levels)
     missing = [i for i, of in by_block.items() if _coded(of) and not result.file(i).is_file()]
     if not missing:
@@ -96,7 +97,9 @@ def refine(
     stream = BlockStream(model)
     stream.check(tokens[:1, :8])
     with torch.no_grad():
-        sets = two_streams(stream, tokens, heldout)
+        states = {unit: store.state(unit, level) for unit, level in _coded(ends).items()}
+        forwards = operators(model, ends, states)
+        sets = two_streams(stream, tokens, heldout, forwards=forwards)
         for block in range(max(missing) + 1):
             for streams in sets.values():
                 streams.aim()
@@ -219,8 +222,14 @@ def _by_block(
     for unit, level in levels.items():
         if unit not in blocks:
             raise ValueError(f"the plan gives a level to {unit}, which the level store lacks")
+        if unit in store.units and store.units[unit].is_end:
+            continue  # in no block: it stays as it is
         found.setdefault(blocks[unit], {})[unit] = level
     return found
+
+
+def _ends(store: LevelStore, levels: Mapping[str, Level]) -> dict[str, Level]:
+    return {u: x for u, x in levels.items() if u in store.units and store.units[u].is_end}
 
 
 def _output_moment(

@@ -86,9 +86,10 @@ def refine_levels(
     """
     settings = dataclasses.replace(settings, mode="best", alphas=(), is_alone=True)
     made = {}
-    offered = (level for unit in store.units for level in store.levels(unit))
+    units = [unit.name for unit in store.units.values() if not unit.is_end]
+    offered = (level for unit in units for level in store.levels(unit))
     for level in chosen(offered, patterns):
-        levels = {unit: level for unit in store.units if level in store.levels(unit)}
+        levels = {unit: level for unit in units if level in store.levels(unit)}
         name = text_fingerprint(str(level), repr(settings), *levels)
         label = f"refine {level}"
         states = refine(

@@ -77,7 +77,11 @@ class _Deltas(Mapping[str, Tensor]):
 
     def __init__(self, model: Any, store: LevelStore, level: Level) -> None:
         self.model, self.store, self.level = model, store, level
-        self.units = [unit for unit in store.units if level in store.levels(unit)]
+        self.units = [
+            unit.name
+            for unit in store.units.values()
+            if not unit.is_end and level in store.levels(unit.name)
+        ]
 
     def __getitem__(self, unit: str) -> Tensor:
         weight = self.model.get_submodule(unit).weight.detach().float()

@@ -168,4 +168,4 @@ def _plain(values: Any) -> dict[str, str]:
 
 
 def _has_blocks(plan: Plan) -> bool:
-    return all(any(part.isdigit() for part in unit.split(".")) for unit in plan)
+    return any(any(part.isdigit() for part in unit.split(".")) for unit in plan)

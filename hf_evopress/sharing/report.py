@@ -28,6 +28,9 @@ _CIVIDIS = (
 )
 
 
+_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")  # of the block, in the name of a unit
+
+
 @dataclass(frozen=True)
 class Grid:
     """The bits of a plan by block and kind: the numbers behind every heat map.
@@ -66,10 +69,12 @@ def grid(plan: Plan, bits: Mapping[str, float] | None = None) -> Grid:
     `bits` holds the stored bits per weight of each unit (cost_bits / n_weights); without it,
     what the levels say of themselves is shown (`nominal_bits`), which leaves out scales.
     Experts of one block share a cell. A sub-block at `drop` is 0 for every unit inside it.
+    Embedding and head are in no block, and left out.
     """
     values = nominal_bits(plan) if bits is None else _checked(plan, bits)
     weighted: dict[tuple[int, str], list[tuple[float, int]]] = defaultdict(list)
-    for unit in _matrices(plan):
+    ends = ends_of(plan)
+    for unit in (unit for unit in _matrices(plan) if unit not in ends):
         dropped = any(plan[part].is_drop for part in _containers(unit) if part in plan)
         rows, columns = plan.shapes.get(unit, (1, 1))
         weighted[_place(unit)].append((0.0 if dropped else values[unit], rows * columns))
@@ -116,6 +121,8 @@ def heat_map(plan: Plan, bits: Mapping[str, float] | None = None, *, color: bool
         lines.append(f"{block:5d} {cells} {mean:5.2f}")
     means = "".join(f"{mean:.2f}".center(width) for mean in shown.column_means)
     lines.append(f" mean {means} {shown.mean:5.2f}")
+    values = nominal_bits(plan) if bits is None else bits
+    lines += [f"{unit} {values[unit]:.2f}" for unit in ends_of(plan)]
     return "\n".join(lines)
 
 
@@ -144,6 +151,12 @@ def bits_line(plan: Plan) -> str:
     if not isinstance(stored, (int, float)):
         return f"bits per weight: {named}"
     return f"bits per weight: {stored:.3f} stored, all counted; {named} (as in the map below)"
+
+
+def ends_of(plan: Plan) -> list[str]:
+    """Return the units in no block, the embedding and the head, of a plan that has blocks."""
+    outside = [unit for unit in plan if not _NUMBER.search(unit)]
+    return outside if len(outside) < len(plan) else []
 
 
 def ends_line(plan: Plan) -> str:
@@ -206,7 +219,7 @@ def _containers(unit: str) -> list[str]:
 
 def _place(unit: str) -> tuple[int, str]:
     """Return block and kind: (3, "mlp.up_proj") for "model.layers.3.mlp.up_proj"."""
-    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", unit)
+    match = _NUMBER.search(unit)
     if match is None:
         raise ValueError(f"unit {unit!r} has no block number in its name")
     kind = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", unit[match.end() :])
@@ -261,7 +274,8 @@ def _where(units: Sequence[str]) -> str:
     """Return how often each kind occurs: "up 12, down 3"."""
     count: dict[str, int] = defaultdict(int)
     for unit in units:
-        count[_place(unit)[1].rpartition(".")[2].removesuffix("_proj")] += 1
+        kind = _place(unit)[1] if _NUMBER.search(unit) else unit
+        count[kind.rpartition(".")[2].removesuffix("_proj")] += 1
     return ", ".join(f"{k} {n}" for k, n in sorted(count.items(), key=lambda item: -item[1]))
 
 

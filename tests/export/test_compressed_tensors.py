@@ -137,3 +137,20 @@ def _none(unit: str, level: Level) -> Any:
 def _shape(made: Made, unit: str) -> tuple[int, int]:
     linear = made.model.get_submodule(unit)
     return (linear.out_features, linear.in_features)
+
+
+def test_ends_are_written_dense_and_named(
+    tiny_model: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    level = compose.normalize("rtn:bits=4,group_size=64,symmetric=true")
+    made = Made(tiny_model("llama", tie_word_embeddings=True), (str(level),))
+    weight = made.model.get_input_embeddings().weight
+    made.states["model.embed_tokens"] = state = compose.compress(level, weight.detach(), None)
+    weight.data = compose.decompress(level, state, (256, 64), torch.float32)
+    plan = Plan({**made.plan.levels, "model.embed_tokens": level})
+    dense = tiny_model("llama", tie_word_embeddings=True)
+    folder = CompressedTensorsExport().save(dense, plan, made.state, tmp_path / "x")
+    assert "model.embed_tokens (rtn:bits=4,group_size=64,symmetric=true)" in caplog.text
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, made.model(IDS).logits)

@@ -141,3 +141,11 @@ def test_the_dense_export_writes_what_was_measured(made: Any, tmp_path: Path) ->
             for f in (made.folder, folder)
         )
     assert torch.allclose(packed, dense, atol=0.1)
+
+
+def test_refinement_goes_on_from_the_compressed_embedding(home: Path) -> None:
+    same = {"budget": {"size": "240kB"}, "work": str(home / "small.work"), "refine": "fast"}
+    result = compress(recipe(home, home / "refined", **same), window=64)
+    notes = result.plan.results["refined"]
+    assert notes["before"] > 0 and notes["after"] > 0
+    assert stored_bytes(result.folder) <= 240_000

@@ -7,6 +7,7 @@ import pytest
 from hf_evopress.plans.plan import Plan
 from hf_evopress.sharing.report import (
     bits_line,
+    ends_line,
     grid,
     heat_map,
     level_table,
@@ -155,3 +156,17 @@ def test_stored_and_named_bits_stand_side_by_side() -> None:
     told = plan.replace(budget={"bits_per_weight": 3.2997})
     assert bits_line(told).startswith("bits per weight: 3.300 stored, all counted; ")
     assert f"{grid(plan).mean:.3f} named by the levels" in bits_line(told)
+
+
+def test_embedding_and_head_stand_below_the_blocks() -> None:
+    plan = make_plan(2)
+    levels = {**plan.levels, "model.embed_tokens": "rtn:bits=5,group_size=64"}
+    shapes = {**plan.shapes, "model.embed_tokens": (256, 64)}
+    budget = {"ends_bytes": {"model.embed_tokens": 12_000, "lm_head": 32_768}}
+    whole = Plan(levels, shapes, budget=budget)
+    assert grid(whole) == grid(plan), "they are in no cell"
+    assert heat_map(whole, color=False).splitlines()[-1] == "model.embed_tokens 5.00"
+    assert "embed_tokens 1" in level_table(whole)
+    told = "model.embed_tokens 0.0 MB (rtn:bits=5,group_size=64), lm_head 0.0 MB (dense)"
+    assert ends_line(whole) == f"Outside the decoder: {told}."
+    assert ends_line(plan) == ""
