@@ -30,7 +30,7 @@ class _Card:
     def __init__(self) -> None:
         self.live = self.peak = self.n_syncs = 0
         self.limit: int | None = None
-        self.storages: weakref.WeakValueDictionary[int, _Claim] = weakref.WeakValueDictionary()
+        self.storages: dict[int, weakref.ref[_Claim]] = {}
 
 
 class _Claim:
@@ -54,6 +54,7 @@ class _Claim:
 
     def __del__(self) -> None:
         self.card.live -= self.nbytes
+        self.card.storages.pop(self.storage._cdata, None)
 
 
 _cards = [_Card() for _ in range(N_CARDS)]
@@ -98,6 +99,7 @@ class Sim(Tensor):
 
     raw: Tensor
     claim: _Claim
+    place: torch.device
 
     @staticmethod
     def __new__(cls, raw: Tensor, device: torch.device) -> Sim:
@@ -111,22 +113,26 @@ class Sim(Tensor):
             device=device,
             storage_size=1 << 62,  # any shape may be written to it; the true one is the raw one's
         )
-        made.raw, made.claim = raw, claim
+        made.raw, made.claim, made.place = raw, claim, device
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == _SET_DATA:  # copies the metadata of a tensor, and would leave `raw` behind
-            to, value = args
-            if not isinstance(to, Sim) or not isinstance(value, Sim):
-                raise RuntimeError("incompatible tensor type: .data of another device")
-            to.raw, to.claim = value.raw, value.claim
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """The values without their graph; setting it, by another tensor of the device."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if not isinstance(value, Sim):
+            raise RuntimeError("incompatible tensor type: .data of another device")
+        self.raw, self.claim = value.raw, value.claim
+        _DATA.__set__(self, value)  # the metadata
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"{self.raw!r:.200} on {self.device}"
@@ -139,6 +145,10 @@ class Sim(Tensor):
                 made._is_param = True  # type: ignore[attr-defined]
             memo[id(self)] = made.requires_grad_(self.requires_grad)
         return memo[id(self)]
+
+    def as_subclass(self, cls: type) -> Any:  # type: ignore[override]
+        """Return the tensor as it is: a wrapper cannot be of another class as well."""
+        return self
 
     def tolist(self) -> Any:
         """Return the values, which the CPU waits for."""
@@ -172,14 +182,16 @@ class Sim(Tensor):
         return Sim(inner["raw"], device)
 
 
-_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_DATA: Any = Tensor.data
 
 
 def _claim(raw: Tensor, card: _Card) -> _Claim:
     storage = raw.untyped_storage()
-    claim = card.storages.get(storage._cdata)
+    found = card.storages.get(storage._cdata)
+    claim = None if found is None else found()
     if claim is None:
-        claim = card.storages[storage._cdata] = _Claim(storage, card)
+        claim = _Claim(storage, card)
+        card.storages[storage._cdata] = weakref.ref(claim)
     return claim
 
 
@@ -220,18 +232,20 @@ def _signature(func: Any) -> _Signature:
     return _Signature(func)
 
 
-def _tensors(args: Any) -> Iterator[Tensor]:
+def _tensors(args: Any, found: list[Tensor]) -> list[Tensor]:
+    """Return the tensors in arguments, added to `found`."""
     for a in args:
         if isinstance(a, Tensor):
-            yield a
+            found.append(a)
         elif isinstance(a, (list, tuple)):
-            yield from _tensors(a)
+            _tensors(a, found)
+    return found
 
 
 def _raw(a: Any) -> Any:
     if isinstance(a, Sim):
         return a.raw
-    if isinstance(a, (list, tuple)) and any(isinstance(x, (Tensor, list, tuple)) for x in a):
+    if isinstance(a, (list, tuple)) and a and not isinstance(a[0], (int, float)):
         return type(a)([_raw(x) for x in a])
     return a
 
@@ -243,9 +257,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         made = func.decompose(*args, **kwargs)
         if made is not NotImplemented:
             return made
-    tensors = list(_tensors((*args, *kwargs.values())))
-    device = next((t.device for t in tensors if isinstance(t, Sim)), None)
-    if device is not None:
+    tensors = _tensors(kwargs.values(), _tensors(args, [])) if kwargs else _tensors(args, [])
+    device = next((t.place for t in tensors if isinstance(t, Sim)), None)
+    if len(tensors) > 1 and device is not None:
         _check(sign, args, kwargs, tensors, device)
     if kwargs.get("device") is not None:
         device = indexed(kwargs["device"])
@@ -261,7 +275,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if sign.name in _SYNCS and not (sign.name == "aten::_to_copy" and on_card):
         for index in {t.device.index for t in tensors if isinstance(t, Sim)}:
             _cards[index].n_syncs += 1
-    out = func(*[_raw(a) for a in args], **{k: _raw(v) for k, v in kwargs.items()})
+    raws = {k: _raw(v) for k, v in kwargs.items()} if kwargs else {}
+    out = func(*[_raw(a) for a in args], **raws)
     return _wrapped(func, sign, args, kwargs, out, device if on_card else None)
 
 
@@ -275,10 +290,14 @@ def _with_generator(sign: _Signature, args: Any, kwargs: Any, device: Any) -> An
 
 def _wrapped(func: Any, sign: _Signature, args: Any, kwargs: Any, out: Any, device: Any) -> Any:
     """Return an operator's results as tensors on the card; what it wrote to as what was given."""
-    given = {i: args[i] if i < len(args) else kwargs.get(sign.names[i]) for i in sign.written}
-    for tensor in _tensors(given.values()):
-        if isinstance(tensor, Sim):
-            _grown(func, sign, args, kwargs, tensor)
+    given: dict[int, Any] = {}
+    if sign.written:
+        given = {i: args[i] if i < len(args) else kwargs.get(sign.names[i]) for i in sign.written}
+        for tensor in _tensors(given.values(), []):
+            if isinstance(tensor, Sim):
+                _grown(func, sign, args, kwargs, tensor)
+    elif device is not None and isinstance(out, Tensor):
+        return Sim(out, device)
     if device is None:
         return out
     results = list(out) if isinstance(out, tuple) else [out]
@@ -310,16 +329,18 @@ def _grown(func: Any, sign: _Signature, args: Any, kwargs: Any, tensor: Sim) -> 
 
 def _check(sign: _Signature, args: Any, kwargs: Any, tensors: Any, device: torch.device) -> None:
     """Refuse what CUDA refuses."""
-    if sign.name in _COPIES or all(t.device == device for t in tensors):
+    if all(isinstance(t, Sim) and t.place is device for t in tensors) or sign.name in _COPIES:
         return
     strangers = [t for t in tensors if t.device != device]
+    if not strangers:
+        return
     if sign.name in _INDEXING and args[0].device == device:
-        indices = {id(t) for t in _tensors(args[1])}
+        indices = {id(t) for t in _tensors(args[1], [])}
         if all(t.device.type == "cpu" and (t.ndim == 0 or id(t) in indices) for t in strangers):
             return
     elif sign.takes_scalars and all(t.device.type == "cpu" and t.ndim == 0 for t in strangers):
         written = [args[i] if i < len(args) else kwargs[sign.names[i]] for i in sign.written]
-        if all(t.device == device for t in _tensors(written)):
+        if all(t.device == device for t in _tensors(written, [])):
             return
     raise RuntimeError(
         "Expected all tensors to be on the same device, but found at least two devices, "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.devices import find_device, on_device
 from ..base.progress import Progress
 from ..base.target import whole_folder, writes_out
 from ..calibration.data import load_tokens, tokenize_file
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 _HELD_OUT = 4  # sequences of the data that figures are measured on
 
 
+@on_device
 @writes_out("model", "data", "dense")
 def adapt(
     model: str,
@@ -91,6 +93,7 @@ class Merged:
     reports: Mapping[str, Report] = field(default_factory=dict)
 
 
+@on_device
 @writes_out("model", "adapter", "data", "work", "against", "test")
 def merge(
     model: str,
@@ -178,13 +181,14 @@ def _measure(
 
 
 def load(name: str, *, dtype: Any = None) -> Any:
-    """Return the model called `name`, in float32 on a CPU and bfloat16 on a GPU unless told.
+    """Return the model called `name` on the device in use, in float32 on a CPU and bfloat16 on
+    a GPU unless told.
 
     A name ending in .gguf is that of a file, in a folder or in a Hub repository.
     """
     register_with_transformers()
-    has_gpu = torch.cuda.is_available()
-    dtype = dtype or (torch.bfloat16 if has_gpu else torch.float32)
+    device = find_device()
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     where, file = _gguf_file(name) or (name, {})
     if not file:
         read_config(where)  # its errors are clearer
@@ -193,8 +197,8 @@ def load(name: str, *, dtype: Any = None) -> Any:
     if getattr(model, "hf_quantizer", None) is None:
         make_plain(model)
     model = model.eval().requires_grad_(False)
-    is_placed = model.device.type == "cuda"  # by its quantizer
-    return model.to("cuda") if has_gpu and not is_placed else model
+    is_placed = model.device.type != "cpu"  # by its quantizer
+    return model if is_placed or device.type == "cpu" else model.to(device)
 
 
 def tokenizer_of(name: str) -> Any:

@@ -25,10 +25,12 @@ def model_fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        # in which dtype values are held, or on which device, is not part of a model
+        dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
+        digest.update(f"{name} {tuple(parameter.shape)} {dtype}".encode())
         if not parameter.is_meta:
             flat = parameter.detach().reshape(-1)
-            digest.update(_bytes(flat[:: max(1, flat.numel() // _SAMPLES)]))
+            digest.update(_bytes(flat[:: max(1, flat.numel() // _SAMPLES)].to(dtype)))
     return digest.hexdigest()[:16]
 
 

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .devices import take_own_card
+
 # A process that dies is noticed at once, by its sockets; this is for one that hangs.
 TIMEOUT = timedelta(hours=2)
 
@@ -109,9 +111,7 @@ def start() -> Ranks:
         group = None
     else:
         return ALONE
-    if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
-        torch.cuda.set_device(local % torch.cuda.device_count())
+    take_own_card()
     return Ranks(dist.get_rank(), dist.get_world_size(), group)
 
 

@@ -85,7 +85,7 @@ def calibrate(
         return root
     stream = BlockStream(model)
     stream.check(tokens[:1, :8])
-    with torch.no_grad():
+    with torch.no_grad(), stream:
         runs = {k: _Run(stream, ids, batch_tokens) for k, ids in sets.items()}
         n_blocks = stream.n_blocks if needs_head else missing[-1] + 1
         for i in range(n_blocks):
@@ -181,12 +181,12 @@ class _Run:
         self.stream = stream
         size = max(1, batch_tokens // ids.shape[1])
         self.ids = ids.split(size)
-        self.hidden = [stream.embed(part) for part in self.ids]
+        self.hidden = [stream.place.let_rest(stream.embed(part)) for part in self.ids]
 
     def advance(self, block: int) -> None:
         """Run one block over all sequences, in place."""
         for b, hidden in enumerate(self.hidden):
-            self.hidden[b] = self.stream.run_block(block, hidden)
+            self.hidden[b] = self.stream.place.let_rest(self.stream.run_block(block, hidden))
 
     def moments(self, block: int, names: Sequence[str], dtype: torch.dtype) -> dict[Group, Moment]:
         """Run one block over all sequences and return the moments of its distinct inputs."""
@@ -194,7 +194,7 @@ class _Run:
         with unit_inputs(self.stream.model, names) as seen:
             for b, hidden in enumerate(self.hidden):
                 seen.clear()
-                self.hidden[b] = self.stream.run_block(block, hidden)
+                self.hidden[b] = self.stream.place.let_rest(self.stream.run_block(block, hidden))
                 for group, x in distinct_inputs(seen):
                     if group not in made:
                         made[group] = Moment(x, dtype)

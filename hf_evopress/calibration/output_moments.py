@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint, text_fingerprint
+from ..base.placement import dtype_of
 from ..base.progress import Progress
 from ..base.ranks import ALONE, Ranks
 from ..base.resources import atomic_path
@@ -210,7 +211,7 @@ class _Backward:
         self._generator = torch.Generator().manual_seed(seed)
         self._gradients: list[Tensor] = []  # of the loss, at the output of the block to come
         # float16 gradients of single tokens vanish; bfloat16 and float32 have the range
-        self._scale = 1024.0 if model.dtype == torch.float16 else 1.0
+        self._scale = 1024.0 if dtype_of(model) == torch.float16 else 1.0
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
 
     def __enter__(self) -> _Backward:
@@ -224,6 +225,7 @@ class _Backward:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stream.let_go()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         self._scratch.cleanup()
@@ -233,15 +235,15 @@ class _Backward:
 
         Blocks must be taken from the last to the first, each to the end.
         """
-        inputs = load_file(self._inputs(block))
+        inputs, place = load_file(self._inputs(block)), self.stream.place
         for b in range(len(self.batches)):
-            hidden = inputs.pop(str(b)).to(self._gradients[b].device).requires_grad_()
+            coming = place.on_device(self._gradients[b])
+            hidden = inputs.pop(str(b)).to(coming.device).requires_grad_()
             with _outputs(self.model, names) as seen, torch.enable_grad():
                 out = self.stream.run_block(block, hidden)
             outputs = [y for _, y in seen.values()]
-            self._gradients[b], *found = torch.autograd.grad(
-                out, [hidden, *outputs], self._gradients[b], allow_unused=True
-            )
+            gone, *found = torch.autograd.grad(out, [hidden, *outputs], coming, allow_unused=True)
+            self._gradients[b] = place.let_rest(gone)
             yield {
                 name: (x.detach(), g.float() / self._scale)
                 for (name, (x, _)), g in zip(seen.items(), found, strict=True)
@@ -257,21 +259,22 @@ class _Backward:
     @torch.no_grad()
     def _forward(self) -> None:
         """Put the input of each block on disk, and the gradients at the last output in memory."""
-        hidden = [self.stream.embed(ids) for ids in self.batches]
+        rest = self.stream.place.let_rest
+        hidden = [rest(self.stream.embed(ids)) for ids in self.batches]
         for block in range(self.stream.n_blocks):
             save_file({str(b): h.contiguous() for b, h in enumerate(hidden)}, self._inputs(block))
-            hidden = [self.stream.run_block(block, h) for h in hidden]
+            hidden = [rest(self.stream.run_block(block, h)) for h in hidden]
         for ids, last in zip(self.batches, hidden, strict=True):
             parts = [
                 self._head_gradient(i, h) for i, h in zip(ids.split(1), last.split(1), strict=True)
             ]
-            self._gradients.append(torch.cat(parts))
+            self._gradients.append(rest(torch.cat(parts)))
 
     def _head_gradient(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Return the gradient of -sum log p(y), y sampled from p, at the last block's output."""
         watching = self._recorder.watching() if self._recorder else nullcontext()
         with torch.enable_grad(), watching:
-            hidden = hidden.detach().requires_grad_()
+            hidden = self.stream.place.on_device(hidden.detach()).requires_grad_()
             logits = self.stream.head(ids, hidden).flatten(0, 1).float()
             with torch.no_grad():
                 # on the CPU, in order of tokens: the same labels on any device and batch size

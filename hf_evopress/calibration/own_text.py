@@ -22,8 +22,10 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria
 
 from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint
+from ..base.placement import dtype_of
 from ..base.progress import Progress
 from ..base.resources import atomic_path
+from ..models.stream import BlockStream
 from .input_moments import check_tokens
 from .text import CHAT, RAW, SELF, bos_of
 
@@ -153,7 +155,8 @@ def _kept(
 
         file = folder / f"written_{number:05d}.safetensors"
         if not file.is_file():
-            ids = _continued(model, part.to(model.device), seq_len, seed + number, tell)
+            with BlockStream(model).whole():
+                ids = _continued(model, part.to(model.device), seq_len, seed + number, tell)
             with atomic_path(file) as temporary:
                 save_file({"input_ids": ids.int().cpu()}, temporary)
         made.append(load_file(file)["input_ids"].long())
@@ -166,7 +169,7 @@ def _batch(model: Any, seq_len: int) -> int:
     heads = getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     heads = getattr(config, "num_key_value_heads", None) or heads
-    position = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    position = 2 * config.num_hidden_layers * heads * width * dtype_of(model).itemsize
     return max(1, min(_BATCH_TOKENS, _CACHE_BYTES // position) // seq_len)
 
 

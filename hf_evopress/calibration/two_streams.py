@@ -37,21 +37,26 @@ class TwoStreams:
     ) -> None:
         self.stream, self.block = stream, 0
         batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
-        self.dense = [stream.embed(part) for part in batches]
+        rest = stream.place.let_rest
+        self.dense = [rest(stream.embed(part)) for part in batches]
         self.compressed = list(self.dense)
         if forwards:
             with patched(stream.model, forwards):
-                self.compressed = [stream.embed(part) for part in batches]
+                self.compressed = [rest(stream.embed(part)) for part in batches]
         self.targets: list[Tensor] = []
 
     def aim(self) -> None:
         """Run the dense block: its outputs are the targets."""
-        self.targets = [self.stream.run_block(self.block, h) for h in self.dense]
+        self.targets = self._run(self.dense)
 
     def advance(self) -> None:
         """Go on to the next block, while the model computes at the levels of this one."""
-        self.compressed = [self.stream.run_block(self.block, h) for h in self.compressed]
+        self.compressed = self._run(self.compressed)
         self.dense, self.targets, self.block = self.targets, [], self.block + 1
+
+    def _run(self, hidden: Sequence[Tensor]) -> list[Tensor]:
+        stream = self.stream
+        return [stream.place.let_rest(stream.run_block(self.block, h)) for h in hidden]
 
 
 Sets = Mapping[str, TwoStreams]
@@ -63,6 +68,7 @@ def two_streams(
     heldout: Tensor,
     *,
     n_sink: int = 64,
+    batch_tokens: int = BATCH_TOKENS,
     forwards: Mapping[str, Any] | None = None,
 ) -> Sets:
     """Return the streams of all tokens (gram), of single first tokens (sink), and held out.
@@ -71,7 +77,7 @@ def two_streams(
     """
     sets = {"gram": tokens, "sink": first_tokens(tokens, n_sink)[:, None], "heldout": heldout}
     return {
-        kind: TwoStreams(stream, ids, batch_tokens=BATCH_TOKENS, forwards=forwards)
+        kind: TwoStreams(stream, ids, batch_tokens=batch_tokens, forwards=forwards)
         for kind, ids in sets.items()
     }
 

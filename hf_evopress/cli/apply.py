@@ -7,9 +7,11 @@ from typing import Annotated
 import typer
 
 from .console import console
+from .device import computes
 from .options import Calibration, Column, Out, Overwrite, Revision, Seed, SeqLen, Texts
 
 
+@computes
 def apply(
     plan: Annotated[str, typer.Argument(help="A plan: a file, a folder or a Hub name.")],
     out: Out,

@@ -12,6 +12,7 @@ from ..plans.plan import MARK
 from ..plans.repo import FILE_NAME
 from ..recipes.recipe import Recipe
 from .console import bars, console, table
+from .device import computes
 from .inspect import show_front
 from .options import (
     Bits,
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from ..store.level_store import LevelStore
 
 
+@computes
 def compress(
     model: Model,
     out: Out,
@@ -119,6 +121,7 @@ def compress(
     _run(recipe_of(**locals()), test=test, window=window, overwrite=overwrite)
 
 
+@computes
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe, YAML.")],
     override: Annotated[
@@ -137,6 +140,7 @@ def run(
     _run(loaded, test=test, window=window, overwrite=overwrite)
 
 
+@computes
 def levels(
     model: Model,
     work: Annotated[str, typer.Option(help="Folder to keep statistics and levels in.")],
@@ -175,6 +179,7 @@ def levels(
         _diagnose(job, store, diagnose)
 
 
+@computes
 def search(
     model: Model,
     work: Annotated[str, typer.Option(help="The folder that `levels` or `compress` filled.")],

@@ -7,9 +7,11 @@ from typing import Annotated
 import typer
 
 from .console import console, error_console
+from .device import computes
 from .options import Out, Overwrite
 
 
+@computes
 def export(
     model: Annotated[str, typer.Argument(help="A compressed model: a folder or a Hub name.")],
     out: Out,

@@ -13,6 +13,7 @@ from ..jobs.search_log import ENDING, read_log
 from ..plans.plan import Plan
 from ..plans.repo import FILE_NAME, INDEX_NAME, list_plans
 from .console import bars, console, table
+from .device import computes
 from .options import Column, Window
 
 
@@ -137,6 +138,7 @@ def list_plugins(
         console.print()
 
 
+@computes
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model, dense or compressed.")],
     data: Annotated[str, typer.Option("--data", "-d", help="A text file or a table.")],

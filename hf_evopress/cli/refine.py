@@ -11,6 +11,7 @@ from ..base.plugins import did_you_mean
 from ..recipes.recipe import END_TO_END, REFINE
 from .compress import show_result
 from .console import bars
+from .device import computes
 from .options import (
     Calibration,
     Column,
@@ -44,6 +45,7 @@ Mode = Annotated[
 MODES = REFINE[1:]
 
 
+@computes
 def refine(
     plan: Annotated[str, typer.Argument(help="A plan or a compressed model: file, folder, Hub.")],
     out: Out,

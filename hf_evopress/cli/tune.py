@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import bars, console, table
+from .device import computes
 from .options import Column, Overwrite
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ Teacher = Annotated[
 ]
 
 
+@computes
 def adapt(
     model: Model,
     out: Out,
@@ -102,6 +104,7 @@ def adapt(
     _show_adapter(folder)
 
 
+@computes
 def tune(
     model: Model,
     out: Out,
@@ -158,6 +161,7 @@ def tune(
     _show_tuned(result)
 
 
+@computes
 def merge(
     model: Model,
     adapter: Annotated[str, typer.Argument(help="A LoRA adapter of that model.")],

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..base.devices import on_device
 from ..base.target import whole_folder, writes_out
 from ..loading.config import EvoPressConfig
 from ..loading.quantizer import register_with_transformers
 from ..models.source import load_checked, read_tokenizer
 
 
+@on_device
 @writes_out("plan", "model", "data")
 def apply_plan(
     plan: str,

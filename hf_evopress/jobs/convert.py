@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.repair import load, tokenizer_of
+from ..base.devices import on_device
 from ..base.plugins import load as load_plugin
 from ..base.target import writes_out
 from ..loading.replace import blank_linears
@@ -15,6 +16,7 @@ from ..plans.level import Level
 from ..plans.plan import Plan
 
 
+@on_device
 @writes_out("model")
 def convert(model: str, out: str | Path, *, format: str, overwrite: bool = False) -> Path:
     """Return `out` with the compressed `model`, a folder or Hub name, in an export format.

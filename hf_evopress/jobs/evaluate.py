@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..adapters.repair import load
+from ..base.devices import on_device
 from ..base.progress import Progress
 from ..calibration.data import tokenize_file
 from ..loading.quantizer import register_with_transformers
@@ -13,6 +15,7 @@ from ..models.source import load_checked, read_config, read_tokenizer, window_of
 from ..scoring.evaluate import compare
 
 
+@on_device
 def evaluate_model(
     model: str,
     data: str,
@@ -32,8 +35,8 @@ def evaluate_model(
     if len(tokens) < window:
         raise ValueError(f"{data} has {len(tokens)} tokens, one window needs {window}")
     size = model_size(load_checked(model, dtype="auto"))  # as stored, whatever it is computed in
-    made = load_checked(model, dtype=dtype).eval()
-    dense = load_checked(against, dtype=dtype).eval() if against else None
+    made = load(model, dtype=dtype)
+    dense = load(against, dtype=dtype) if against else None
     report = compare(made, dense, tokens, window=window, max_windows=max_windows, progress=progress)
     stored = {"size_bytes": stored_bytes(model)} if Path(model).is_dir() else {}
     return {

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ..base.devices import computing_in, dtypes_of, has_bfloat16
+from ..base.devices import find_device, has_bfloat16
 from ..base.fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
+from ..base.placement import Place, computing_in, decide, put
 from ..base.progress import Progress
 from ..base.ranks import start
 from ..base.target import work_beside
@@ -72,6 +73,7 @@ class Job:
         report_to: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
+        self.device = find_device(recipe.device)
         self.recipe, self.ranks = recipe, start()
         self.fitness = fitness if fitness is not None else fitness_of(recipe.search.fitness)
         self.fitness_words = recipe.search.fitness if fitness is None else repr(fitness)
@@ -111,14 +113,24 @@ class Job:
         """What plans are compared in, of which the model's weights have to be exact."""
         if self.recipe.search.dtype != "auto":
             return getattr(torch, self.recipe.search.dtype)
-        if self.dtype == torch.bfloat16 and has_bfloat16(self.model.device):
+        if self.dtype == torch.bfloat16 and has_bfloat16(self.device):
             return torch.bfloat16
-        return self.model.dtype
+        return self.compute_dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What all else is computed in: float32 on a CPU, what is shipped on a GPU."""
+        if self.device.type == "cpu" or not has_bfloat16(self.device):
+            return torch.float32
+        return self.dtype
 
     def computing_in(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """Have the model in another dtype for a while, one that its weights are exact in."""
-        dtypes = self._loaded_dtypes if dtype == self.dtype else None
-        return computing_in(self.model, dtype, dtypes=dtypes)
+        """Have the model compute in another dtype for a while, which its weights are exact in."""
+        return computing_in(self.model, self._as_loaded(dtype))
+
+    def _as_loaded(self, dtype: torch.dtype) -> torch.dtype | None:
+        """Return None for the dtype of the weights: a few, as rotary tables, are in float32."""
+        return None if dtype == self.dtype else dtype
 
     @property
     def work(self) -> Path:
@@ -190,7 +202,7 @@ class Job:
 
     def take_over(self, other: Job) -> None:
         """Use what a job of the same model and data has loaded."""
-        loaded = ("model", "tokens", "written", "tokenizer", "_loaded_dtypes")
+        loaded = ("model", "tokens", "written", "tokenizer")
         self.__dict__.update({k: v for k, v in other.__dict__.items() if k in loaded})
 
     def load_model(self) -> Any:
@@ -201,10 +213,10 @@ class Job:
 
     @cached_property
     def model(self) -> Any:
-        """The dense model to compute with: the values to ship, in float32 on a CPU."""
+        """The dense model to compute with: the values to ship, put where `device` says."""
         model = self.load_model()
-        self._loaded_dtypes = dtypes_of(model)
-        return model.to("cuda") if torch.cuda.is_available() else model.float()
+        place = Place(self.device, self._as_loaded(self.compute_dtype))
+        return put(model, decide(model, place, self.recipe.offload))
 
     # -- plans ---------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
+from ..base.memory import within_memory
 from ..base.version import __version__
 from ..calibration.end_moments import load_ends
 from ..calibration.input_moments import calibrate, load_stats
@@ -17,6 +18,8 @@ from ..store.level_store import LevelStore, Source
 from .job import Job
 from .refinement import refined_levels
 
+CALIBRATION_BATCH, SENSITIVITY_BATCH = 4096, 1024  # tokens
+
 
 def build_levels(job: Job) -> LevelStore:
     """Return the level store of the recipe's menu."""
@@ -26,44 +29,63 @@ def build_levels(job: Job) -> LevelStore:
     else:  # a budget of drops: what is kept stays dense, and nothing is stored
         source = Source({"model": model_fingerprint(job.model)}, lambda block: {})
         folder = job.work / "store-dense"
-    store = LevelStore.build(
-        folder,
-        job.model,
-        job.units,
-        job.menus,
-        source,
-        ranks=job.ranks,
-        progress=job.progress,
+    store = within_memory(
+        "the level store",
+        lambda _: LevelStore.build(
+            folder,
+            job.model,
+            job.units,
+            job.menus,
+            source,
+            ranks=job.ranks,
+            progress=job.progress,
+        ),
+        job.device,
     )
     return refined_levels(job, store) if job.recipe.refine_levels else store
 
 
 def calibrated(job: Job) -> Source:
     """Return what levels are made from, after one streaming pass and one backward pass."""
+    seq_len = job.recipe.data.seq_len
     units = [unit for unit in job.units if not unit.is_end or _is_open(job, unit)]
     searched = [unit for unit in units if unit.is_end]
-    calibrate(
-        job.model,
-        job.tokens["calibration"],
-        job.work,
-        units=units,
-        heldout_tokens=job.tokens.get("heldout"),
-        ranks=job.ranks,
-        progress=job.progress,
+    within_memory(
+        "calibration",
+        lambda batch: calibrate(
+            job.model,
+            job.tokens["calibration"],
+            job.work,
+            units=units,
+            heldout_tokens=job.tokens.get("heldout"),
+            batch_tokens=batch,
+            ranks=job.ranks,
+            progress=job.progress,
+        ),
+        job.device,
+        batch_tokens=CALIBRATION_BATCH,
+        least=seq_len,
     )
     moments = ends = None
     n_tokens = job.recipe.search.sensitivity_tokens
     if n_tokens or searched:
         n = max(1, n_tokens // job.recipe.data.seq_len)
-        output_moments(
-            job.model,
-            job.tokens["calibration"][:n],
-            job.work,
-            units=units if n_tokens else searched,
-            counted=job.tokens["calibration"],
-            seed=job.recipe.data.seed,
-            ranks=job.ranks,
-            progress=job.progress,
+        within_memory(
+            "sensitivities",
+            lambda batch: output_moments(
+                job.model,
+                job.tokens["calibration"][:n],
+                job.work,
+                units=units if n_tokens else searched,
+                counted=job.tokens["calibration"],
+                seed=job.recipe.data.seed,
+                batch_tokens=batch,
+                ranks=job.ranks,
+                progress=job.progress,
+            ),
+            job.device,
+            batch_tokens=SENSITIVITY_BATCH,
+            least=seq_len,
         )
         moments = (lambda block: load_moments(job.work, block)) if n_tokens else None
         ends = lambda: load_ends(job.work, searched)  # noqa: E731

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ..base.placement import dtype_of
 from ..calibration.data import tokenize_file
 from ..loading.quantizer import register_with_transformers
 from ..models.plain import make_plain
@@ -46,7 +47,7 @@ def verify(job: Job, states: LevelStore, plan: Plan, folder: Path) -> None:
     In the dtype that plans were compared in, and in that of the figures.
     """
     register_with_transformers()
-    for dtype in dict.fromkeys((job.search_dtype, job.model.dtype)):
+    for dtype in dict.fromkeys((job.search_dtype, job.compute_dtype)):
         with job.computing_in(dtype):
             reloaded = _reload(job, folder)
             make_plain(reloaded)  # what was scored: experts one by one, Conv1D as nn.Linear
@@ -72,7 +73,8 @@ def measure(
     """
     register_with_transformers()
     reloaded, evaluator = _reload(job, folder), job.evaluator(store)
-    models: dict[str, Any] = {"dense": job.model}
+    dense = partial(_logits, evaluator, {})
+    models: dict[str, Any] = {"dense": dense}
     sizes = {"dense": (16.0, job.space.dense_bits // 8)}
     uniform = best_uniform(job, store)
     for name, genome in [*([uniform] if uniform else []), *(rivals or {}).items()]:
@@ -85,15 +87,15 @@ def measure(
         models[UNREFINED] = partial(_logits, evaluator, plan.levels)
         sizes[UNREFINED] = sizes["searched"]
     reports = compare_many(
-        models, job.model, tokens, window=window, max_windows=max_windows, progress=job.progress
+        models, dense, tokens, window=window, max_windows=max_windows, progress=job.progress
     )
     rows = tuple(Row(name, *sizes[name], reports[name]) for name in models)
     return rows, generate(job.tokenizer, reloaded)
 
 
 def _reload(job: Job, folder: Path) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=job.model.dtype)
-    return model.eval().to(job.model.device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(job.model))
+    return model.eval().to(job.device)
 
 
 @torch.no_grad()

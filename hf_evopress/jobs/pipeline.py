@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..base.devices import using
 from ..base.plugins import load
 from ..base.progress import Progress
 from ..base.ranks import start
@@ -67,7 +68,8 @@ def compress(
     is_first = start().is_first
     with claimed(recipe.out, reads=reads, overwrite=overwrite) if is_first else nullcontext():
         job = Job(recipe, fitness=fitness, report_to=report_to, progress=progress)
-        return _compressed(job, test, window, max_windows)
+        with using(job.device, offload=recipe.offload):
+            return _compressed(job, test, window, max_windows)
 
 
 def _compressed(job: Job, test: str | None, window: int | None, max_windows: int | None) -> Result:

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..adapters.repair import load, tokenizer_of
+from ..base.devices import find_device, on_device
 from ..base.progress import Progress
 from ..base.target import writes_out
 from ..calibration.data import tokenize_file
@@ -33,6 +33,7 @@ from .pipeline import Result
 from .refinement import distilled_notes, end_to_end_settings
 
 
+@on_device
 @writes_out("model", "data", "dense", "test")
 def refine_end_to_end(
     model: str,
@@ -69,7 +70,7 @@ def refine_end_to_end(
     unseen = None if test is None else _unseen(test, model, window)
     settings = end_to_end_settings(
         dense,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=find_device(),
         steps=steps,
         learning_rate=learning_rate,
         seq_len=seq_len,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..base.devices import on_device
 from ..base.fingerprint import versions
 from ..base.progress import Progress
 from ..base.target import writes_out
@@ -16,6 +17,7 @@ from .measure import unseen_tokens
 from .pipeline import Result, ship
 
 
+@on_device
 @writes_out("plan", "model", "data", "test", "work")
 def refine_plan(
     plan: str | Path,

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from ..base.devices import has_bfloat16
 from ..base.fingerprint import claim, tensor_fingerprint, text_fingerprint
+from ..base.memory import within_memory
 from ..calibration.output_moments import load_moments
+from ..calibration.two_streams import BATCH_TOKENS
 from ..plans.level import Level
 from ..plans.plan import Plan
 from ..recipes.recipe import END_TO_END
@@ -81,16 +83,23 @@ def refine_blocks(
         made_from.append(tensor_fingerprint(job.written))
     name = text_fingerprint(*made_from)
     has_moments = bool(job.recipe.search.sensitivity_tokens and job.units)
-    made = refine(
-        job.model,
-        store,
-        plan.levels,
-        tokens,
-        heldout,
-        job.work / f"refined-{name}",
-        settings=settings,
-        moments=(lambda block: load_moments(job.work, block)) if has_moments else None,
-        progress=job.progress,
+    made = within_memory(
+        "refinement",
+        lambda batch: refine(
+            job.model,
+            store,
+            plan.levels,
+            tokens,
+            heldout,
+            job.work / f"refined-{name}",
+            settings=settings,
+            moments=(lambda block: load_moments(job.work, block)) if has_moments else None,
+            batch_tokens=batch,
+            progress=job.progress,
+        ),
+        job.device,
+        batch_tokens=BATCH_TOKENS,
+        least=tokens.shape[1],
     )
     before, after = (loss(job, states, plan.levels) for states in (store, made))
     notes = {
@@ -131,7 +140,7 @@ def distil(job: Job, plan: Plan, folder: Path) -> tuple[bool, Plan]:
         steps=job.recipe.distil.steps,
         learning_rate=job.recipe.distil.learning_rate,
         seed=job.recipe.data.seed,
-        device=job.model.device,
+        device=job.device,
     )
     made_from = {
         # the config holds the checksums of all tensors
@@ -168,7 +177,7 @@ def refining_tokens(job: Job) -> tuple[Tensor, Tensor]:
 
 def refine_settings(job: Job, mode: str) -> Settings:
     """Return how levels are refined in a mode."""
-    tuning = BlockTuning(seed=job.recipe.data.seed, bfloat16=has_bfloat16(job.model.device))
+    tuning = BlockTuning(seed=job.recipe.data.seed, bfloat16=has_bfloat16(job.device))
     return Settings(mode, tuning=tuning)
 
 

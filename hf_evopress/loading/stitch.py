@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.devices import find_device
+from ..base.placement import computing_on, place_of
 from ..base.progress import Progress
 from ..calibration.input_moments import calibrate, load_stats
 from ..calibration.output_moments import load_moments, output_moments
@@ -35,6 +37,11 @@ def compress_model(
     included, as in the level store, so the same text gives the same tensors. The statistics of
     all blocks pass through a temporary folder; one block's are in memory.
     """
+    with computing_on(model, find_device()):
+        _compress(model, plan, tokens, progress)
+
+
+def _compress(model: Any, plan: Plan, tokens: Tensor | None, progress: Progress | None) -> None:
     match_plan(model, plan)
     levels = planned_levels(model, plan)
     units = [unit for unit in find_units(model) if unit.name in levels]
@@ -68,9 +75,16 @@ def _stats(folder: Path, units: list[Unit], levels: Mapping[str, Level]) -> Mapp
 def _replace(
     model: Any, units: list[Unit], levels: Mapping[str, Level], stats: Mapping[str, Stats]
 ) -> None:
+    brought: dict[int, Stats] = {}  # units with one input share them, and their factors
     for unit in units:
         level = levels[unit.name]
         weight = model.get_submodule(unit.name).weight.detach()
-        state = compose.compress(level, weight.float(), stats.get(unit.name))
+        W = place_of(model).on_device(weight).float()
+        known = stats.get(unit.name)
+        if known is not None and known.gram.device != W.device:
+            if id(known) not in brought:
+                brought[id(known)] = known.map(lambda t, to=W.device: t.to(to))  # type: ignore[misc]
+            known = brought[id(known)]
+        state = compose.compress(level, W, known)
         state = {name: tensor.to(weight.device) for name, tensor in state.items()}
         replace(model, unit.name, level, state)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.placement import Place, place_of
 from ..methods import compose
 from ..methods.base import Shape, State
 from ..plans.level import Level
@@ -42,20 +43,25 @@ def unit_operators(model: nn.Module, unit: str, level: Level, state: State) -> d
     One, or where the embedding's weight is the head's as well, two.
     """
     module: Any = model.get_submodule(unit)
-    weight = module.weight
+    weight, place = module.weight, place_of(model)
     shape = (weight.shape[0], weight.shape[1])
-    state = {k: v.to(weight.device) for k, v in state.items()}
+    device, dtype = place.device or weight.device, place.dtype or weight.dtype
+    state = {k: v.to(device) for k, v in state.items()}
     if not isinstance(module, nn.Embedding):
-        return {unit: compose.operator(level, state, module.bias, shape, weight.dtype)}
+        return {unit: compose.operator(level, state, _brought(place, module.bias), shape, dtype)}
 
     def rows(ids: Tensor) -> Tensor:
-        return look_up(level, state, shape, ids, weight.dtype)
+        return look_up(level, state, shape, ids, dtype)
 
     made = {unit: embedding_forward(module, rows)}
     head = output_head(model)
     if head is not None and any(end.role == "tied" for end in find_ends(model)):
-        made[head[0]] = compose.operator(level, state, head[1].bias, shape, weight.dtype)
+        made[head[0]] = compose.operator(level, state, _brought(place, head[1].bias), shape, dtype)
     return made
+
+
+def _brought(place: Place, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else place.bring(bias.detach())
 
 
 def look_up(level: Level, state: State, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ results are bit-identical to a plain call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.placement import Place, Visit, place_of, visiting
 from .units import find_blocks
 
 # keys of a config, and what blocks get from elsewhere than the block before them (Gemma 3n and 4)
@@ -55,14 +56,52 @@ class BlockStream:
     input_ids are LongTensors (batch, seq) without padding; hidden (batch, seq, dim). Works with
     and without autograd. What blocks get besides hidden states (masks, rotary tables) is
     captured once per (batch, seq) and reused.
+
+    Where the model computes elsewhere than it lies (`base.placement`), the block that runs is
+    brought there and stays until another runs; embeddings and head are brought when they run, and
+    let go for the next block. `with stream:` has all at home again at the end.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.path, blocks = find_blocks(model)
         self.blocks: Sequence[nn.Module] = list(blocks)
-        self._captured: dict[tuple[int, int], list[_Arguments]] = {}
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        self._outside = [module for module in model.modules() if id(module) not in inside]
+        self._captured: dict[tuple[int, int, Place], list[_Arguments]] = {}
         self._tuple_sizes: list[int] | None = None
+        self._here: dict[str, tuple[int, Place, Visit]] = {}  # what is brought: a block, the ends
+
+    def __enter__(self) -> BlockStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.let_go()
+
+    @property
+    def place(self) -> Place:
+        """Where the model computes."""
+        return place_of(self.model)
+
+    def bring(self, i: int) -> None:
+        """Have block i where it computes, in the place of the one that was there."""
+        self._bring("block", i, self.blocks[i].modules())
+
+    def let_go(self) -> None:
+        """Let all that was brought go home."""
+        for slot in list(self._here):
+            self._let_go(slot)
+
+    def _bring(self, slot: str, number: int, modules: Iterable[nn.Module]) -> None:
+        place = self.place
+        if (here := self._here.get(slot)) is not None and here[:2] == (number, place):
+            return
+        self._let_go(slot)
+        self._here[slot] = (number, place, Visit(modules, place))
+
+    def _let_go(self, slot: str) -> None:
+        if (here := self._here.pop(slot, None)) is not None:
+            here[2].end()
 
     @property
     def n_blocks(self) -> int:
@@ -71,7 +110,7 @@ class BlockStream:
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the input of block 0, (batch, seq, dim)."""
         _check_ids(input_ids)
-        if tuple(input_ids.shape) not in self._captured:
+        if self._key(input_ids) not in self._captured:
             self._capture(input_ids)
         seen: list[Tensor] = []
 
@@ -88,10 +127,13 @@ class BlockStream:
 
     def run_block(self, i: int, hidden: Tensor) -> Tensor:
         """Return the output of block i, (batch, seq, dim)."""
-        shape = (int(hidden.shape[0]), int(hidden.shape[1]))
-        if shape not in self._captured:
-            self._capture(torch.zeros(shape, dtype=torch.long))
-        return _hidden(self._captured[shape][i].call(self.blocks[i], hidden))
+        key = self._key(hidden)
+        if key not in self._captured:
+            self._capture(torch.zeros(key[:2], dtype=torch.long))
+        self._let_go("ends")
+        self.bring(i)
+        hidden = self.place.on_device(hidden)
+        return _hidden(self._captured[key][i].call(self.blocks[i], hidden))
 
     def run_from(self, i: int, input_ids: Tensor, hidden: Tensor) -> Tensor:
         """Return the logits when `hidden` is the input of block i, (batch, seq, vocab).
@@ -101,6 +143,7 @@ class BlockStream:
         _check_ids(input_ids)
         if not 0 <= i <= self.n_blocks:
             raise ValueError(f"the model has blocks 0 to {self.n_blocks - 1}, got {i}")
+        hidden = self.place.on_device(hidden)
         patches: dict[int, Callable[..., Any]] = {j: self._give(j, hidden) for j in range(i)}
         if i == 0:
             patches[0] = self._inject(0, hidden)
@@ -127,7 +170,7 @@ class BlockStream:
         """
         check_streamable(self.model)
         batches = [input_ids, input_ids.flip(-1)]
-        with torch.no_grad():
+        with torch.no_grad(), self._patched({}):
             hidden = [self.embed(ids) for ids in batches]
             for i in range(self.n_blocks):
                 hidden = [self.run_block(i, h) for h in hidden]
@@ -142,7 +185,11 @@ class BlockStream:
                 "model whose decoder blocks exchange only hidden states"
             )
 
+    def _key(self, of: Tensor) -> tuple[int, int, Place]:
+        return (int(of.shape[0]), int(of.shape[1]), self.place)
+
     def _forward(self, input_ids: Tensor) -> Tensor:
+        self._bring("ends", 0, self._outside)
         device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
         out = self.model(input_ids=input_ids.to(device), use_cache=False)
         return out.logits if hasattr(out, "logits") else out[0]  # a base model has no head
@@ -157,9 +204,35 @@ class BlockStream:
         forward = self.blocks[i].forward
 
         def injected(*args: Any, **kwargs: Any) -> Any:
+            self.bring(i)
             return _split(args, kwargs)[1].call(forward, hidden)
 
         return injected
+
+    def _brought(self, i: int) -> Callable[..., Any]:
+        """Return the forward of block i, brought to where it computes first."""
+        forward = self.blocks[i].forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.bring(i)
+            return forward(*args, **kwargs)
+
+        return run
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """Have the model itself run at its place, for a call or for generation.
+
+        Block by block where hidden states do not stay there: the whole may not fit.
+        """
+        if self.place.rest is None:
+            self.let_go()
+            with visiting(self.model, self.place):
+                yield self.model
+            return
+        with self, self._patched({}):
+            self._bring("ends", 0, self._outside)
+            yield self.model
 
     def _sizes(self) -> list[int]:
         """Return for each block the length of the tuple it returns, 0 for a bare tensor."""
@@ -170,6 +243,7 @@ class BlockStream:
                 forward = self.blocks[i].forward
 
                 def watched(*args: Any, **kwargs: Any) -> Any:
+                    self.bring(i)
                     out = forward(*args, **kwargs)
                     sizes[i] = len(out) if isinstance(out, tuple) else 0
                     return out
@@ -195,7 +269,7 @@ class BlockStream:
                 )
         while len(self._captured) >= _MAX_SHAPES:
             del self._captured[next(iter(self._captured))]
-        self._captured[(int(ids.shape[0]), int(ids.shape[1]))] = arguments
+        self._captured[self._key(ids)] = arguments
 
     def _record(self, input_ids: Tensor) -> list[_Arguments]:
         """Return the arguments of every block; blocks are passed by, the head is not run."""
@@ -220,7 +294,13 @@ class BlockStream:
 
     @contextmanager
     def _patched(self, forwards: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
-        """Replace the forwards of some blocks, and restore them whatever happens."""
+        """Replace the forwards of some blocks, and restore them whatever happens.
+
+        The others are brought when they run.
+        """
+        if self.place != Place():
+            own = [i for i in range(self.n_blocks) if i not in forwards]
+            forwards = {**forwards, **{i: self._brought(i) for i in own}}
         # accelerate hooks are instance attributes as well, so these must be put back, not deleted
         saved = {i: self.blocks[i].__dict__.get("forward") for i in forwards}
         try:

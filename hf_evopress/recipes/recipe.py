@@ -28,6 +28,7 @@ BLOCKWISE = ("none", "fast", "best")  # see hf_evopress/refine
 END_TO_END = "end-to-end"  # refine the whole model; see jobs/refinement.py
 REFINE = (*BLOCKWISE, END_TO_END, *(f"{mode}+{END_TO_END}" for mode in BLOCKWISE[1:]))
 ENDS = ("auto", "budget", "dense")
+OFFLOAD = ("auto", "none", "cpu")  # see base/placement.py
 DTYPES = ("auto", "bfloat16", "float16")
 SEARCH_DTYPES = ("auto", "float32", "bfloat16")
 
@@ -187,6 +188,8 @@ class Recipe:
     work: str | None = None  # statistics, levels and search state; default: OUT.work
     revision: str | None = None
     dtype: str = "auto"  # of what is shipped uncompressed; auto: the model's own, 16 bit
+    device: str = "auto"  # to compute on: cpu, cuda, cuda:1, ...; auto: a GPU where there is one
+    offload: str = "auto"  # none, cpu: weights visit the device block by block; auto: what fits
     data: Data = field(default_factory=Data)
     levels: tuple[str, ...] | None = None  # none: the menu of `families`
     families: tuple[str, ...] = ()  # quant, sparse, lowrank, residual, all; none: what fits
@@ -209,6 +212,7 @@ class Recipe:
         if self.ends not in ENDS and ":" not in self.ends:
             hint = did_you_mean(self.ends, list(ENDS))
             raise ValueError(f"ends is {', '.join(ENDS)} or a level, got {self.ends!r}{hint}")
+        _one_of("offload", self.offload, OFFLOAD)
         if self.data.written and self.refine == "none" and not self.refine_levels:
             raise ValueError(
                 f"data.written is {self.data.written}: text that the model writes is what refine "
@@ -266,8 +270,8 @@ class Recipe:
             raise type(error)(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as plain values, defaults left out."""
-        return _plain(self)
+        """Return the recipe as plain values, defaults and the machine's devices left out."""
+        return _plain(dataclasses.replace(self, device="auto", offload="auto"))
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, defaults left out."""

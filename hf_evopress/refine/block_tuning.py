@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..base.placement import device_of
 from ..calibration.two_streams import TwoStreams
 from ..methods import compose
 from ..methods.base import State
@@ -69,6 +70,7 @@ class BlockLoss:
         self.sink = sink
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        target = target.to(output.device)
         error = (output - target).float()
         if self.root is not None:
             error = error @ self.root.T
@@ -145,7 +147,7 @@ def _attempt(
     looks = {round(settings.steps * (k + 1) / settings.looks) for k in range(settings.looks)}
     inputs, targets = (_sequences(x) for x in (train.compressed, train.targets))
     for step, picked in enumerate(_batches(len(inputs), settings)):
-        mixed = torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=settings.bfloat16)
+        mixed = torch.autocast(device_of(model).type, torch.bfloat16, enabled=settings.bfloat16)
         with torch.enable_grad(), patched(model, _forwards(model, tuned)), mixed:
             x, y = (torch.cat([all_of[i] for i in picked]) for all_of in (inputs, targets))
             value = loss(run(x), y)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint, text_fingerprint
+from ..base.placement import on_cpu, place_of
 from ..base.progress import Progress
 from ..calibration.asymmetric import shifted_weight
-from ..calibration.two_streams import Sets, cross_moments, input_groups, two_streams
+from ..calibration.two_streams import BATCH_TOKENS, Sets, cross_moments, input_groups, two_streams
 from ..methods import compose
 from ..methods.base import State
 from ..models.patching import operators, patched
@@ -72,6 +73,7 @@ def refine(
     *,
     settings: Settings | None = None,
     moments: Callable[[int], Mapping[str, Tensor]] | None = None,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> RefinedStates:
     """Return the states of a plan's levels, finished block by block and kept in `folder`.
@@ -96,10 +98,10 @@ def refine(
         return result
     stream = BlockStream(model)
     stream.check(tokens[:1, :8])
-    with torch.no_grad():
+    with torch.no_grad(), stream:
         states = {unit: store.state(unit, level) for unit, level in _coded(ends).items()}
         forwards = operators(model, ends, states)
-        sets = two_streams(stream, tokens, heldout, forwards=forwards)
+        sets = two_streams(stream, tokens, heldout, batch_tokens=batch_tokens, forwards=forwards)
         for block in range(max(missing) + 1):
             for streams in sets.values():
                 streams.aim()
@@ -132,6 +134,8 @@ def _finish(
     """
     heldout, coded = sets["heldout"], _coded(levels)
     stream, block, model = heldout.stream, heldout.block, heldout.stream.model
+    stream.bring(block)
+    G = {unit: stream.place.on_device(moment) for unit, moment in G.items()}
     run = lambda hidden: stream.run_block(block, hidden)  # noqa: E731
     loss = BlockLoss(_output_moment(model, levels, G))
     best = {unit: store.state(unit, level) for unit, level in coded.items()}
@@ -158,8 +162,14 @@ def _finish(
 
         def fresh() -> dict[str, TunedLevel]:
             return {
-                unit: TunedLevel(x, start[unit], store.units[unit].shape, _weight(model, unit))
+                unit: TunedLevel(
+                    x,
+                    {name: tensor.to(W.device) for name, tensor in start[unit].items()},
+                    store.units[unit].shape,
+                    W,
+                )
                 for unit, x in coded.items()
+                for W in [_weight(model, unit)]
             }
 
         with patched(model, dropped):
@@ -167,7 +177,7 @@ def _finish(
                 model, run, fresh, loss, sets["gram"], heldout, settings.tuning
             )
         notes["tuned"] = value
-        best = tuned or best
+        best = best if tuned is None else {unit: on_cpu(state) for unit, state in tuned.items()}
     return best, notes
 
 
@@ -199,13 +209,15 @@ def requantised(
             if shift is not None:
                 Ws = [shifted_weight(W, stats, shift, alpha=alpha) for W in Ws]
             known = stats.with_outputs(moments.get(unit) for unit in units)
-            made |= dict(zip(units, compose.compress_stacked(level, Ws, known), strict=True))
+            states = compose.compress_stacked(level, Ws, known)
+            made |= {unit: on_cpu(state) for unit, state in zip(units, states, strict=True)}
         forwards |= operators(stream.model, levels, {unit: made[unit] for unit in group})
     return {unit: made[unit] for unit in levels if unit in made}
 
 
 def _weight(model: nn.Module, unit: str) -> Tensor:
-    return model.get_submodule(unit).weight.detach().float()  # type: ignore[union-attr, operator]
+    weight: Tensor = model.get_submodule(unit).weight.detach()  # type: ignore[assignment, operator, union-attr]
+    return place_of(model).on_device(weight).float()
 
 
 def _coded(levels: Mapping[str, Level]) -> dict[str, Level]:

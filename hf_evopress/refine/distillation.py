@@ -21,6 +21,7 @@ from torch import Tensor
 from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint
 from ..base.resources import atomic_path
 from ..calibration.input_moments import check_tokens
+from ..models.stream import BlockStream
 from ..scoring.fitness.kl import KL
 
 TOP_K = 64
@@ -86,7 +87,7 @@ def precompute_targets(
     parts = tokens.split(_PER_FILE)
     for number, part in enumerate(parts):
         if not _file(folder, number).is_file():
-            with torch.no_grad():
+            with torch.no_grad(), BlockStream(teacher).whole():
                 made = [
                     teacher_targets(teacher(input_ids=row[None], use_cache=False).logits, top_k)
                     for row in part.to(teacher.device)

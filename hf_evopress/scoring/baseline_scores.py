@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..base.placement import place_of
 from ..methods.maths.linalg import Stats
 from ..models.dropped import dropped_forward
 from ..models.stream import BlockStream
@@ -49,15 +50,17 @@ def influences(model: Any, tokens: Tensor) -> dict[str, float]:
     for sub in find_sub_blocks(model):
         of_block.setdefault(sub.block, []).append(sub)
     total: dict[str, float] = {}
-    for ids in tokens.to(_device(model)).split(1):
-        hidden = stream.embed(ids)
+    rest = stream.place.let_rest
+    with stream:
+        hidden = [rest(stream.embed(ids)) for ids in tokens.split(1)]
         for block in range(stream.n_blocks):
             subs = of_block.get(block, [])
-            states = [_without(model, stream, block, hidden, subs[k:]) for k in range(len(subs))]
-            after = stream.run_block(block, hidden)
-            for sub, before, behind in zip(subs, states, [*states[1:], after], strict=True):
-                total[sub.name] = total.get(sub.name, 0.0) + _distance(before, behind)
-            hidden = after
+            for n, one in enumerate(hidden):
+                states = [_without(model, stream, block, one, subs[k:]) for k in range(len(subs))]
+                after = stream.run_block(block, one)
+                for sub, before, behind in zip(subs, states, [*states[1:], after], strict=True):
+                    total[sub.name] = total.get(sub.name, 0.0) + _distance(before, behind)
+                hidden[n] = rest(after)
     return {name: value / len(tokens) for name, value in total.items()}
 
 
@@ -72,12 +75,14 @@ def window_distances(model: Any, tokens: Tensor, size: int) -> list[float]:
     if not 0 < size <= stream.n_blocks:
         raise ValueError(f"a window has 1 to {stream.n_blocks} blocks, got {size}")
     total = [0.0] * (stream.n_blocks - size + 1)
-    for ids in tokens.to(_device(model)).split(1):
-        hiddens = [stream.embed(ids)]
+    rest = stream.place.let_rest
+    with stream:
+        windows = [[rest(stream.embed(ids))] for ids in tokens.split(1)]  # the last size + 1 inputs
         for block in range(stream.n_blocks):
-            hiddens.append(stream.run_block(block, hiddens[-1]))
-        for first in range(len(total)):
-            total[first] += _distance(hiddens[first], hiddens[first + size])
+            for hiddens in windows:
+                hiddens.append(rest(stream.run_block(block, hiddens[-1])))
+                if len(hiddens) > size:
+                    total[block + 1 - size] += _distance(hiddens.pop(0), hiddens[-1])
     return [value / len(tokens) for value in total]
 
 
@@ -96,7 +101,8 @@ def outlier_ratios(
         known = stats(block)
         sizes = []
         for unit in members:
-            weight = model.get_submodule(unit.name).weight.detach().float()
+            weight = model.get_submodule(unit.name).weight.detach()
+            weight = place_of(model).on_device(weight).float()
             norms = known[unit.name].gram.diagonal().clamp(min=0.0).sqrt().to(weight.device)
             sizes.append((weight.abs() * norms).reshape(-1))
         values = torch.cat(sizes)
@@ -131,7 +137,3 @@ def _without(
 
 def _distance(a: Tensor, b: Tensor) -> float:
     return 1 - float(F.cosine_similarity(a.float(), b.float(), dim=-1).mean())
-
-
-def _device(model: Any) -> torch.device:
-    return model.get_input_embeddings().weight.device

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.placement import place_of
 from ..calibration.output_moments import TokenLoss, token_losses
 from ..methods import compose
 from ..plans.level import Level
@@ -84,7 +85,8 @@ class _Deltas(Mapping[str, Tensor]):
         ]
 
     def __getitem__(self, unit: str) -> Tensor:
-        weight = self.model.get_submodule(unit).weight.detach().float()
+        on_device = place_of(self.model).on_device
+        weight = on_device(self.model.get_submodule(unit).weight.detach()).float()
         made = self.store.weight(unit, self.level, torch.float32)
         return made.to(weight.device) - weight
 

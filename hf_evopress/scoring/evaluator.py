@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.memory import within_memory
+from ..base.placement import device_of, place_of
 from ..base.progress import Progress
 from ..base.ranks import ALONE, Ranks
 from ..methods.base import Operator
@@ -62,8 +64,9 @@ class Evaluator:
     ) -> None:
         self.model, self.store, self.tokens, self.fitness = model, store, tokens, fitness
         self.stream = BlockStream(model)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = device_of(model)
         self.hidden_bytes = hidden_bytes
+        self.batch_tokens = BATCH_TOKENS
         self.ranks = ranks
         self.progress = progress
         self.evaluated_tokens = 0
@@ -79,7 +82,6 @@ class Evaluator:
             self._units[sub.block].append(sub.name)
             self._dropped[sub.name] = dropped_forward(model, sub)
 
-    @torch.no_grad()
     def losses(self, plans: Plans, sequences: Sequence[int]) -> list[list[float]]:
         """Return for each plan its loss on each of the pool's `sequences`, given by number.
 
@@ -91,6 +93,22 @@ class Evaluator:
                 raise ValueError(
                     f"the pool has sequences 0 to {len(self.tokens) - 1}, not {number}"
                 )
+        return within_memory(
+            "scoring plans",
+            lambda batch_tokens: self._in_batches(batch_tokens, plans, sequences),
+            self.device,
+            batch_tokens=self.batch_tokens,
+            least=self.tokens.shape[1],
+        )
+
+    def _in_batches(
+        self, batch_tokens: int, plans: Plans, sequences: Sequence[int]
+    ) -> list[list[float]]:
+        self.batch_tokens = batch_tokens
+        with torch.no_grad(), self.stream:
+            return self._losses(plans, sequences)
+
+    def _losses(self, plans: Plans, sequences: Sequence[int]) -> list[list[float]]:
         self.evaluated_tokens += len(plans) * len(sequences) * self.tokens.shape[1]
         self.ranks.check_same("what to evaluate", ([sorted(p.items()) for p in plans], sequences))
         distinct = self._by_prefix(plans)
@@ -101,7 +119,7 @@ class Evaluator:
         mine = [members for i, members in enumerate(distinct) if i in my_plans]
         if self.fitness.judges_models:
             for members in mine if 0 in my_batches else []:
-                with self.installed(plans[members[0]]):
+                with self.stream.whole(), self.installed(plans[members[0]]):
                     table[members] = self.fitness.of_model(self.model)
             self.ranks.add_up(table)
             return table.tolist()
@@ -126,8 +144,15 @@ class Evaluator:
     @torch.no_grad()
     def logits(self, plan: Mapping[str, Level], input_ids: Tensor) -> Tensor:
         """Return the logits (batch, seq, vocabulary) of the model compressed by `plan`."""
-        with self.installed(plan):
-            return self.stream.run_from(0, input_ids, self.stream.embed(input_ids))
+        with self.stream:
+            with self._installed(plan, self._units.get(-1, [])):
+                hidden = self.stream.embed(input_ids)
+            for block in range(self.stream.n_blocks):
+                with self._installed(plan, self._units[block]):
+                    hidden = self.stream.run_block(block, hidden)
+                self._let_go()
+            with self._installed(plan, self._heads):
+                return self.stream.head(input_ids, hidden)
 
     def installed(self, plan: Mapping[str, Level]) -> AbstractContextManager[None]:
         """Return a context in which the model computes at the levels of `plan`."""
@@ -154,6 +179,7 @@ class Evaluator:
             while groups:  # hidden states are let go as soon as a block has used them
                 made += self._split(block, *groups.pop(), plans)
             groups = made[::-1]
+            self._let_go()
             if self.progress:
                 self.progress("evaluate", block + 1, self.stream.n_blocks)
         for hidden, together in groups:
@@ -174,7 +200,8 @@ class Evaluator:
         units = self._units.get(-1, [])
         for members in self._choices(range(len(plans)), plans, units):
             with self._installed(plans[members[0]], units):
-                yield [self.stream.embed(batch) for batch in ids], members
+                rest = self.stream.place.let_rest
+                yield [rest(self.stream.embed(batch)) for batch in ids], members
 
     @staticmethod
     def _choices(
@@ -186,6 +213,11 @@ class Evaluator:
             choices[tuple(plans[i].get(unit) for unit in units)].append(i)
         return choices.values()
 
+    def _let_go(self) -> None:
+        """Forget the operators of a block where blocks only visit the device."""
+        if self.stream.place.rest is not None:
+            self._operators.clear()
+
     def _split(
         self, block: int, hidden: list[Tensor], together: list[int], plans: Plans
     ) -> Iterator[Group]:
@@ -193,7 +225,8 @@ class Evaluator:
         units = self._units[block]
         for members in self._choices(together, plans, units):
             with self._installed(plans[members[0]], units):
-                yield [self.stream.run_block(block, states) for states in hidden], members
+                rest = self.stream.place.let_rest
+                yield [rest(self.stream.run_block(block, states)) for states in hidden], members
 
     def _loss(self, number: int, ids: Tensor, hidden: Tensor, weight: Tensor | None) -> float:
         targets = self._targets[number]
@@ -226,28 +259,31 @@ class Evaluator:
         return self.stream.head(ids[:, part], hidden[:, part])[0]
 
     def _make_targets(self, numbers: Sequence[int]) -> None:
-        """Run the dense model on the sequences that have no targets yet."""
-        for number in numbers:
-            if number in self._targets:
-                continue
-            ids = self.tokens[number : number + 1].to(self.device)
-            hidden = self.stream.embed(ids)
-            for block in range(self.stream.n_blocks):
-                hidden = self.stream.run_block(block, hidden)
-            if self._some is not None and not self._targets:
-                first = slice(0, 8)
-                logits = self._head(ids, hidden, first)
-                self._some.check(ids[:, first], hidden[:, first], logits)
-            made = [
-                self.fitness.targets(self._head(ids, hidden, part), ids[0, part])
-                for part in self.fitness.parts(ids.shape[1])
-            ]
-            self._targets[number] = {key: torch.cat([t[key] for t in made]) for key in made[0]}
+        """Run the dense model on the sequences that have no targets yet, side by side."""
+        numbers = [number for number in dict.fromkeys(numbers) if number not in self._targets]
+        rest = self.stream.place.let_rest
+        ids = [self.tokens[number : number + 1].to(self.device) for number in numbers]
+        hidden = [rest(self.stream.embed(one)) for one in ids]
+        for block in range(self.stream.n_blocks):
+            hidden = [rest(self.stream.run_block(block, states)) for states in hidden]
+        for number, one, states in zip(numbers, ids, hidden, strict=True):
+            self._targets[number] = self._targets_of(one, self.stream.place.on_device(states))
+
+    def _targets_of(self, ids: Tensor, hidden: Tensor) -> Targets:
+        if self._some is not None and not self._targets:
+            first = slice(0, 8)
+            logits = self._head(ids, hidden, first)
+            self._some.check(ids[:, first], hidden[:, first], logits)
+        made = [
+            self.fitness.targets(self._head(ids, hidden, part), ids[0, part])
+            for part in self.fitness.parts(ids.shape[1])
+        ]
+        return {key: torch.cat([t[key] for t in made]) for key in made[0]}
 
     @property
     def _batch_size(self) -> int:
         """Sequences through a block at once."""
-        return max(1, BATCH_TOKENS // self.tokens.shape[1])
+        return max(1, self.batch_tokens // self.tokens.shape[1])
 
     @property
     def _batch_bytes(self) -> int:
@@ -284,6 +320,11 @@ class _OperatorCache:
         self.size_bytes = 0
         self._kept: OrderedDict[tuple[str, Level, str], tuple[Any, int]] = OrderedDict()
 
+    def clear(self) -> None:
+        """Forget all."""
+        self._kept.clear()
+        self.size_bytes = 0
+
     def get(self, unit: str, level: Level) -> dict[str, Operator]:
         def make() -> dict[str, Operator]:
             return unit_operators(self.model, unit, level, self.store.state(unit, level))
@@ -295,7 +336,9 @@ class _OperatorCache:
         own = self.model.get_submodule(unit).weight
 
         def make() -> Tensor:
-            return self.store.weight(unit, level, own.dtype).to(own.device)
+            dtype = place_of(self.model).dtype or own.dtype
+            made = self.store.weight(unit, level, dtype)
+            return made.to(place_of(self.model).device or own.device)
 
         return self._get((unit, level, "weight"), make)
 

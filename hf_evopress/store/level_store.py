@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.placement import Place, on_cpu, place_of
 from ..base.progress import Progress
 from ..base.ranks import ALONE, Ranks
 from ..calibration.end_moments import EndMoments
@@ -124,15 +125,18 @@ class LevelStore:
         menus = {u["name"]: [compose.normalize(x) for x in u["levels"]] for u in index["units"]}
         numbers = {unit.name: i for i, unit in enumerate(units)}
         done = sum(_unit_file(folder, i).is_file() for i in numbers.values())
-        blocks = sorted({unit.block for unit in units})
+        blocks, place = sorted({unit.block for unit in units}), place_of(model)
         for block in (b for n, b in enumerate(blocks) if ranks.owns(n)):
             todo = [u for u in units if u.block == block]
             todo = [u for u in todo if not _unit_file(folder, numbers[u.name]).is_file()]
             if not todo:
                 continue
-            (stats, losses), moments = source.known(todo), source.outputs(todo)
+            (stats, losses), all_moments = source.known(todo), source.outputs(todo)
+            stats = _on_device(place, stats)
             for group in _by_input(todo, stats, menus):
                 weights = [_weight(model, unit) for unit in group]
+                known_G = {u.name: all_moments[u.name] for u in group if u.name in all_moments}
+                moments = {name: place.on_device(G) for name, G in known_G.items()}
                 levels = list(menus[group[0].name])
                 known_inputs = stats.get(group[0].name)
                 if known_inputs is not None and moments:
@@ -145,6 +149,7 @@ class LevelStore:
                         _score(level, state, W, *known)
                         for level, state in zip(levels, states, strict=True)
                     ]
+                    states = [on_cpu(state) for state in states]
                     write_unit(_unit_file(folder, numbers[unit.name]), unit.name, states, scores)
                     done += 1
                     if progress:
@@ -233,7 +238,13 @@ def _by_input(
 
 
 def _weight(model: Any, unit: Unit) -> Tensor:
-    return model.get_submodule(unit.name).weight.detach().float()
+    return place_of(model).on_device(model.get_submodule(unit.name).weight.detach()).float()
+
+
+def _on_device(place: Place, stats: Mapping[str, Stats]) -> dict[str, Stats]:
+    """Return statistics on the device; what units share is shared there."""
+    moved = {id(known): known.map(place.on_device) for known in stats.values()}
+    return {unit: moved[id(known)] for unit, known in stats.items()}
 
 
 def _score(

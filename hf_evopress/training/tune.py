@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters.folder import activate, check_target, load_adapter
 from ..adapters.kappa import FILE as KAPPA
 from ..adapters.kappa import kappa_targets
 from ..adapters.repair import load, local_folder, perplexity_of, save_checkpoint, tokenizer_of
-from ..base.devices import has_bfloat16
+from ..base.devices import find_device, has_bfloat16, on_device
 from ..base.fingerprint import claim
 from ..base.plugins import did_you_mean
 from ..base.progress import Progress
@@ -37,6 +37,7 @@ from ..calibration.text import bos_of
 from ..models.source import check_context, read_config, window_of
 from ..models.units import linear_layers
 from ..refine.distillation import Sequences, Targets, distillation_loss, precompute_targets
+from .arguments import training_arguments
 from .trainer import DistillationTrainer
 from .tunable import KINDS, check_trainable, make_tunable, settle
 
@@ -125,6 +126,7 @@ class Tuned:
     is_kept: bool = True
 
 
+@on_device
 @writes_out("model", "data", "tests", "targets")
 def tune(
     model: str,
@@ -321,8 +323,7 @@ def _written(
 ) -> Tensor:
     """Return what the teacher writes, in bfloat16 where that is faster: its words are its own."""
     assert settings.teacher is not None  # Tuning says so
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    writer = load(settings.teacher, dtype=torch.bfloat16 if has_bfloat16(device) else None)
+    writer = load(settings.teacher, dtype=torch.bfloat16 if has_bfloat16(find_device()) else None)
     bos, seed = bos_of(tokenizer), settings.seed
     return write_sequences(
         writer, learn, settings.written, where / "written", bos=bos, seed=seed, progress=progress
@@ -345,7 +346,7 @@ def _divergence(model: Any, targets: Targets) -> float:
 
 def _trainer(model: Any, settings: Tuning, dataset: Any, work: Path) -> Trainer:
     checkpointing = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
-    args = TrainingArguments(
+    args = training_arguments(
         output_dir=str(work),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch,
@@ -358,12 +359,10 @@ def _trainer(model: Any, settings: Tuning, dataset: Any, work: Path) -> Trainer:
         logging_steps=1,
         seed=settings.seed,
         bf16=settings.bf16,
-        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused on a CPU
         activation_checkpointing=settings.gradient_checkpointing,
         **(checkpointing if settings.gradient_checkpointing else {}),
         report_to="none",
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
     )
     if settings.gradient_checkpointing and not settings.kinds:
         model.enable_input_require_grads()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hf_evopress.base.placement import dtype_of
 from hf_evopress.jobs import measure, pipeline
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.levels import build_levels
@@ -17,6 +18,7 @@ from hf_evopress.jobs.plan_search import find_plan, run_search, search_of, table
 from hf_evopress.jobs.refinement import loss
 from hf_evopress.models.dropped import dropped_modules
 from hf_evopress.models.size import stored_bytes
+from hf_evopress.models.stream import BlockStream
 from hf_evopress.plans.level import Level
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.scoring.fitness.task import Task
@@ -129,8 +131,10 @@ def test_plans_are_compared_in_bfloat16_and_the_model_is_whole_again(home: Path)
         store = build_levels(job)
         run_search(job, store)
         with job.computing_in(job.search_dtype):
-            assert job.model.dtype == getattr(torch, dtype)
-            assert job.model.model.rotary_emb.inv_freq.dtype == torch.float32  # as it is loaded
+            assert dtype_of(job.model) == getattr(torch, dtype)
+            with BlockStream(job.model).whole() as model:
+                assert model.model.layers[0].mlp.up_proj.weight.dtype == getattr(torch, dtype)
+                assert model.model.rotary_emb.inv_freq.dtype == torch.float32  # as it is loaded
             losses[dtype] = loss(job, store, dict.fromkeys(store.units, Level.parse(QUANT[0])))
         after = {**dict(job.model.named_buffers()), **dict(job.model.named_parameters())}
         assert all(torch.equal(after[name], before[name]) for name in before)

@@ -46,6 +46,15 @@ class Stats:
             self._factors[key] = make()
         return self._factors[key]
 
+    def map(self, move: Callable[[Tensor], Tensor]) -> Stats:
+        """Return the statistics with every tensor moved."""
+        outputs = tuple(None if G is None else move(G) for G in self.outputs)
+        made = replace(self, gram=move(self.gram), outputs=outputs, _factors={})
+        for name in ("sink", "mean", "heldout"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(made, name, move(tensor))
+        return made
+
     def hessian(self, *, sink: float = SINK) -> Tensor:
         """Return H + sink * tr(H)/tr(S0) * S0, (in, in) float32, undamped.
 
