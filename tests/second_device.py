@@ -146,6 +146,9 @@ class Sim(Tensor):
             memo[id(self)] = made.requires_grad_(self.requires_grad)
         return memo[id(self)]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().cpu().__reduce_ex__(protocol)  # a file is loaded on the CPU first
+
     def as_subclass(self, cls: type) -> Any:  # type: ignore[override]
         """Return the tensor as it is: a wrapper cannot be of another class as well."""
         return self
