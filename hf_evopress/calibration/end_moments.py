@@ -144,11 +144,12 @@ class EndRecorder:
             return
         name, module = found
         with torch.enable_grad():
-            rows = module.weight[ids.to(module.weight.device)].detach().requires_grad_()
+            rows = module.weight[ids.to(module.weight.device)].detach()
+            rows = stream.place.bring(rows).requires_grad_()
             forward = embedding_forward(module, lambda _: rows)
             with patched(self.model, {name: forward}):
                 hidden = stream.embed(ids)
-            (g,) = torch.autograd.grad(hidden, rows, gradient)
+            (g,) = torch.autograd.grad(hidden, rows, stream.place.on_device(gradient))
         g = g.flatten(0, 1).float() / scale
         moment = g.T @ g
         self._gradient = moment if self._gradient is None else self._gradient + moment

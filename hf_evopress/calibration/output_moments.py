@@ -47,6 +47,7 @@ def kfac_loss(delta: Tensor, H: Tensor, G: Tensor) -> float:
 
     delta (out, in); H (in, in) and G (out, out) second moments, all float32.
     """
+    G, H = G.to(delta.device), H.to(delta.device)
     return 0.5 * float(((G @ delta) * (delta @ H)).sum())
 
 
