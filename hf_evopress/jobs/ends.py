@@ -66,7 +66,7 @@ def choose_ends(skeleton: nn.Module, recipe: Recipe) -> Ends:
                 "or of drops the embedding and the head stay dense"
             )
         return Ends(every=every)
-    if said == "dense" or (said == "auto" and not in_budget):
+    if said == "dense":
         return Ends(every=every)
     units = find_ends(skeleton, skip=recipe.skip)
     if in_budget:

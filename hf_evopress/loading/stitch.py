@@ -13,11 +13,13 @@ from torch import Tensor
 from ..base.devices import find_device
 from ..base.placement import computing_on, place_of
 from ..base.progress import Progress
+from ..calibration.end_moments import load_ends
 from ..calibration.input_moments import calibrate, load_stats
 from ..calibration.output_moments import load_moments, output_moments
 from ..methods import compose
 from ..methods.maths.linalg import Stats
 from ..models.dropped import replace_dropped
+from ..models.ends import find_ends
 from ..models.plain import match_plan
 from ..models.units import Unit, find_units
 from ..plans.level import Level
@@ -45,19 +47,26 @@ def _compress(model: Any, plan: Plan, tokens: Tensor | None, progress: Progress 
     match_plan(model, plan)
     levels = planned_levels(model, plan)
     units = [unit for unit in find_units(model) if unit.name in levels]
+    ends = [unit for unit in find_ends(model) if unit.name in levels]
     with tempfile.TemporaryDirectory(prefix="evopress-") as folder, torch.no_grad():
         if any(compose.needs_stats(level) for level in levels.values()):
             assert tokens is not None
-            calibrate(model, tokens, folder, units=units, progress=progress)
-            felt = [unit for unit in units if compose.uses_outputs(levels[unit.name])]
+            made = [unit for unit in ends if compose.needs_stats(levels[unit.name])]
+            calibrate(model, tokens, folder, units=[*units, *made], progress=progress)
+            felt = [unit for unit in units if compose.uses_outputs(levels[unit.name])] + made
             if felt:
                 n = max(1, Search().sensitivity_tokens // tokens.shape[1])
-                output_moments(model, tokens[:n], folder, units=felt, progress=progress)
+                output_moments(
+                    model, tokens[:n], folder, units=felt, counted=tokens, progress=progress
+                )
         for block in sorted({unit.block for unit in units}):
             of_block = [unit for unit in units if unit.block == block]
             _replace(model, of_block, levels, _stats(Path(folder), of_block, levels))
             if progress:
                 progress("compress", block + 1, units[-1].block + 1)
+        known = [unit for unit in ends if compose.needs_stats(levels[unit.name])]
+        moments = load_ends(folder, known)
+        _replace(model, ends, levels, {name: of.stats() for name, of in moments.items()})
     replace_dropped(model, plan)
 
 

@@ -84,6 +84,15 @@ def test_ends_at_a_level_lie_outside_a_budget_of_bits(home: Path) -> None:
     assert 0.8 * 2 * 256 * 64 * (16 - 6.7) < saved < 2 * 256 * 64 * (16 - 6.6)
 
 
+def test_ends_take_8_bits_beside_a_budget_of_bits_unless_told_otherwise(home: Path) -> None:
+    job = Job(recipe(home, home / "x", budget={"bits": 4.0}))
+    levels = job.levels(job.space.cheapest)
+    assert str(levels[EMBEDDING]) == str(levels[HEAD]) == "rtn:bits=8,group_size=64"
+    skipped = Job(recipe(home, home / "x", budget={"bits": 4.0}, skip=[HEAD, EMBEDDING]))
+    dense = Job(recipe(home, home / "x", budget={"bits": 4.0}, ends="dense"))
+    assert skipped.space == dense.space and skipped.units == dense.units
+
+
 def test_a_pin_gives_one_end_another_level(home: Path) -> None:
     pin = {"*embed_tokens": "rtn:bits=5,group_size=64"}
     job = Job(
@@ -149,3 +158,16 @@ def test_refinement_goes_on_from_the_compressed_embedding(home: Path) -> None:
     notes = result.plan.results["refined"]
     assert notes["before"] > 0 and notes["after"] > 0
     assert stored_bytes(result.folder) <= 240_000
+
+
+def test_a_plan_with_ends_is_applied_with_the_same_tensors(made: Any, home: Path) -> None:
+    from safetensors.torch import load_file
+
+    from hf_evopress.jobs.apply import apply_plan
+
+    counts = {"n_sequences": 12, "seq_len": 64, "seed": 0}
+    folder = apply_plan(str(made.folder), home / "applied", data=[str(home / "text.txt")], **counts)
+    one, other = (load_file(f / "model.safetensors") for f in (made.folder, folder))
+    ends = [key for key in one if key.startswith((EMBEDDING, HEAD))]
+    assert ends and one.keys() == other.keys()
+    assert all(one[key].shape == other[key].shape for key in ends)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_evopress.base.ranks import Ranks
 from hf_evopress.methods import compose
 from hf_evopress.methods.menu import menus
+from hf_evopress.models.ends import find_ends
 from hf_evopress.models.stream import BlockStream
 from hf_evopress.models.units import find_units
 from hf_evopress.plans.level import Level
@@ -38,6 +39,52 @@ def made(
     offered = menus({u.name: u.shape for u in units}, LEVELS)
     store = LevelStore.build(folder, model, units, offered, Source({}, lambda block: {}))
     return model, store, text_tokens(6, 48, seed=3)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def whole(
+    request: pytest.FixtureRequest,
+    tiny_model: Callable[..., nn.Module],
+    text_tokens: Callable[..., Tensor],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Made:
+    """A store of all linear layers, the embedding and the head."""
+    model = tiny_model("llama", tie_word_embeddings=request.param)
+    units = [*find_units(model), *find_ends(model)]
+    offered = menus({u.name: u.shape for u in units}, LEVELS)
+    source = Source({}, lambda block: {})
+    store = LevelStore.build(tmp_path_factory.mktemp("whole"), model, units, offered, source)
+    return model, store, text_tokens(4, 32, seed=3)
+
+
+@pytest.mark.parametrize(
+    "fitness", [KL(top_k=0), KL(top_k=16), KL(top_k=16, columns=64), Perplexity()]
+)
+def test_embedding_and_head_are_scored_as_weights_that_are_replaced(
+    fitness: Any, whole: Made
+) -> None:
+    model, store, tokens = whole
+    ends = [unit.name for unit in store.units.values() if unit.is_end]
+    plans = [_plan(store, seed) for seed in range(3)]
+    for end in ends:  # all else alike: hidden states are shared where only the head differs
+        plans += [{**plans[0], end: level} for level in store.levels(end)]
+    found = Evaluator(model, store, tokens, fitness).losses(plans, [2, 0])
+    evaluator = Evaluator(model, store, tokens, fitness)
+    assert found == [evaluator.losses([plan], [2, 0])[0] for plan in plans]
+    for plan, losses in zip(plans, found, strict=True):
+        expected = evaluator_of(_reference(model, store, plan), model, store, tokens, fitness)
+        assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def evaluator_of(
+    changed: nn.Module, model: nn.Module, store: LevelStore, tokens: Tensor, fitness: Any
+) -> list[float]:
+    """Return the losses of a dense model against the targets of another."""
+    targets = Evaluator(model, store, tokens, fitness)
+    targets.losses([{}], [2, 0])
+    judge = Evaluator(changed, store, tokens, fitness)
+    judge._targets = targets._targets
+    return judge.losses([{}], [2, 0])[0]
 
 
 def _plan(store: LevelStore, seed: int) -> dict[str, Level]:
