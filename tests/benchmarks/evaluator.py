@@ -99,6 +99,7 @@ def recipe(words: argparse.Namespace) -> Recipe:
             "model": words.model,
             "work": words.work,
             "budget": {"bits": words.bits},
+            "ends": "dense",
             "data": data(words),
             **({"levels": words.level} if words.level else {}),
         }

@@ -73,6 +73,7 @@ class Bench:
             "model": words.model,
             "work": words.work,
             "budget": dict(budget),
+            "ends": "dense",
             "data": {"sources": [words.data], "seq_len": words.seq_len, **counts},
             "search": {
                 "strategy": strategy,

@@ -102,6 +102,7 @@ def recipe(words: argparse.Namespace, bits: float, strategy: str) -> Recipe:
             "model": words.model,
             "work": words.work,
             "budget": {"bits": bits},
+            "ends": "dense",
             **({"levels": words.level} if words.level else {"families": words.family}),
             "data": data(words),
             "search": {
@@ -132,6 +133,7 @@ def controls(words: argparse.Namespace) -> list[tuple[str, str, Job, Any]]:
                     "model": words.model,
                     "work": f"{words.work}-controls",
                     "budget": {"ratio": 1.0},
+                    "ends": "dense",
                     "levels": list(levels.values()),
                     "data": data(words),
                     "search": {"sensitivity_tokens": 0},

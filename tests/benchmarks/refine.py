@@ -170,6 +170,7 @@ def recipe(words: argparse.Namespace, bits: float) -> Recipe:
             "model": words.model,
             "work": words.work,
             "budget": {"bits": bits},
+            "ends": "dense",
             **({"levels": words.level} if words.level else {}),
             **({"families": words.family} if words.family else {}),
             "data": {"sources": [words.data], "seq_len": words.seq_len, **counts},

@@ -82,6 +82,7 @@ def recipe(words: argparse.Namespace, bits: float) -> Recipe:
             "model": words.model,
             "work": words.work,
             "budget": {"bits": bits},
+            "ends": "dense",
             "data": data(words),
             **({"levels": words.level} if words.level else {}),
         }

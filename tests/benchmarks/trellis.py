@@ -125,6 +125,7 @@ def model(words: argparse.Namespace) -> None:
             "model": words.model,
             "work": words.work,
             "budget": {"ratio": 1.0},
+            "ends": "dense",
             "levels": words.level,
             "data": {
                 "sources": [words.data],

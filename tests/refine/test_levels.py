@@ -29,6 +29,7 @@ def recipe(home: Path, **changes: Any) -> Recipe:
         "model": str(home / "dense"),
         "work": str(home / "tuned.work"),
         "budget": {"bits": 3},
+        "ends": "dense",
         "levels": LEVELS,
         "refine_levels": ["gptq:bits=2,*"],
         "data": {
