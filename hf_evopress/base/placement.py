@@ -103,7 +103,7 @@ def place_of(model: Any) -> Place:
 
 def device_of(model: Any) -> torch.device:
     """Return the device that a model computes on, of several the first."""
-    return place_of(model).device or model.get_input_embeddings().weight.device
+    return place_of(model).device or next(model.get_input_embeddings().parameters()).device
 
 
 def dtype_of(model: Any) -> torch.dtype:

@@ -190,7 +190,7 @@ class BlockStream:
 
     def _forward(self, input_ids: Tensor) -> Tensor:
         self._bring("ends", 0, self._outside)
-        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        device = next(self.model.get_input_embeddings().parameters()).device  # type: ignore[operator]
         out = self.model(input_ids=input_ids.to(device), use_cache=False)
         return out.logits if hasattr(out, "logits") else out[0]  # a base model has no head
 

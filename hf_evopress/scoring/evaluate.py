@@ -236,7 +236,7 @@ def _logits(model: nn.Module | Logits, ids: Tensor) -> Tensor:
     """Return the logits (window, vocabulary) of ids (window,)."""
     if not isinstance(model, nn.Module):
         return model(ids[None])[0]
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = next(model.get_input_embeddings().parameters()).device  # type: ignore[operator]
     if device.type != "meta":  # parts that accelerate keeps on disk; it moves inputs itself
         ids = ids.to(device)
     return model(input_ids=ids[None], use_cache=False).logits[0]

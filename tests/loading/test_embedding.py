@@ -214,3 +214,21 @@ def test_the_look_up_decodes_only_rows_asked_for(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(type(compose.method("rtn")), "decompress", whole)
     assert torch.equal(packed(IDS), expected)
+
+
+def test_no_dense_embedding_appears_while_a_model_runs(monkeypatch: Any, tiny_model: Any) -> None:
+    from hf_evopress.models.stream import BlockStream
+    from hf_evopress.scoring.evaluate import compare
+
+    model = compressed(tiny_model("llama", tie_word_embeddings=False))
+    expected = logits(model)
+
+    def looked_at(self: Any) -> Tensor:
+        raise AssertionError("the whole weight was asked for")
+
+    monkeypatch.setattr(CompressedEmbedding, "weight", property(looked_at))
+    assert torch.equal(logits(model), expected)
+    model.generate(IDS[:1], max_new_tokens=3, do_sample=False)
+    compare(model, None, IDS.flatten(), window=20)
+    stream = BlockStream(model)
+    assert torch.equal(stream.embed(IDS), model.model.embed_tokens(IDS))
