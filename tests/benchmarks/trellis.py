@@ -92,18 +92,20 @@ def block(words: argparse.Namespace) -> None:
         nats, errors, heldout, bits, n = 0.0, [], [], 0, 0
         start = time.process_time()
         for number in words.blocks:
-            stats, G = load_stats(words.work, number), load_moments(words.work, number)
+            stats, G = load_stats(words.work, number), {}
+            if (Path(words.work) / "moments" / f"block_{number:05d}.safetensors").is_file():
+                G = load_moments(words.work, number)
             inputs: dict[int, list[str]] = {}
-            for name in G:
+            for name in stats:
                 inputs.setdefault(id(stats[name]), []).append(name)
             for names in inputs.values():
                 Ws = [dense.get_submodule(name).weight.detach() for name in names]
                 known = stats[names[0]]
-                states = compress_stacked(level, Ws, known.with_outputs(G[n] for n in names))
+                states = compress_stacked(level, Ws, known.with_outputs(map(G.get, names)))
                 for name, W, state in zip(names, Ws, states, strict=True):
                     shape = (W.shape[0], W.shape[1])
                     d = W - decompress(level, state, shape, torch.float32)
-                    nats += kfac_loss(d, known.hessian(), G[name])
+                    nats += kfac_loss(d, known.hessian(), G[name]) if name in G else 0.0
                     errors.append(
                         float(((d @ known.gram) * d).sum() / ((W @ known.gram) * W).sum())
                     )
