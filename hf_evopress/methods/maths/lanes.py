@@ -1,8 +1,8 @@
 """Viterbi's algorithm on a CPU: eight walks side by side, one vector instruction for all of them.
 
 Costs lie as (state, walk), so a vector holds one state of eight walks: no shuffles, whatever the
-rate. The step is written in LLVM's own terms, because compilers do not find it: 5 to 8 times the
-speed of a plain C loop with -O3 (tests/benchmarks/trellis.py).
+rate. The step is written in LLVM's own terms, because compilers do not find it: 4 to 8 times the
+speed of the same loop in C, a walk at a time, by gcc -O3 -march=native with AVX2.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ the same, bit for bit, on every device (where a compiler does not fuse a product
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -20,30 +21,36 @@ from torch import Tensor
 from .hashing import signs
 
 WHOLE = 0  # block size that stands for the whole side
-_CHUNK = 2**16  # numbers worked on at once: they stay in a CPU's cache
+_CHUNK = 2**17  # numbers worked on at once: they stay in a CPU's cache
 
 
 def rotate(X: Tensor, seed: int, block: int = WHOLE) -> Tensor:
     """Return Q X in float32, X (n, m)."""
-    n, m = X.shape
-    p, q = factors(n, block)
-    Y = (X.float() * _signs(n, seed, X.device).unsqueeze(1)).contiguous()
-    _hadamard_(Y.view(q, p, m))
-    return _mix(Y, _dct(q, X.device)) if q > 1 and block == WHOLE else Y
+    p, q = factors(len(X), block)
+    sign = _signs(len(X), seed, X.device).unsqueeze(1)
+
+    def turned(X: Tensor) -> Tensor:
+        Y = (X.float() * sign).contiguous()
+        _hadamard_(Y.view(q, p, -1))
+        return _mix(Y, _dct(q, X.device)) if q > 1 and block == WHOLE else Y
+
+    return _by_columns(X, turned)
 
 
 def unrotate(X: Tensor, seed: int, block: int = WHOLE) -> Tensor:
     """Return Q^T X in float32, X (n, m): what undoes `rotate`."""
-    n, m = X.shape
-    p, q = factors(n, block)
-    mixes = q > 1 and block == WHOLE
-    Y = (
-        _mix(X.float(), _dct(q, X.device).T)
-        if mixes
-        else X.float().clone(memory_format=torch.contiguous_format)
-    )
-    _hadamard_(Y.view(q, p, m))
-    return Y.mul_(_signs(n, seed, X.device).unsqueeze(1))
+    p, q = factors(len(X), block)
+    sign = _signs(len(X), seed, X.device).unsqueeze(1)
+
+    def turned(X: Tensor) -> Tensor:
+        mixes = q > 1 and block == WHOLE
+        # a copy in any case: the rest works in place
+        Y = _mix(X.float(), _dct(q, X.device).T) if mixes else torch.mul(X, 1.0).float()
+        Y = Y.contiguous()
+        _hadamard_(Y.view(q, p, -1))
+        return Y.mul_(sign)
+
+    return _by_columns(X, turned)
 
 
 def rotate_moment(H: Tensor, seed: int, block: int = WHOLE) -> Tensor:
@@ -62,34 +69,41 @@ def factors(n: int, block: int = WHOLE) -> tuple[int, int]:
     return block, n // block
 
 
+def _by_columns(X: Tensor, turned: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return turned(X), on a CPU made of as many columns at a time as stay in its cache."""
+    width = max(16, _CHUNK // len(X))
+    if X.device.type != "cpu" or X.shape[1] <= width:
+        return turned(X)
+    result = torch.empty(X.shape, dtype=torch.float32)
+    for part, into in zip(X.split(width, 1), result.split(width, 1), strict=True):
+        into.copy_(turned(part))
+    return result
+
+
 def _hadamard_(X: Tensor) -> None:
     """Multiply X (q, p, m), contiguous, by H_p along its second axis, in place."""
-    q, p, m = X.shape
-    for columns in X.split(max(1, _CHUNK // (p * m)) if X.device.type == "cpu" else q):
-        size = 1
-        while size < p:
-            pairs = columns.view(-1, 2, size * m)
-            a, b = pairs[:, 0], pairs[:, 1]
-            difference = a - b
-            a.add_(b)
-            b.copy_(difference)
-            size *= 2
-        columns.mul_(1 / math.sqrt(p))
+    _, p, m = X.shape
+    size = 1
+    while size < p:
+        pairs = X.view(-1, 2, size * m)
+        a, b = pairs[:, 0], pairs[:, 1]
+        difference = a - b
+        a.add_(b)
+        b.copy_(difference)
+        size *= 2
+    X.mul_(1 / math.sqrt(p))
 
 
 def _mix(X: Tensor, D: Tensor) -> Tensor:
     """Return (D kron I) X for X (q p, m), D (q, q): sums in the order of D's columns."""
-    q = D.shape[0]
+    q = len(D)
     flat = X.reshape(q, -1)
-    result = torch.empty_like(flat)
-    width = max(1, _CHUNK // q) if X.device.type == "cpu" else flat.shape[1]
-    for part, total in zip(flat.split(width, 1), result.split(width, 1), strict=True):
-        torch.mul(D[:, :1], part[:1], out=total)
-        product = torch.empty_like(total)
-        for k in range(1, q):
-            torch.mul(D[:, k : k + 1], part[k : k + 1], out=product)
-            total.add_(product)
-    return result.view(X.shape)
+    total = D[:, :1] * flat[:1]
+    product = torch.empty_like(total)
+    for k in range(1, q):
+        torch.mul(D[:, k : k + 1], flat[k : k + 1], out=product)
+        total.add_(product)
+    return total.view(X.shape)
 
 
 @lru_cache(maxsize=64)
