@@ -102,7 +102,11 @@ class Sim(Tensor):
     place: torch.device
 
     @staticmethod
-    def __new__(cls, raw: Tensor, device: torch.device) -> Sim:
+    def __new__(  # type: ignore[misc]
+        cls, raw: Tensor, device: torch.device | None = None, *, requires_grad: bool = True
+    ) -> Tensor:
+        if device is None:  # called as the class of a parameter, which on a GPU is nn.Parameter
+            return torch.nn.Parameter(raw, requires_grad)
         claim = _claim(raw, _cards[device.index])
         made = Tensor._make_wrapper_subclass(
             cls,

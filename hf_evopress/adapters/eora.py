@@ -270,7 +270,7 @@ def attached(model: nn.Module, factors: Factors) -> Iterator[None]:
     def add(A: Tensor, B: Tensor) -> Callable[..., Tensor]:
         def added(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
             x = args[0]
-            return out + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)).to(out.dtype)
+            return out + F.linear(F.linear(x, A.to(x)), B.to(x)).to(out.dtype)
 
         return added
 

@@ -40,7 +40,7 @@ class ErrorCurve:
         """Return the curve of an error with spectrum `values` (n,) and directions U (out, n)."""
         weights = torch.ones_like(values)
         if G is not None:
-            weights = 0.5 * ((G.double() @ U) * U).sum(0)
+            weights = 0.5 * ((G.to(U) @ U) * U).sum(0)
         return ErrorCurve(shape, _tails(values * weights), _tails(values), output)
 
     def rank_for(self, error: float) -> int:

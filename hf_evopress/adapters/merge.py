@@ -14,7 +14,7 @@ from ..base.progress import Progress
 from ..calibration.input_moments import calibrate, load_stats
 from ..loading.layers import CompressedLinear, compress_linear, resolve_units
 from ..methods import compose
-from ..methods.maths.linalg import Stats
+from ..methods.maths.linalg import Stats, map_shared
 from ..models.units import Unit, find_units
 from ..plans.plan import Plan
 from .folder import Adapter, check_fits
@@ -64,8 +64,10 @@ def merge_adapter(
             known = load_stats(folder, block) if calibrated else {}
             of_block = [unit for unit in todo if unit.block == block]
             for unit in of_block:
-                W = packed[unit.name].weight.float() + adapter.delta(unit.name)
-                _replace(model, unit, packed[unit.name], W, known)
+                W = packed[unit.name].weight.float()
+                if known and known[unit.name].gram.device != W.device:
+                    known = map_shared(known, lambda t, to=W.device: t.to(to))  # type: ignore[misc]
+                _replace(model, unit, packed[unit.name], W + adapter.delta(unit.name).to(W), known)
             if progress:
                 progress("merge", block + 1, todo[-1].block + 1)
     _forget_results(model, plan)
@@ -75,7 +77,7 @@ def merge_adapter(
 def _replace(
     model: Any, unit: Unit, old: CompressedLinear, W: Tensor, stats: Mapping[str, Stats]
 ) -> None:
-    state = compose.compress(old.level, torch.Tensor(W), stats.get(unit.name))
+    state = compose.compress(old.level, W.detach().as_subclass(Tensor), stats.get(unit.name))
     device = next(iter(old.state.values())).device
     state = {name: tensor.to(device) for name, tensor in state.items()}
     model.set_submodule(unit.name, compress_linear(old, old.level, state))

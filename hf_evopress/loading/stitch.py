@@ -46,6 +46,13 @@ def compress_model(
 def _compress(model: Any, plan: Plan, tokens: Tensor | None, progress: Progress | None) -> None:
     match_plan(model, plan)
     levels = planned_levels(model, plan)
+    absent = [name for name in levels if model.get_submodule(name).weight.is_meta]
+    if absent:
+        raise ValueError(
+            f"device_map keeps {absent[0]} on the CPU and lends it to another device while it "
+            "runs, and such a model cannot be compressed with calibration data: load it without "
+            "device_map, save it, and load the result with this device_map"
+        )
     units = [unit for unit in find_units(model) if unit.name in levels]
     ends = [unit for unit in find_ends(model) if unit.name in levels]
     with tempfile.TemporaryDirectory(prefix="evopress-") as folder, torch.no_grad():

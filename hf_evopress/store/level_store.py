@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.placement import Place, on_cpu, place_of
+from ..base.placement import on_cpu, place_of
 from ..base.progress import Progress
 from ..base.ranks import ALONE, Ranks
 from ..calibration.end_moments import EndMoments
 from ..calibration.output_moments import kfac_loss
 from ..methods import compose
 from ..methods.base import State
-from ..methods.maths.linalg import Stats
+from ..methods.maths.linalg import Stats, map_shared
 from ..models.units import Unit
 from ..plans.level import Level
 from .index import INDEX, covers, new_index, read_index, same_make, start
@@ -132,7 +132,7 @@ class LevelStore:
             if not todo:
                 continue
             (stats, losses), all_moments = source.known(todo), source.outputs(todo)
-            stats = _on_device(place, stats)
+            stats = map_shared(stats, place.on_device)
             for group in _by_input(todo, stats, menus):
                 weights = [_weight(model, unit) for unit in group]
                 known_G = {u.name: all_moments[u.name] for u in group if u.name in all_moments}
@@ -239,12 +239,6 @@ def _by_input(
 
 def _weight(model: Any, unit: Unit) -> Tensor:
     return place_of(model).on_device(model.get_submodule(unit.name).weight.detach()).float()
-
-
-def _on_device(place: Place, stats: Mapping[str, Stats]) -> dict[str, Stats]:
-    """Return statistics on the device; what units share is shared there."""
-    moved = {id(known): known.map(place.on_device) for known in stats.values()}
-    return {unit: moved[id(known)] for unit, known in stats.items()}
 
 
 def _score(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,6 +77,12 @@ class Stats:
         """
         key = (float(sink), float(damp))
         return self.remember(key, lambda: _inverse_factor(self.hessian(sink=sink), damp))
+
+
+def map_shared(stats: Mapping[str, Stats], move: Callable[[Tensor], Tensor]) -> dict[str, Stats]:
+    """Return the statistics of units with every tensor moved; what was shared still is."""
+    moved = {id(known): known.map(move) for known in stats.values()}
+    return {unit: moved[id(known)] for unit, known in stats.items()}
 
 
 def _inverse_factor(H: Tensor, damp: float) -> Tensor:

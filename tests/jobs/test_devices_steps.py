@@ -1,0 +1,222 @@
+"""Refinement, adapters, training, export and loading on the second device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_evopress.adapters.repair import adapt, merge
+from hf_evopress.base.devices import using
+from hf_evopress.jobs import pipeline
+from hf_evopress.jobs.convert import convert
+from hf_evopress.jobs.evaluate import evaluate_model
+from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.levels import build_levels
+from hf_evopress.jobs.plan_search import find_plan
+from hf_evopress.jobs.refine_existing_model import refine_end_to_end
+from hf_evopress.jobs.refine_existing_plan import refine_plan
+from hf_evopress.loading.config import EvoPressConfig
+from hf_evopress.recipes.recipe import Recipe
+from hf_evopress.refine.block_tuning import Tuning as BlockTuning
+from hf_evopress.refine.blockwise import Settings
+from hf_evopress.training.tune import Tuning, tune
+
+from .. import second_device  # noqa: F401  registers the device
+
+SIM = torch.device("sim", 0)
+
+
+@pytest.fixture(autouse=True)
+def sim() -> Any:
+    """All that says auto computes on the second device."""
+    with using("sim") as device:
+        yield device
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are tuned for some steps only: where tensors lie is what counts here."""
+    tuning = BlockTuning(steps=4, looks=1, attempts=1, bfloat16=True)
+    settings = lambda job, mode: Settings(mode, tuning=tuning)  # noqa: E731
+    monkeypatch.setattr("hf_evopress.jobs.refinement.refine_settings", settings)
+
+
+def recipe(home: Path, out: str, **changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "model": str(home / "dense"),
+        "out": str(home / out),
+        "work": str(home / f"{out}.work"),
+        "budget": {"bits": 4.0},
+        "levels": [f"gptq:bits={b},group_size=32" for b in (2, 4)],
+        "data": {
+            "sources": [str(home / "text.txt")],
+            "seq_len": 32,
+            "calibration": 8,
+            "search": 8,
+            "heldout": 2,
+            "test": 4,
+        },
+        "search": {
+            "sensitivity_tokens": 128,
+            "settings": {"generations": 1, "tokens": [64, 128]},
+        },
+    }
+    return Recipe.from_dict({**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def made(home: Path) -> pipeline.Result:
+    """A model compressed on the second device."""
+    with using("sim"):
+        return pipeline.compress(recipe(home, "made"))
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_refinement_of_every_kind(home: Path, offload: str) -> None:
+    words = recipe(
+        home,
+        f"refined-{offload}",
+        offload=offload,
+        refine="best+end-to-end",
+        refine_levels=["gptq:bits=2*"],
+        distil={"steps": 2},
+        data={**recipe(home, "x").to_dict()["data"], "written": 2},
+    )
+    result = pipeline.compress(words)
+    assert {"refined", "distilled"} <= set(result.plan.results)
+
+
+def test_a_plan_is_refined_and_its_model_distilled(home: Path, made: pipeline.Result) -> None:
+    common: dict[str, Any] = {"data": [str(home / "text.txt")], "seq_len": 32, "n_sequences": 8}
+    fast = refine_plan(str(made.folder), home / "fast", mode="fast", **common)
+    assert "refined" in fast.plan.results
+    whole = refine_end_to_end(
+        str(made.folder), home / "whole", steps=2, test=str(home / "text.txt"), window=64, **common
+    )
+    assert "distilled" in whole.plan.results and whole.rows
+
+
+@pytest.mark.parametrize("how", [{"rank": 4}, {"rank": 4, "prefix": True}, {"size": "40KB"}])
+def test_an_adapter_is_made_and_merged(
+    home: Path, made: pipeline.Result, how: dict[str, Any]
+) -> None:
+    name = "-".join(how)
+    common: dict[str, Any] = {"data": [str(home / "text.txt")], "seq_len": 32, "n_sequences": 8}
+    folder = adapt(str(made.folder), home / f"eora-{name}", sensitivity_tokens=128, **common, **how)
+    for exact in (True, False):
+        merged = merge(
+            str(made.folder),
+            str(folder),
+            home / f"merged-{name}-{exact}",
+            exact=exact,
+            against=str(home / "dense"),
+            window=32,
+            **common,
+        )
+        assert set(merged.reports) >= {"without adapter", "merged"}
+
+
+@pytest.mark.parametrize("train", ["lora", "scales,norms"])
+def test_a_model_is_tuned(home: Path, made: pipeline.Result, train: str) -> None:
+    settings = Tuning(
+        train=train,
+        steps=2,
+        batch=1,
+        rank=4,
+        seq_len=32,
+        sequences=4,
+        heldout=2,
+        teacher=str(home / "dense"),
+        **({"target": "kappa:0.3"} if train == "lora" else {}),
+    )
+    done = tune(str(made.folder), home / f"tuned-{train}", settings, data=[str(home / "text.txt")])
+    assert done.kl is not None
+
+
+def test_export_and_evaluation(home: Path, made: pipeline.Result) -> None:
+    folder = convert(str(made.folder), home / "stock", format="dense")
+    report = evaluate_model(
+        str(made.folder), str(home / "text.txt"), against=str(folder), window=64, max_windows=2
+    )
+    assert report["kl_nats"] < 1e-2
+
+
+MAPS: dict[str, Any] = {
+    "one card": {"": "sim:0"},
+    "two cards": {
+        "model.embed_tokens": "sim:0",
+        "model.rotary_emb": "sim:0",
+        "model.layers.0": "sim:0",
+        "model.layers.1": "sim:1",
+        "model.layers.2": "sim:1",
+        "model.norm": "sim:1",
+        "lm_head": "sim:1",
+    },
+    "card and CPU": {
+        "model.embed_tokens": "sim:0",
+        "model.rotary_emb": "sim:0",
+        "model.layers.0": "sim:0",
+        "model.layers.1": "cpu",
+        "model.layers.2": "sim:0",
+        "model.norm": "sim:0",
+        "lm_head": "sim:0",
+    },
+}
+
+
+@pytest.mark.parametrize("where", MAPS)
+def test_a_checkpoint_is_loaded_onto_devices_and_generates(
+    made: pipeline.Result, where: str
+) -> None:
+    ids = torch.arange(12)[None] + 97
+    here = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32)
+    there = AutoModelForCausalLM.from_pretrained(
+        made.folder, dtype=torch.float32, device_map=MAPS[where]
+    )
+    wanted = here.generate(ids, max_new_tokens=4, do_sample=False)
+    found = there.generate(ids.to("sim"), max_new_tokens=4, do_sample=False)
+    assert found.cpu().tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("where", ["one card", "two cards", "no map"])
+def test_a_plan_is_applied_while_a_model_loads(
+    home: Path, made: pipeline.Result, where: str
+) -> None:
+    config = EvoPressConfig(made.plan, data=[str(home / "text.txt")], n_sequences=8, seq_len=32)
+    model = AutoModelForCausalLM.from_pretrained(
+        home / "dense",
+        quantization_config=config,
+        dtype=torch.float32,
+        **({} if where == "no map" else {"device_map": MAPS[where]}),
+    )
+    ids = torch.arange(12)[None] + 97
+    logits = model(ids if where == "no map" else ids.to("sim")).logits
+    assert bool(logits.isfinite().all())
+    layer = model.model.layers[0].mlp.up_proj
+    expected = "cpu" if where == "no map" else "sim"
+    assert {tensor.device.type for tensor in layer.state.values()} == {expected}
+
+
+def test_search_on_the_cpu_and_there_agree(home: Path) -> None:
+    plans = []
+    for device in ("cpu", "sim"):
+        words = recipe(home, f"on-{device}", device=device, search={"strategy": "knapsack"})
+        job = Job(words)
+        plans.append(find_plan(job, build_levels(job)))
+    assert plans[0].levels.keys() == plans[1].levels.keys()
+    same = sum(plans[0].levels[u] == plans[1].levels[u] for u in plans[0].levels)
+    assert same > 0.8 * len(plans[0].levels)
+
+
+def test_a_plan_that_needs_data_is_not_applied_to_weights_that_are_lent(
+    home: Path, made: pipeline.Result
+) -> None:
+    config = EvoPressConfig(made.plan, data=[str(home / "text.txt")], n_sequences=8, seq_len=32)
+    with pytest.raises(ValueError, match="load it without device_map, save it"):
+        AutoModelForCausalLM.from_pretrained(
+            home / "dense", quantization_config=config, device_map=MAPS["card and CPU"]
+        )
