@@ -49,6 +49,7 @@ def replace(model: Any, path: str, level: Level, state: State | None = None) -> 
             head = output_head(model)
             assert head is not None  # it shares the weight
             tie_head(model, path, head[0])
+            _keep_hook(model, head[0], head[1])
     elif state is None:
         shape = (module.out_features, module.in_features)
         layer = CompressedLinear.empty(level, shape, module.bias, dtype=module.weight.dtype)
@@ -56,6 +57,15 @@ def replace(model: Any, path: str, level: Level, state: State | None = None) -> 
     else:
         assert isinstance(module, nn.Linear)  # resolve_units returns nothing else
         model.set_submodule(path, compress_linear(module, level, state))
+    _keep_hook(model, path, module)
+
+
+def _keep_hook(model: Any, path: str, before: nn.Module) -> None:
+    """Let accelerate move the inputs of a module as it did those of the one before."""
+    if (hook := getattr(before, "_hf_hook", None)) is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(model.get_submodule(path), hook)
 
 
 def restore_linears(model: Any) -> None:
