@@ -18,7 +18,7 @@ from ..methods import compose
 from ..methods.base import State
 from ..plans.level import Level
 from ..store.level_store import LevelStore
-from ..store.unit_file import checksums
+from ..store.unit_file import checksums, one_entry, read_about
 
 
 class RefinedStates(LevelStore):
@@ -52,20 +52,20 @@ def write_block(path: Path, states: Mapping[str, State], notes: Mapping[str, Any
         for i, state in enumerate(states.values())
         for name, tensor in state.items()
     }
-    metadata = {
-        "units": json.dumps(list(states)),
-        "crc32": json.dumps([checksums(state) for state in states.values()]),
-        "notes": json.dumps(dict(notes)),
+    about = {
+        "units": list(states),
+        "crc32": [checksums(state) for state in states.values()],
+        "notes": dict(notes),
     }
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata=one_entry(about))
 
 
 def read_block(path: Path, units: list[str] | None = None) -> dict[str, State]:
     """Return unit -> state of a block's file, of all its units or of some."""
     try:
         with safe_open(path, framework="pt") as file:
-            names, sums = (json.loads(file.metadata()[k]) for k in ("units", "crc32"))
+            names, sums = map(read_about(file).__getitem__, ("units", "crc32"))
             states: dict[str, State] = {
                 name: {} for name in names if units is None or name in units
             }
@@ -85,7 +85,7 @@ def read_notes(path: Path) -> dict[str, Any]:
     """Return what was measured when a block's file was written."""
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["notes"])
+            return read_about(file)["notes"]
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise _damaged(path) from error
 

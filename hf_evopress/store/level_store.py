@@ -127,22 +127,24 @@ class LevelStore:
         done = sum(_unit_file(folder, i).is_file() for i in numbers.values())
         blocks, place = sorted({unit.block for unit in units}), place_of(model)
         for block in (b for n, b in enumerate(blocks) if ranks.owns(n)):
-            todo = [u for u in units if u.block == block]
-            todo = [u for u in todo if not _unit_file(folder, numbers[u.name]).is_file()]
-            if not todo:
+            here = [u for u in units if u.block == block]
+            there = {u.name for u in here if _unit_file(folder, numbers[u.name]).is_file()}
+            if len(there) == len(here):
                 continue
-            (stats, losses), all_moments = source.known(todo), source.outputs(todo)
+            (stats, losses), all_moments = source.known(here), source.outputs(here)
             stats = map_shared(stats, place.on_device)
-            for group in _by_input(todo, stats, menus):
+            for group in _by_input(here, stats, menus):
+                if there.issuperset(u.name for u in group):
+                    continue  # a group is made whole, also where some of it is there: same sums
                 weights = [_weight(model, unit) for unit in group]
-                known_G = {u.name: all_moments[u.name] for u in group if u.name in all_moments}
-                moments = {name: place.on_device(G) for name, G in known_G.items()}
                 levels = list(menus[group[0].name])
-                known_inputs = stats.get(group[0].name)
-                if known_inputs is not None and moments:
-                    known_inputs = known_inputs.with_outputs(moments.get(u.name) for u in group)
-                made = compose.compress_many(levels, weights, known_inputs)
+                found = {u.name: all_moments[u.name] for u in group if u.name in all_moments}
+                moments = {name: place.on_device(G) for name, G in found.items()}
+                inputs = _with_outputs(stats.get(group[0].name), group, moments)
+                made = compose.compress_many(levels, weights, inputs)
                 for j, (unit, W) in enumerate(zip(group, weights, strict=True)):
+                    if unit.name in there:
+                        continue
                     states = [per_level[j] for per_level in made]
                     known = (stats.get(unit.name), losses.get(unit.name))
                     scores = [
@@ -235,6 +237,15 @@ def _by_input(
         key = (id(stats[unit.name]) if unit.name in stats else unit.name, tuple(menus[unit.name]))
         groups.setdefault(key, []).append(unit)
     return list(groups.values())
+
+
+def _with_outputs(
+    stats: Stats | None, group: Sequence[Unit], moments: Mapping[str, Tensor]
+) -> Stats | None:
+    """Return the statistics of a group's input, with the moments of its outputs where known."""
+    if stats is None or not moments:
+        return stats
+    return stats.with_outputs(moments.get(unit.name) for unit in group)
 
 
 def _weight(model: Any, unit: Unit) -> Tensor:

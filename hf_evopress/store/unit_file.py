@@ -27,14 +27,24 @@ def write_unit(
 ) -> None:
     """Write the states of a unit, one per level, and what was measured of each."""
     tensors, shared = share(states)
-    metadata = {
+    about = {
         "unit": unit,
-        "shared": json.dumps(shared),
-        "scores": json.dumps(list(scores)),
-        "crc32": json.dumps([checksums(state) for state in states]),
+        "shared": shared,
+        "scores": list(scores),
+        "crc32": [checksums(state) for state in states],
     }
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata=one_entry(about))
+
+
+def one_entry(about: Mapping[str, Any]) -> dict[str, str]:
+    """Return metadata for a safetensors file: several entries would come in a random order."""
+    return {"about": json.dumps(about)}
+
+
+def read_about(file: Any) -> dict[str, Any]:
+    """Return what `one_entry` was given; KeyError, TypeError or JSONDecodeError if damaged."""
+    return json.loads(file.metadata()["about"])
 
 
 def read_state(path: Path, unit: str, number: int) -> State:
@@ -42,13 +52,14 @@ def read_state(path: Path, unit: str, number: int) -> State:
     prefix = f"{number}/"
     try:
         with safe_open(path, framework="pt") as file:
-            shared = json.loads(file.metadata().get("shared", "{}"))
+            about = read_about(file)
+            shared = about["shared"]
             state = {
                 key.removeprefix(prefix): _tensor(file, *shared.get(key, (key, None)))
                 for key in sorted({*file.keys(), *shared})
                 if key.startswith(prefix)
             }
-            expected = json.loads(file.metadata()["crc32"])[number]
+            expected = about["crc32"][number]
     except (SafetensorError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
         raise _damaged(path, unit) from error
     if checksums(state) != expected:
@@ -60,7 +71,7 @@ def read_scores(path: Path, unit: str) -> list[dict[str, float]]:
     """Return what was measured of each level when it was made."""
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["scores"])
+            return read_about(file)["scores"]
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise _damaged(path, unit) from error
 

@@ -113,6 +113,18 @@ def test_a_killed_build_goes_on_with_what_is_missing(model: nn.Module, tmp_path:
     assert len(before) == 5 and len(after) == 14 and before.items() <= after.items()
 
 
+def test_what_a_killed_build_left_out_of_a_group_is_made_to_the_same_bytes(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    _build(model, tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    whole = [file.read_bytes() for file in files]
+    for file in files[1::2]:  # of each group that shares an input, some
+        file.unlink()
+    _build(model, tmp_path)
+    assert [file.read_bytes() for file in files] == whole
+
+
 def test_a_full_disk_leaves_nothing_half_written(
     model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
