@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from .resources import atomic_write
+from .resources import atomic_write, clear_leftovers
 
 INDEX = "index.json"
 _SAMPLES = 1024  # values per tensor: a fine-tune changes nearly all of them
@@ -59,6 +59,7 @@ def claim(folder: Path, made_from: Mapping[str, Any], *, what: str) -> None:
 
     Raises ValueError that names what differs, and the way out, where they are not.
     """
+    clear_leftovers(folder)
     path = folder / INDEX
     wanted = json.loads(json.dumps(made_from))
     if not path.is_file():

@@ -75,10 +75,11 @@ def _is_free(descriptor: int) -> bool:
     holder = _read(descriptor)
     if holder.get("host") != socket.gethostname():
         return not holder
-    return holder.get("pid") == os.getpid() or not _is_alive(holder.get("pid"))
+    return holder.get("pid") == os.getpid() or not is_alive(holder.get("pid"))
 
 
-def _is_alive(pid: Any) -> bool:
+def is_alive(pid: Any) -> bool:
+    """Return whether a process of this machine is there."""
     if type(pid) is not int or pid <= 0:
         return False
     try:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .lock import is_alive
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS[_letter] = _UNITS[_letter + "B"] = 1000**_power
     _UNITS[_letter + "IB"] = 1024**_power
 
+# in the names of temporary files, beside the process: who may remove them
+_MACHINE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
 
 
@@ -45,6 +50,14 @@ def format_size(size_bytes: int) -> str:
     return f"{size:.3g} TB"
 
 
+def clear_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary files that processes of this machine left when they were killed."""
+    for path in Path(folder).glob(f".*.{_MACHINE}-*.tmp*"):
+        pid = path.name.rpartition(f".{_MACHINE}-")[2].partition(".")[0]
+        if pid.isdigit() and not is_alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what is written there becomes `path`, or nothing does.
@@ -56,7 +69,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{target.name}.", suffix=".tmp" + target.suffix
+        dir=target.parent,
+        prefix=f".{target.name}.{_MACHINE}-{os.getpid()}.",
+        suffix=".tmp" + target.suffix,
     )
     os.close(handle)
     temporary = Path(name)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..base.resources import atomic_write
+from ..base.resources import atomic_write, clear_leftovers
 from ..methods import compose
 from ..models.units import Unit
 from ..plans.level import Level
@@ -81,6 +81,7 @@ def covers(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 def start(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
     """Write the index of a new store, or return that of the one in `folder` if it serves."""
+    clear_leftovers(folder)
     if not (folder / INDEX).is_file():
         atomic_write(folder / INDEX, json.dumps(index, indent=1) + "\n")
         return index

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from hf_evopress.base.resources import (
     atomic_path,
     atomic_write,
     bundled,
+    clear_leftovers,
     format_size,
     parse_size,
     sha256,
@@ -71,3 +74,17 @@ def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
 def test_a_missing_bundled_folder_is_named() -> None:
     with pytest.raises(FileNotFoundError, match="no_such_folder"):
         bundled("no_such_folder")
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(
+    tmp_path: Path,
+) -> None:
+    code = (
+        "import os, sys; from hf_evopress.base.resources import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as temporary: os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "unit.bin")], check=False)
+    (left,) = tmp_path.iterdir()
+    with atomic_path(tmp_path / "other.bin") as temporary:
+        clear_leftovers(tmp_path)
+        assert not left.exists() and temporary.exists()
