@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..methods import compose
 from ..models.dropped import replace_dropped, restore_zero, sentinel_keys
+from ..models.ends import find_ends
 from ..models.experts import SplitExperts
 from ..models.plain import make_stock, match_plan
 from ..plans.level import DENSE, Level
@@ -285,8 +286,8 @@ def _plan_of(config: EvoPressConfig) -> Plan:
 
 
 def _with_merged(model: Any, plan: Plan) -> Plan:
-    """Return `plan` with level dense where an adapter was merged: those layers are dense now."""
-    layers = compressed_layers(model)
+    """Return `plan` with level dense for what is: an adapter was merged, the vocabulary resized."""
+    plan, layers = _with_vocabulary(model, plan), compressed_layers(model)
     if any(name.endswith(".base_layer") for name in layers):
         raise ValueError(
             "the model is wrapped by adapters: save those with PeftModel.save_pretrained, or call "
@@ -299,12 +300,19 @@ def _with_merged(model: Any, plan: Plan) -> Plan:
     if not merged:
         return plan
     logger.warning(
-        "%d layers with a merged adapter are saved dense (%s); hf-evopress merge packs them again",
+        "%d layers that were made dense (by a merged adapter, a new vocabulary) are saved so (%s); "
+        "hf-evopress merge packs adapters, and compress all of it, again",
         len(merged),
         ", ".join(merged[:4]),
     )
     levels = {**plan.levels, **dict.fromkeys(merged, DENSE)}
     return plan.replace(levels=levels, budget={}, results={})
+
+
+def _with_vocabulary(model: Any, plan: Plan) -> Plan:
+    """Return `plan` with the shapes that embedding and head have, which may have been resized."""
+    shapes = {unit.name: unit.shape for unit in find_ends(model) if unit.name in plan}
+    return plan.replace(shapes={**plan.shapes, **shapes})
 
 
 def _calibrated(plan: Plan) -> list[str]:

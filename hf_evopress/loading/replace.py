@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..plans.plan import Plan
 from .embedding import CompressedEmbedding, compress_embedding, tie_head, untie_packed
 from .layers import CompressedLinear, compress_linear, compressed_layers, resolve_units
 from .packed import PackedWeight
+from .resize import as_before, let_resize
 
 
 def replace_linears(
@@ -58,6 +59,8 @@ def replace(model: Any, path: str, level: Level, state: State | None = None) -> 
         assert isinstance(module, nn.Linear)  # resolve_units returns nothing else
         model.set_submodule(path, compress_linear(module, level, state))
     _keep_hook(model, path, module)
+    if _packed_ends(model) and hasattr(model, "resize_token_embeddings"):
+        let_resize(model, _make_ends_dense)
 
 
 def _keep_hook(model: Any, path: str, before: nn.Module) -> None:
@@ -70,11 +73,28 @@ def _keep_hook(model: Any, path: str, before: nn.Module) -> None:
 
 def restore_linears(model: Any) -> None:
     """Put a stock module with the same weight in the place of every packed one."""
+    _restore(model, compressed_layers(model))
+    as_before(model)
+
+
+def _make_ends_dense(model: Any) -> None:
+    _restore(model, _packed_ends(model))
+
+
+def _restore(model: Any, layers: Mapping[str, Any]) -> None:
+    """Put stock modules in the place of some packed ones, and of a head that shares tensors."""
     head = _tied_head(model)
-    for name, layer in compressed_layers(model).items():
+    for name, layer in layers.items():
         assert isinstance(layer, (CompressedLinear, CompressedEmbedding))
         model.set_submodule(name, layer.dequantize())
     _restore_head(model, head)
+
+
+def _packed_ends(model: Any) -> dict[str, PackedWeight]:
+    """Return module path -> packed embedding and packed head, the latter where it is by itself."""
+    head = output_head(model)
+    ends = [model.get_input_embeddings(), head[1] if head is not None else None]
+    return {n: m for n, m in compressed_layers(model).items() if any(m is end for end in ends)}
 
 
 def blank_linears(model: Any) -> dict[str, PackedWeight]:

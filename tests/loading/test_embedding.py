@@ -135,15 +135,36 @@ def test_dequantize_gives_the_stock_model_back(dense: Any, tmp_path: Path) -> No
         )
 
 
-def test_resizing_is_refused_and_nothing_is_changed(dense: Any) -> None:
+def test_resizing_makes_the_ends_dense_and_keeps_what_was_there(
+    dense: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = compressed(dense)
-    expected = logits(model)
-    assert model.resize_token_embeddings(256) is model.get_input_embeddings()
-    with pytest.raises((RuntimeError, AttributeError), match="dequantize"):
-        model.resize_token_embeddings(300)
-    assert torch.equal(logits(model), expected)
-    model.dequantize().resize_token_embeddings(300)
-    assert logits(model).shape[-1] == 300
+    expected, rows = logits(model), model.config.vocab_size
+    layers = {n for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
+    assert model.resize_token_embeddings(rows) is model.get_input_embeddings()
+    assert isinstance(model.get_input_embeddings(), CompressedEmbedding) and not caplog.records
+    copied = copy.deepcopy(model)
+    copied.resize_token_embeddings(rows + 40, mean_resizing=False)
+    assert isinstance(model.get_input_embeddings(), CompressedEmbedding)  # only the copy changed
+    assert "dense from now on" in caplog.text and "MB more" in caplog.text
+    assert type(copied.get_input_embeddings()) is nn.Embedding
+    made = logits(copied)
+    assert made.shape[-1] == rows + 40 == copied.config.vocab_size
+    assert torch.allclose(made[..., :rows], expected, atol=1e-5)
+    copied.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), made)
+    still = {n for n, m in loaded.named_modules() if isinstance(m, CompressedLinear)}
+    assert still == layers - {"lm_head"}
+    is_tied = copied.lm_head.weight is copied.get_input_embeddings().weight
+    assert is_tied == bool(copied.config.tie_word_embeddings)
+
+
+def test_a_dequantized_model_resizes_as_its_class_does(dense: Any) -> None:
+    stock = compressed(dense).dequantize()
+    assert "resize_token_embeddings" not in vars(stock)
+    stock.resize_token_embeddings(300)
+    assert logits(stock).shape[-1] == 300
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "gpt2", "opt", "gpt_neox", "qwen3"])
