@@ -24,6 +24,7 @@ from .options import (
     EndsWords,
     Families,
     FitnessWords,
+    For,
     Forbid,
     Generations,
     KeepFirst,
@@ -85,6 +86,7 @@ def compress(
     max_drop: MaxDrop = None,
     keep_first: KeepFirst = 0,
     keep_last: KeepLast = 0,
+    export: For = "evopress",
     ends: EndsWords = "auto",
     skip: Skip = None,
     tie: Tie = None,
@@ -113,6 +115,7 @@ def compress(
     hf-evopress compress HuggingFaceTB/SmolLM2-135M-Instruct --bits 3.3 --out smol-3.3bit
     hf-evopress compress MODEL --bits 3.3 --family all --drop both --out smol-3.3bit
     hf-evopress compress MODEL --sparsity 0.5 --compare owl --out smol-sparse
+    hf-evopress compress MODEL --size 90MB --for gguf --out smol      and smol-gguf/model.gguf
     hf-evopress compress MODEL --drop-ratio 0.25 --compare block_influence --out smol-shallow
 
     Stop it with Ctrl-C at any time; the same command goes on where it was. Another --bits with
@@ -149,6 +152,7 @@ def levels(
     sparsity: Sparsity = None,
     family: Families = None,
     level: Levels = None,
+    export: For = "evopress",
     ends: EndsWords = "auto",
     skip: Skip = None,
     pin: Pin = None,
@@ -199,6 +203,7 @@ def search(
     max_drop: MaxDrop = None,
     keep_first: KeepFirst = 0,
     keep_last: KeepLast = 0,
+    export: For = "evopress",
     ends: EndsWords = "auto",
     skip: Skip = None,
     tie: Tie = None,
@@ -319,6 +324,12 @@ def show_result(result: Result) -> None:
         )
     console.print(f"\nIt says: {result.sample}", markup=False)
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
+    if result.gguf is not None:
+        from ..models.size import stored_bytes
+
+        size = f"{stored_bytes(result.gguf) / 1e6:.1f} MB"
+        told = f"\nThe GGUF file for llama.cpp is in {result.gguf}: {size}"
+        console.print(told, markup=False, soft_wrap=True)
     where = f"\nModel, plan, recipe and heat map are in {result.folder}"
     console.print(where + (f" ({spent})" if spent else ""), markup=False)
 

@@ -21,9 +21,25 @@ def export(
             "--format",
             help="dense: a stock checkpoint, no smaller; pruned: the same without the blocks that "
             "are dropped whole; compressed_tensors: packed codes that stock transformers and "
-            "vLLM read. See hf-evopress list.",
+            "vLLM read; gguf: a file for llama.cpp. See hf-evopress list.",
         ),
     ],
+    requantise: Annotated[
+        bool,
+        typer.Option(
+            "--requantise",
+            help="Round levels that a GGUF file cannot hold to its types, and print the KL that "
+            "this adds.",
+        ),
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            "-d",
+            help="Text to measure that KL on; default: some that the model writes itself.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a compressed model in another format, to be loaded without hf_evopress.
@@ -34,12 +50,21 @@ def export(
         --level gptq:bits=8,group_size=128,symmetric=true \\
         --tie q_proj,k_proj,v_proj --tie gate_proj,up_proj --out mixed
     hf-evopress export mixed --format compressed_tensors --out mixed-vllm
+    hf-evopress export smol --format gguf --requantise --out smol-gguf
     """
     from ..jobs.convert import convert
+    from ..jobs.convert import requantise as rounded
     from ..models.size import stored_bytes
 
+    if data is not None and not requantise:
+        raise ValueError("--data is what --requantise is measured on; say that as well")
     with error_console.status("writing"):
-        folder = convert(model, out, format=format, overwrite=overwrite)
+        if requantise:
+            folder, report = rounded(model, out, format=format, text=data, overwrite=overwrite)
+            told = f"KL {report.kl_nats:.4f} nats per token ({report.n_tokens} tokens)"
+            console.print(f"requantised: {told}", markup=False, soft_wrap=True)
+        else:
+            folder = convert(model, out, format=format, overwrite=overwrite)
     size = f"{stored_bytes(folder) / 1e6:.1f} MB"
     console.print(f"{folder}: {size}", markup=False, soft_wrap=True)
 

@@ -169,6 +169,14 @@ RefineLevels = Annotated[
         "'gptq:bits=[23],*'. Each takes the time of --refine best. Repeat.",
     ),
 ]
+For = Annotated[
+    str,
+    typer.Option(
+        "--for",
+        help="gguf: offer the tensor types of GGUF files, count the bytes of such a file under "
+        "--size, and write one for llama.cpp to OUT-gguf as well.",
+    ),
+]
 EndsWords = Annotated[
     str,
     typer.Option(
@@ -223,7 +231,17 @@ def recipe_of(**words: Any) -> Recipe:
     recipe: dict[str, Any] = {
         **{
             k: given[k]
-            for k in ("model", "out", "work", "revision", "ends", "skip", "refine", "refine_levels")
+            for k in (
+                "model",
+                "out",
+                "work",
+                "revision",
+                "ends",
+                "skip",
+                "refine",
+                "refine_levels",
+                "export",
+            )
             if k in given
         },
         "budget": {

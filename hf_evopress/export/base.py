@@ -24,6 +24,9 @@ class Export(ABC):
     """One format of the result."""
 
     name: ClassVar[str]
+    can_requantise: ClassVar[bool] = False  # has a way to round levels that it cannot hold
+    requantise = False  # whether to do that
+    tokenizer: Any = None  # of the model, for formats that hold it
 
     @abstractmethod
     def write(self, model: Any, plan: Plan, states: States, folder: Path) -> None:
@@ -53,7 +56,7 @@ class Export(ABC):
 
         Of a folder that exists only what an earlier result wrote is replaced.
         """
-        folder = Path(folder)
+        folder, self.tokenizer = Path(folder), tokenizer
         with whole_folder(folder) as temporary:
             self.write(model, plan, states, temporary)
             self.check(model, plan, states, temporary)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..adapters.repair import load, tokenizer_of
 from ..base.devices import on_device
 from ..base.plugins import load as load_plugin
 from ..base.target import writes_out
+from ..calibration.data import tokenize_file
+from ..calibration.own_text import write_self
+from ..calibration.text import RAW
 from ..loading.replace import blank_linears
 from ..methods.base import State
 from ..models.plain import match_plan
 from ..plans.level import Level
 from ..plans.plan import Plan
+from ..scoring.evaluate import Report, compare_many
+
+WINDOW, MAX_WINDOWS, N_WRITTEN = 256, 16, 4  # what the price of rounding is measured on
 
 
 @on_device
@@ -24,7 +33,37 @@ def convert(model: str, out: str | Path, *, format: str, overwrite: bool = False
     format: a name in `hf-evopress list`, such as dense or compressed_tensors. Everything that was
     trained comes along; units that the format has no place for raise ValueError by name.
     """
+    return _converted(model, out, load_plugin("export", format)())[0]
+
+
+@on_device
+@writes_out("model", "text")
+def requantise(
+    model: str, out: str | Path, *, format: str, text: str | None = None, overwrite: bool = False
+) -> tuple[Path, Report]:
+    """Return as `convert` does, after rounding what the format has no place for, and what it cost.
+
+    The report is of the rounded model against `model`, on a text file or, without one, on
+    sequences that `model` writes itself.
+    """
     exporter = load_plugin("export", format)()
+    if not exporter.can_requantise:
+        raise ValueError(f"{format} rounds nothing; only gguf takes --requantise")
+    exporter.requantise = True
+    tokens = None if text is None else tokenize_file(text, tokenizer_of(model))
+    folder, after = _converted(model, out, exporter)
+    before = load(model)
+    if tokens is None:
+        tokens = _written(before, tokenizer_of(model))
+    window = min(WINDOW, len(tokens))
+    reports = compare_many(
+        {"after": after.to(before.dtype)}, before, tokens, window=window, max_windows=MAX_WINDOWS
+    )
+    return folder, reports["after"]
+
+
+def _converted(model: str, out: str | Path, exporter: Any) -> tuple[Path, Any]:
+    """Return `out`, written, and the dense model of what was written."""
     packed = load(model, dtype="auto")
     plan = getattr(getattr(packed.config, "quantization_config", None), "plan", None)
     if not isinstance(plan, Plan):
@@ -38,4 +77,11 @@ def convert(model: str, out: str | Path, *, format: str, overwrite: bool = False
 
     stock: Any = packed.dequantize()
     match_plan(stock, plan)
-    return exporter.save(stock, plan, states, out, tokenizer=tokenizer_of(model))
+    return exporter.save(stock, plan, states, out, tokenizer=tokenizer_of(model)), stock
+
+
+def _written(model: Any, tokenizer: Any) -> Tensor:
+    """Return tokens (n,) of a few sequences that `model` writes itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = write_self(model, tokenizer, N_WRITTEN, folder, kind=RAW, seq_len=WINDOW)
+    return written.flatten()

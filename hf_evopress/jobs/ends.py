@@ -10,7 +10,7 @@ a level  at that level, outside a budget of bits
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 
 from ..base.patterns import matches
 from ..methods import compose
-from ..methods.menu import fits
+from ..methods.menu import family_menu, fits
 from ..models.ends import find_ends
 from ..models.units import Unit
 from ..plans.level import DENSE, Level
@@ -70,9 +70,9 @@ def choose_ends(skeleton: nn.Module, recipe: Recipe) -> Ends:
         return Ends(every=every)
     units = find_ends(skeleton, skip=recipe.skip)
     if in_budget:
-        offered = {u.name: _menu(u.shape, recipe.levels) for u in units}
+        offered = {u.name: _menu(u.shape, recipe) for u in units}
         return Ends(tuple(units), offered, every=every)
-    fixed = {u.name: _level(u, said, recipe.pin) for u in units}
+    fixed = {u.name: _level(u, said, recipe) for u in units}
     return Ends(tuple(units), {name: [level] for name, level in fixed.items()}, fixed, every)
 
 
@@ -81,17 +81,25 @@ def default_level(shape: Shape) -> Level:
     return compose.normalize(f"rtn:bits={FIXED_BITS},group_size={_group(shape)}")
 
 
-def _menu(shape: Shape, levels: Sequence[str | Level] | None) -> list[Level]:
+def _menu(shape: Shape, recipe: Recipe) -> list[Level]:
     """Return the levels that an end is offered, cheapest first: codes, and those of the user."""
+    if recipe.export != "evopress":
+        words = [*family_menu(shape, recipe.offered_families, None), *(recipe.levels or ())]
+        found = dict.fromkeys(compose.normalize(word) for word in words)
+        return _by_cost([x for x in found if not x.is_drop and _serves(x, shape)], shape)
     group = _group(shape)
     words = [f"gptq:bits={b},group_size={group}" for b in BITS]
     if group % 64 == 0:
         words += [f"gptq:bits={b},group_size={group // 2}" for b in FINE_BITS]
     offered = dict.fromkeys([compose.normalize(w) for w in words] + [default_level(shape)])
-    for level in map(compose.normalize, levels or ()):
+    for level in map(compose.normalize, recipe.levels or ()):
         if not (level.is_dense or level.is_drop) and _serves(level, shape):
             offered[level] = None
-    return sorted(offered, key=lambda level: (compose.cost_bits(level, shape), str(level)))
+    return _by_cost(offered, shape)
+
+
+def _by_cost(levels: Iterable[Level], shape: Shape) -> list[Level]:
+    return sorted(levels, key=lambda level: (compose.cost_bits(level, shape), str(level)))
 
 
 def _serves(level: Level, shape: Shape) -> bool:
@@ -100,10 +108,12 @@ def _serves(level: Level, shape: Shape) -> bool:
     return fits(level, shape) and not is_corrected
 
 
-def _level(unit: Unit, said: str, pins: Mapping[str, str]) -> Level:
+def _level(unit: Unit, said: str, recipe: Recipe) -> Level:
     """Return the level of an end outside the budget; the last pin that matches it wins."""
-    level = default_level(unit.shape) if said == "auto" else compose.normalize(said)
-    for pattern, text in pins.items():
+    level = compose.normalize(said) if said != "auto" else default_level(unit.shape)
+    if said == "auto" and recipe.export != "evopress":
+        level = family_menu(unit.shape, recipe.offered_families, None)[-1]  # of 8 bits
+    for pattern, text in recipe.pin.items():
         if matches(unit.name, pattern):
             level = compose.normalize(text)
     if level.is_drop:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,8 @@ from ..scoring.fitness.base import Fitness
 from ..search.space import Genome
 from ..sharing.cards import write_card
 from ..store.level_store import LevelStore
+from .for_gguf import folder_of, is_for_gguf
+from .for_gguf import write as write_gguf
 from .job import Job
 from .levels import build_levels
 from .measure import Row, figures, measure, unseen_tokens, verify
@@ -32,13 +34,17 @@ from .refinement import distil, refine_blocks
 
 @dataclass(frozen=True)
 class Result:
-    """What a compression leaves: the folder, its plan, figures on unseen text, a sentence."""
+    """What a compression leaves: the folder, its plan, figures on unseen text, a sentence.
+
+    gguf: the folder of the GGUF file, where the recipe is for one.
+    """
 
     folder: Path
     plan: Plan
     rows: tuple[Row, ...] = ()
     sample: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
+    gguf: Path | None = None
 
 
 def compress(
@@ -66,7 +72,12 @@ def compress(
     work = recipe.work or work_beside(recipe.out)
     reads = [recipe.model, work, test, *recipe.data.sources, *recipe.search.start]
     is_first = start().is_first
-    with claimed(recipe.out, reads=reads, overwrite=overwrite) if is_first else nullcontext():
+    outs: list[str | Path] = [recipe.out]
+    if is_for_gguf(recipe):
+        outs.append(folder_of(recipe.out))
+    with ExitStack() as held:
+        for out in outs if is_first else []:
+            held.enter_context(claimed(out, reads=reads, overwrite=overwrite))
         job = Job(recipe, fitness=fitness, report_to=report_to, progress=progress)
         with using(job.device, offload=recipe.offload):
             return _compressed(job, test, window, max_windows)
@@ -114,7 +125,10 @@ def ship(
     plan.save(folder)
     job.recipe.save(folder / "evopress_recipe.yaml")
     write_card(folder, plan, job.recipe)
-    return Result(folder, plan, rows, sample, seconds.spent)
+    gguf = None
+    if is_for_gguf(job.recipe):
+        gguf = seconds("gguf", partial(write_gguf, job, states, plan))
+    return Result(folder, plan, rows, sample, seconds.spent, gguf)
 
 
 def export(job: Job, store: LevelStore, plan: Plan, *, format: str = "evopress") -> Path:

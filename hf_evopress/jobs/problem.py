@@ -27,6 +27,7 @@ from ..search.budget import Budget
 from ..search.drop_counts import drop_counts
 from ..search.space import Genome, SearchSpace
 from .ends import Ends, choose_ends, default_level
+from .for_gguf import check_menus, fixed_bits, is_for_gguf
 
 NOTHING = Droppable({}, {}, {})
 
@@ -87,10 +88,17 @@ def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
     said = recipe.budget
     units = [] if said.drop is not None else find_units(skeleton, skip=recipe.skip)
     shapes = {unit.name: unit.shape for unit in units}
-    offered = menus(shapes, recipe.levels, families=recipe.families, sparsity=said.sparsity)
+    offered = menus(
+        shapes,
+        recipe.levels,
+        families=() if recipe.levels else recipe.offered_families,
+        sparsity=said.sparsity,
+    )
     ends = choose_ends(skeleton, recipe)
     units, offered = [*units, *ends.units], {**offered, **ends.menus}
     offered = _pinned(offered, recipe.pin)
+    if is_for_gguf(recipe):
+        check_menus(offered)
     added = NOTHING
     if recipe.drop.kinds or said.drop is not None:
         added = droppable(
@@ -119,6 +127,8 @@ def _space(
     ends: Ends,
 ) -> SearchSpace:
     fixed, dense = _fixed_bits(skeleton, units, offered)
+    if is_for_gguf(recipe):
+        fixed = fixed_bits(skeleton, units, recipe)
     fixed += ends.fixed_bits
     units = [unit for unit in units if unit.name not in ends.fixed]
     outside = {unit.name for unit in ends.units}

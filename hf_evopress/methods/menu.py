@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..base.plugins import did_you_mean
-from ..plans.level import Level
+from ..plans.level import DENSE, Level
 from . import compose
 
 Shape = tuple[int, int]
@@ -29,7 +29,24 @@ RATIOS = tuple(n / 10 for n in range(3, 10))  # of the weight's values, kept in 
 # lose as little, and decode faster.
 TRELLIS_BITS = (1, 2, 3, 4, 5, 6)
 
-FAMILIES = ("quant", "trellis", "sparse", "lowrank", "residual")
+# GGUF types on the front of bytes against loss, with error feedback: of 32 weights per block, and
+# of 256 where rows are multiples of that.
+GGUF_NARROW = ("iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0")
+GGUF_WIDE = (
+    "iq2_xxs",
+    "iq2_s",
+    "q2_k",
+    "iq3_xxs",
+    "iq3_s",
+    "q3_k",
+    "iq4_xs",
+    "q4_k",
+    "q5_k",
+    "q6_k",
+)
+
+FAMILIES = ("quant", "trellis", "sparse", "lowrank", "residual", "gguf")
+_APART = ("gguf",)  # not under `all`: for files of other programs
 
 
 def default_levels(method: str = "gptq") -> list[str]:
@@ -80,6 +97,8 @@ def family_menu(shape: Shape, families: Sequence[str], sparsity: float | None) -
             words += _quant(group)
         if family == "trellis":
             words += [f"trellis:bits={b}" for b in TRELLIS_BITS]
+        if family == "gguf":
+            words += [f"gguf:type={t}" for t in (*GGUF_NARROW, *GGUF_WIDE)]
         if family == "residual":
             words += [
                 f"gptq:bits={b},group_size={group} + lowrank:rank={r},factors=int8"
@@ -91,7 +110,10 @@ def family_menu(shape: Shape, families: Sequence[str], sparsity: float | None) -
         if family == "lowrank":
             words += _lowrank(shape, sparsity)
     offered = dict.fromkeys(compose.normalize(word) for word in words)
-    return _by_cost([level for level in offered if fits(level, shape)], shape)
+    able = [level for level in offered if fits(level, shape)]
+    if not able and "gguf" in families:  # rows of no multiple of 32
+        return [DENSE]
+    return _by_cost(able, shape)
 
 
 def fits(level: Level, shape: Shape) -> bool:
@@ -110,9 +132,13 @@ def _families(families: Sequence[str], sparsity: float | None) -> list[str]:
             hint = did_you_mean(family, [*FAMILIES, "all"])
             raise ValueError(f"unknown family {family!r}{hint}; there are {', '.join(FAMILIES)}")
     if sparsity is None:
-        return list(FAMILIES) if "all" in families else list(families or ("quant",))
+        return (
+            [f for f in FAMILIES if f not in _APART]
+            if "all" in families
+            else list(families or ("quant",))
+        )
     for family in families:
-        if family in ("quant", "trellis", "residual"):
+        if family in ("quant", "trellis", "residual", "gguf"):
             raise ValueError(
                 f"family {family} removes no weights, so a budget of sparsity {sparsity} means "
                 "nothing to it; take sparse or lowrank, or a budget in bits"

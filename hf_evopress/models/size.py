@@ -61,8 +61,11 @@ def model_size(model: nn.Module, *, shapes: Mapping[str, tuple[int, int]] | None
 
 
 def stored_bytes(folder: str | Path) -> int:
-    """Return the bytes of the safetensors files of a checkpoint folder, headers included."""
-    files = sorted(Path(folder).glob("*.safetensors"))
+    """Return the bytes of the weight files of a checkpoint folder, headers included.
+
+    Those of the safetensors files, or of GGUF files where there are none.
+    """
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.gguf"))
     if not files:
         raise FileNotFoundError(f"no .safetensors file in {folder}; is it a checkpoint folder?")
     return sum(file.stat().st_size for file in files)

@@ -30,6 +30,7 @@ REFINE = (*BLOCKWISE, END_TO_END, *(f"{mode}+{END_TO_END}" for mode in BLOCKWISE
 ENDS = ("auto", "budget", "dense")
 OFFLOAD = ("auto", "none", "cpu")  # see base/placement.py
 DTYPES = ("auto", "bfloat16", "float16")
+EXPORTS = ("evopress", "gguf")  # what a search can be for
 SEARCH_DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -193,6 +194,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     levels: tuple[str, ...] | None = None  # none: the menu of `families`
     families: tuple[str, ...] = ()  # quant, sparse, lowrank, residual, all; none: what fits
+    export: str = "evopress"  # gguf: levels that GGUF files hold, and one is written to OUT-gguf
     ends: str = "auto"  # of embedding and head: auto, budget, dense or a level; see jobs.ends
     drop: Drop = field(default_factory=Drop)
     skip: tuple[str, ...] = ()  # glob patterns of units that stay dense
@@ -213,6 +215,8 @@ class Recipe:
             hint = did_you_mean(self.ends, list(ENDS))
             raise ValueError(f"ends is {', '.join(ENDS)} or a level, got {self.ends!r}{hint}")
         _one_of("offload", self.offload, OFFLOAD)
+        _one_of("export (--for)", self.export, EXPORTS)
+        self._check_export()
         if self.data.written and self.refine == "none" and not self.refine_levels:
             raise ValueError(
                 f"data.written is {self.data.written}: text that the model writes is what refine "
@@ -228,6 +232,25 @@ class Recipe:
                 )
             if self.drop.max is not None:
                 raise ValueError("a budget of drops says how many go; leave out drop.max")
+
+    def _check_export(self) -> None:
+        if self.export == "evopress":
+            return
+        others = [family for family in self.families if family != self.export]
+        if others:
+            raise ValueError(
+                f"export (--for) {self.export} has its own levels; leave families {others} out"
+            )
+        if self.drop.kinds or self.budget.drop is not None or self.budget.sparsity is not None:
+            raise ValueError(
+                f"a {self.export} file holds every weight and every sub-block: give a budget of "
+                "bits, size or ratio, and no drop"
+            )
+
+    @property
+    def offered_families(self) -> tuple[str, ...]:
+        """The families whose levels are offered where no levels are given."""
+        return self.families if self.export == "evopress" else (self.export,)
 
     @property
     def blockwise(self) -> str:

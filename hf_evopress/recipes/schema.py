@@ -18,7 +18,7 @@ from typing import Any
 from ..base.plugins import names
 from ..base.resources import atomic_write, bundled
 from ..search.ask_tell import STRATEGIES
-from .recipe import DTYPES, OFFLOAD, REFINE, SEARCH_DTYPES, Recipe, Search
+from .recipe import DTYPES, EXPORTS, OFFLOAD, REFINE, SEARCH_DTYPES, Recipe, Search
 
 _BASIC = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
@@ -87,6 +87,7 @@ def _choices(cls: type, name: str) -> list[str]:
         (Recipe, "offload"): list(OFFLOAD),
         (Search, "dtype"): list(SEARCH_DTYPES),
         (Recipe, "refine"): list(REFINE),
+        (Recipe, "export"): list(EXPORTS),
         (Search, "strategy"): sorted(STRATEGIES),
         (Search, "fitness"): names("fitness"),
     }

@@ -1,0 +1,61 @@
+"""Compress for GGUF files: what fits into one, how large it gets, and writing it to OUT-gguf."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..export.gguf import GGUFExport, entries_of, fits_file
+from ..export.gguf_format.file import overhead_bytes
+from ..models.source import read_tokenizer
+from ..models.units import Unit
+from ..plans.level import Level
+from ..plans.plan import Plan
+from ..recipes.recipe import Recipe
+from ..store.level_store import LevelStore
+
+if TYPE_CHECKING:
+    from .job import Job
+
+NAME = "gguf"
+
+
+def is_for_gguf(recipe: Recipe) -> bool:
+    return recipe.export == NAME
+
+
+def folder_of(out: str | Path) -> Path:
+    """Return OUT-gguf, where the file goes."""
+    path = Path(out)
+    return path.with_name(f"{path.resolve().name}-{NAME}")
+
+
+def check_menus(menus: Mapping[str, Sequence[Level]]) -> None:
+    """Raise ValueError that names a level which no GGUF file can hold."""
+    for unit, menu in menus.items():
+        for level in menu:
+            if not fits_file(level):
+                raise ValueError(
+                    f"{unit} is offered '{level}', which a GGUF file cannot hold: offer levels "
+                    "gguf:type=... and dense, or leave levels and families out"
+                )
+
+
+def fixed_bits(skeleton: nn.Module, units: Sequence[Unit], recipe: Recipe) -> int:
+    """Return the most bits of the file besides the units: header, tokenizer, norms, padding."""
+    tokenizer = read_tokenizer(recipe.model, revision=recipe.revision)
+    dense, name = entries_of(skeleton, {}), Path(recipe.model).name
+    config: Any = skeleton.config
+    overhead = overhead_bytes(config, tokenizer, dense, name=name, source=recipe.model)
+    inside = {f"{unit.name}.weight" for unit in units}
+    rest = sum(entry.size_bytes for entry in entries_of(skeleton, {}, leave_out=inside))
+    return 8 * (overhead + rest)
+
+
+def write(job: Job, store: LevelStore, plan: Plan) -> Path:
+    """Return OUT-gguf with the file of `plan`."""
+    folder = folder_of(str(job.recipe.out))
+    return GGUFExport().save(job.load_model(), plan, store.state, folder, tokenizer=job.tokenizer)
