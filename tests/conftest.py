@@ -36,6 +36,7 @@ _GROUPED = {"num_key_value_heads": 2, "intermediate_size": 128}
 _SPECIAL: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "mistral": _GROUPED | {"sliding_window": 8},
+    "qwen2": _GROUPED,
     "qwen3": _GROUPED | {"head_dim": 16},
     "gemma3_text": _GROUPED
     | {

@@ -43,6 +43,10 @@ class Export(ABC):
         make_plain(model)
         check_loads(folder, model, dtype=model.dtype)
 
+    def shipped(self, plan: Plan) -> Plan:
+        """Return the plan of what was written: another where levels were rounded."""
+        return plan
+
     def save(
         self,
         model: Any,
@@ -60,7 +64,7 @@ class Export(ABC):
         with whole_folder(folder) as temporary:
             self.write(model, plan, states, temporary)
             self.check(model, plan, states, temporary)
-            plan.save(temporary)
+            self.shipped(plan).save(temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
         return folder

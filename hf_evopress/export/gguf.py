@@ -93,13 +93,18 @@ class GGUFExport(Export):
         """Return plan and states of types that the file has, rounded where that was asked for."""
         if self._rounded is None:
             self._rounded = self._round(model, plan, states)
-        levels, made = self._rounded
+        made = self._rounded[1]
 
         def get(unit: str, level: Level) -> State:
             return made[unit] if unit in made else states(unit, level)
 
-        both = {unit: str(x) for unit, x in {**dict(plan.items()), **levels}.items()}
-        return plan.replace(levels=both), get
+        return self.shipped(plan), get
+
+    def shipped(self, plan: Plan) -> Plan:
+        rounded = self._rounded[0] if self._rounded else {}
+        return plan.replace(
+            levels={u: str(x) for u, x in {**dict(plan.items()), **rounded}.items()}
+        )
 
     _rounded: tuple[dict[str, Level], dict[str, State]] | None = None
 
