@@ -91,7 +91,7 @@ def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
     offered = menus(
         shapes,
         recipe.levels,
-        families=() if recipe.levels else recipe.offered_families,
+        families=recipe.families if recipe.levels else recipe.offered_families,
         sparsity=said.sparsity,
     )
     ends = choose_ends(skeleton, recipe)
