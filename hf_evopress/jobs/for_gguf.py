@@ -1,24 +1,19 @@
-"""Compress for GGUF files: what fits into one, how large it gets, and writing it to OUT-gguf."""
+"""Compress for GGUF files: what fits into one, how large it gets, where it goes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from ..export.gguf import GGUFExport, entries_of, fits_file
+from ..export.gguf import entries_of, fits_file
 from ..export.gguf_format.file import overhead_bytes
 from ..models.source import read_tokenizer
 from ..models.units import Unit
 from ..plans.level import Level
-from ..plans.plan import Plan
 from ..recipes.recipe import Recipe
-from ..store.level_store import LevelStore
-
-if TYPE_CHECKING:
-    from .job import Job
 
 NAME = "gguf"
 
@@ -53,9 +48,3 @@ def fixed_bits(skeleton: nn.Module, units: Sequence[Unit], recipe: Recipe) -> in
     inside = {f"{unit.name}.weight" for unit in units}
     rest = sum(entry.size_bytes for entry in entries_of(skeleton, {}, leave_out=inside))
     return 8 * (overhead + rest)
-
-
-def write(job: Job, store: LevelStore, plan: Plan) -> Path:
-    """Return OUT-gguf with the file of `plan`."""
-    folder = folder_of(str(job.recipe.out))
-    return GGUFExport().save(job.load_model(), plan, store.state, folder, tokenizer=job.tokenizer)

@@ -24,7 +24,6 @@ from ..search.space import Genome
 from ..sharing.cards import write_card
 from ..store.level_store import LevelStore
 from .for_gguf import folder_of, is_for_gguf
-from .for_gguf import write as write_gguf
 from .job import Job
 from .levels import build_levels
 from .measure import Row, figures, measure, unseen_tokens, verify
@@ -127,16 +126,15 @@ def ship(
     write_card(folder, plan, job.recipe)
     gguf = None
     if is_for_gguf(job.recipe):
-        gguf = seconds("gguf", partial(write_gguf, job, states, plan))
+        gguf = seconds("gguf", partial(export, job, states, plan, format="gguf"))
     return Result(folder, plan, rows, sample, seconds.spent, gguf)
 
 
 def export(job: Job, store: LevelStore, plan: Plan, *, format: str = "evopress") -> Path:
     """Return the folder that `plan` was written to in `format`."""
-    exporter = load("export", format)()
-    return exporter.save(
-        job.load_model(), plan, store.state, job.recipe.out, tokenizer=job.tokenizer
-    )
+    exporter, out = load("export", format)(), str(job.recipe.out)
+    folder = folder_of(out) if format == "gguf" else out
+    return exporter.save(job.load_model(), plan, store.state, folder, tokenizer=job.tokenizer)
 
 
 def _unseen_name(recipe: Recipe) -> str:
