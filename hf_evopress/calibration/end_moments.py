@@ -57,7 +57,24 @@ class EndMoments:
         """Return what levels are made from: both uses, each weighed by what it does to the loss."""
         parts = [part for part in (self.gram, self._mean_gradient()) if part is not None]
         n = 0 if self.hidden is None else len(self.hidden)
-        return Stats(torch.stack(parts).sum(0), n_tokens=n)
+        return Stats(torch.stack(parts).sum(0), n_tokens=n, rows=self.rows())
+
+    def rows(self) -> Tensor:
+        """Return what an error of each row costs, (v,) float32: both uses, as in `loss`.
+
+        For errors alike in all directions: how often the head is asked for a token times the size
+        of what asks, and how often the token comes in times the gradient's size.
+        """
+        total: Tensor | None = None
+        if self.drawn is not None and self.gram is not None:
+            n_rows = int(self.drawn.max()) + 1 if self.counts is None else len(self.counts)
+            asked = torch.bincount(self.drawn.flatten().long(), minlength=n_rows).float()
+            total = asked / asked.sum() * self.gram.diagonal().sum()
+        if self.gradient is not None and self.counts is not None:
+            comes = self.counts * self.gradient.diagonal().sum()
+            total = comes if total is None else total + comes
+        assert total is not None  # an end is one of the two
+        return total
 
     def loss(self, delta: Tensor) -> float:
         """Return the KL in nats per token that an error (v, d) is expected to add."""

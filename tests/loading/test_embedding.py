@@ -18,6 +18,7 @@ from hf_evopress.loading.layers import CompressedLinear
 from hf_evopress.loading.quantizer import attach
 from hf_evopress.loading.replace import replace_linears
 from hf_evopress.methods import compose
+from hf_evopress.methods.maths.linalg import Stats
 from hf_evopress.models.ends import find_ends
 from hf_evopress.models.size import model_size
 from hf_evopress.plans.plan import Plan
@@ -27,14 +28,14 @@ IDS = torch.arange(40).view(2, 20)
 EMBEDDING = "model.embed_tokens"
 
 
-def compressed(model: Any, level: str = LEVEL) -> Any:
+def compressed(model: Any, level: str = LEVEL, stats: Stats | None = None) -> Any:
     """Return `model` with both ends packed at a level, and nothing else."""
     units = find_ends(model)
     plan = Plan({u.name: level for u in units}, {u.name: u.shape for u in units})
 
     def states(unit: str, level: Any) -> dict[str, Tensor]:
         weight = model.get_submodule(unit).weight.detach().float()
-        return compose.compress(compose.normalize(level), weight, None)
+        return compose.compress(compose.normalize(level), weight, stats)
 
     replace_linears(model, plan, states)
     attach(model, plan)
@@ -117,6 +118,19 @@ def test_terms_of_a_level_are_tied_one_by_one(tiny_model: Any, tmp_path: Path) -
     assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
+
+
+def test_rows_at_two_bit_widths_serve_both_ends(dense: Any, tmp_path: Path) -> None:
+    width = dense.config.hidden_size
+    level = "rows:bits=3,top_bits=8,top=0.25,group_size=32"
+    model = compressed(dense, level, Stats(torch.eye(width)))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), expected)
+    embedding = loaded.get_input_embeddings()
+    assert torch.equal(embedding(IDS), embedding.weight[IDS])
+    assert torch.equal(logits(loaded.dequantize()), expected)
 
 
 def test_dequantize_gives_the_stock_model_back(dense: Any, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ class Stats:
     heldout (in, in) float32 or None: the Gram of other text, to score levels.
     outputs: G (out, out) float32, the second moment of the loss's gradients at the outputs, of
         each weight that is made with these statistics, in their order; None or () if unknown.
+    rows (out,) float32 or None: what an error of each row costs, of an embedding or a head.
     """
 
     gram: Tensor
@@ -34,6 +35,7 @@ class Stats:
     n_tokens: int = 0
     heldout: Tensor | None = None
     outputs: tuple[Tensor | None, ...] = ()
+    rows: Tensor | None = None
     _factors: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
 
     def with_outputs(self, moments: Iterable[Tensor | None]) -> Stats:
@@ -50,7 +52,7 @@ class Stats:
         """Return the statistics with every tensor moved."""
         outputs = tuple(None if G is None else move(G) for G in self.outputs)
         made = replace(self, gram=move(self.gram), outputs=outputs, _factors={})
-        for name in ("sink", "mean", "heldout"):
+        for name in ("sink", "mean", "heldout", "rows"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(made, name, move(tensor))
         return made
