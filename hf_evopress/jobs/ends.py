@@ -73,7 +73,7 @@ def choose_ends(skeleton: nn.Module, recipe: Recipe) -> Ends:
         return Ends(every=every)
     units = find_ends(skeleton, skip=recipe.skip)
     if in_budget:
-        offered = {u.name: _menu(u.shape, recipe) for u in units}
+        offered = {u.name: _menu(u, recipe) for u in units}
         return Ends(tuple(units), offered, every=every)
     fixed = {u.name: _level(u, said, recipe) for u in units}
     return Ends(tuple(units), {name: [level] for name, level in fixed.items()}, fixed, every)
@@ -84,8 +84,12 @@ def default_level(shape: Shape) -> Level:
     return compose.normalize(f"rtn:bits={FIXED_BITS},group_size={_group(shape)}")
 
 
-def _menu(shape: Shape, recipe: Recipe) -> list[Level]:
-    """Return the levels that an end is offered, cheapest first: ours, and those of the user."""
+def _menu(unit: Unit, recipe: Recipe) -> list[Level]:
+    """Return the levels that an end is offered, cheapest first: ours, and those of the user.
+
+    Of the latter an embedding is offered those whose rows can be looked up one by one.
+    """
+    shape = unit.shape
     if recipe.export != "evopress":
         words = [*family_menu(shape, recipe.offered_families, None), *(recipe.levels or ())]
         found = dict.fromkeys(compose.normalize(word) for word in words)
@@ -97,7 +101,8 @@ def _menu(shape: Shape, recipe: Recipe) -> list[Level]:
     words += [f"rows:bits={b},top_bits={t},top={s},group_size={group}" for b, t, s in ROWS]
     offered = dict.fromkeys([compose.normalize(w) for w in words] + [default_level(shape)])
     for level in map(compose.normalize, recipe.levels or ()):
-        if not (level.is_dense or level.is_drop) and _serves(level, shape):
+        is_able = unit.role == "head" or compose.looks_up_rows(level)
+        if is_able and not (level.is_dense or level.is_drop) and _serves(level, shape):
             offered[level] = None
     return _by_cost(offered, shape)
 

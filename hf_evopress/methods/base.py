@@ -155,6 +155,11 @@ class Method(ABC):
         """
         return self.decompress(state, shape, dtype, **params)[rows]
 
+    @property
+    def looks_up_rows(self) -> bool:
+        """Whether some rows can be had without the whole weight, as an embedding needs."""
+        return type(self).decompress_rows is not Method.decompress_rows
+
     @abstractmethod
     def empty(self, shape: Shape, dtype: torch.dtype, **params: Any) -> State:
         """Return the tensors of a state on the meta device; `dtype` is for unscaled floats."""

@@ -155,6 +155,11 @@ def decompress_rows(
     return total.to(dtype)
 
 
+def looks_up_rows(level: Level) -> bool:
+    """Return whether rows at `level` can be had without the whole weight."""
+    return all(part.looks_up_rows for part, _, _ in _parts(level))
+
+
 def bias_fix(level: Level, state: State) -> Tensor | None:
     """Return what `state` adds to the layer's bias, (out,) float32, or None for nothing."""
     total: Tensor | None = None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hf_evopress.jobs.ends import choose_ends
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.pipeline import compress
 from hf_evopress.loading.embedding import CompressedEmbedding
@@ -171,3 +172,13 @@ def test_a_plan_with_ends_is_applied_with_the_same_tensors(made: Any, home: Path
     ends = [key for key in one if key.startswith((EMBEDDING, HEAD))]
     assert ends and one.keys() == other.keys()
     assert all(one[key].shape == other[key].shape for key in ends)
+
+
+def test_an_embedding_is_offered_only_what_it_can_look_rows_up_in(tiny_model: Any) -> None:
+    levels = ["gptq:bits=4,group_size=16", "trellis:bits=4,state_bits=8", "lowrank:rank=8"]
+    recipe = Recipe.from_dict({"model": "m", "budget": {"ratio": 0.5}, "levels": levels})
+    tied = choose_ends(tiny_model("llama", tie_word_embeddings=True), recipe)
+    offered = {str(x) for x in tied.menus["model.embed_tokens"]}
+    assert {*levels} - offered == {"trellis:bits=4,state_bits=8"}
+    apart = choose_ends(tiny_model("llama", tie_word_embeddings=False), recipe)
+    assert {*levels} <= {str(x) for x in apart.menus["lm_head"]}
