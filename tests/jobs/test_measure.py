@@ -1,0 +1,56 @@
+"""What is shipped against what was scored: to the bit where a device has one order of sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_evopress.jobs.measure import check_reloaded
+from hf_evopress.plans.plan import Plan
+
+PLAN = Plan({"lm_head": "dense"})
+TOKENS = torch.arange(16).view(2, 8)
+
+
+@dataclass
+class Scored:
+    """Logits that depend on the batch size, as those of an accelerator may."""
+
+    device: torch.device
+    by_batch: float = 0.0
+    tokens: Tensor = TOKENS
+
+    def logits(self, levels: Any, ids: Tensor) -> Tensor:
+        made = torch.ones(*ids.shape, 4) + self.by_batch * (len(ids) - 1)
+        return made.to(ids.device)
+
+
+def reloaded(by: float) -> Any:
+    def run(input_ids: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=(torch.ones(1, 8, 4) + by).to(input_ids.device))
+
+    return run
+
+
+def test_on_a_cpu_any_difference_is_an_error() -> None:
+    scored = Scored(torch.device("cpu"), by_batch=1.0)
+    check_reloaded(scored, PLAN, reloaded(0.0))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"largest difference 1.19e-07\)"):
+        check_reloaded(scored, PLAN, reloaded(2.0**-23))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["sim"], indirect=True)
+def test_elsewhere_what_another_order_of_sums_makes_is_none(device: torch.device) -> None:
+    scored = Scored(device, by_batch=0.01)
+    check_reloaded(scored, PLAN, reloaded(0.03))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"difference 0.1, 0.04 would be rounding"):
+        check_reloaded(scored, PLAN, reloaded(0.1))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="difference nan"):
+        check_reloaded(scored, PLAN, reloaded(float("nan")))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="largest difference"):  # where there is one order
+        check_reloaded(Scored(device), PLAN, reloaded(0.01))  # type: ignore[arg-type]
