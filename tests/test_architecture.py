@@ -278,7 +278,7 @@ def test_only_base_says_where_things_are_computed(path: Path) -> None:
         f"line {node.lineno}: {ast.unparse(node)}"
         for node in ast.walk(tree(path))
         if (isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.cuda"))
-        or (isinstance(node, ast.Call) and ast.unparse(node).endswith(("'cuda')", ".cuda()")))
+        or (isinstance(node, ast.Call) and ast.unparse(node).endswith((".to('cuda')", ".cuda()")))
     ]
     assert room == "base" or not wrong, f"{path}: {wrong}; placement is base/placement.py's"
 
