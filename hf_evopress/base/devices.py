@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-OFFLOAD = ("auto", "none", "cpu")
+OFFLOAD = ("auto", "none", "cpu", "disk")
 KINDS = ("cuda", "xpu", "mps", "npu", "mlu", "musa", "hpu")  # in the order in which auto takes them
 
 Made = TypeVar("Made")

@@ -4,7 +4,7 @@
     a block's weights   are brought to the compute device, in the dtype to compute in, while the
                         block runs, and let go when another does; so are embeddings and head
     statistics          of a block are brought with it; Gram matrices add up on the device
-    hidden states       stay on the device where the model does, else wait on the CPU
+    hidden states       stay on the device where the model does, else wait on the CPU, or on disk
     packed states       go to the CPU as soon as they are made
 
 `put` says where a model computes, `place_of` asks, `Visit` brings and lets go. Weights do not
@@ -19,12 +19,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .devices import find_offload, free_bytes
+from .on_disk import on_disk
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +39,13 @@ class Place:
     """Where and in what a model computes.
 
     device, dtype: None leaves each tensor as it is. rest: where hidden states wait; None is where
-    they were computed.
+    they were computed. folder: where they are files while they wait, None keeps them in memory.
     """
 
     device: torch.device | None = None
     dtype: torch.dtype | None = None
     rest: torch.device | None = None
+    folder: Path | None = None
 
     def bring(self, tensor: Tensor) -> Tensor:
         """Return a tensor on the device; floating-point ones in the dtype to compute in."""
@@ -57,6 +60,8 @@ class Place:
 
     def let_rest(self, hidden: Tensor) -> Tensor:
         """Return hidden states where they wait for the next block."""
+        if self.folder is not None:
+            return on_disk(hidden, self.folder)
         return hidden if self.rest is None else hidden.to(self.rest)
 
     def holds(self, tensor: Tensor) -> bool:
@@ -72,12 +77,15 @@ def put(model: Any, place: Place) -> Any:
     return model
 
 
-def decide(model: Any, place: Place, offload: str = "auto") -> Place:
+def decide(
+    model: Any, place: Place, offload: str = "auto", *, folder: str | Path | None = None
+) -> Place:
     """Return `place` with what is decided on hidden states, after moving a model that fits.
 
     offload: none has all of the model and its hidden states on the device; cpu brings weights
-    block by block and lets hidden states wait on the CPU; auto is none where the weights take at
-    most half of the device's free memory, else cpu. One line says what was decided.
+    block by block and lets hidden states wait on the CPU; disk lets them wait in files of
+    `folder`; auto is none where the weights take at most half of the device's free memory, else
+    cpu. One line says what was decided.
     """
     device, offload = place.device, find_offload(offload)
     if device is None:
@@ -89,8 +97,9 @@ def decide(model: Any, place: Place, offload: str = "auto") -> Place:
         logger.info(
             "offload %s: weights %.1f GB, free on %s %s", offload, needed / 1e9, device, seen
         )
-    if offload == "cpu":
-        return replace(place, rest=torch.device("cpu"))
+    if offload in ("cpu", "disk"):
+        at = Path(folder) if offload == "disk" and folder is not None else None
+        return replace(place, rest=torch.device("cpu"), folder=at)
     if device.type != "cpu":
         model.to(device)
     return place

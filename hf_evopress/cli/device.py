@@ -17,7 +17,8 @@ Offload = Annotated[
     str,
     typer.Option(
         help="none: all of the model is on the device; cpu: its blocks come one at a time, for "
-        "models larger than the card; auto: what fits in half of its free memory."
+        "models larger than the card; disk: hidden states wait in files of the work folder, too, "
+        "for models larger than memory; auto: none or cpu, by the device's free memory."
     ),
 ]
 

@@ -216,7 +216,7 @@ class Job:
         """The dense model to compute with: the values to ship, put where `device` says."""
         model = self.load_model()
         place = Place(self.device, self._as_loaded(self.compute_dtype))
-        return put(model, decide(model, place, self.recipe.offload))
+        return put(model, decide(model, place, self.recipe.offload, folder=self.work / "hidden"))
 
     # -- plans ---------------------------------------------------------------------------------
 

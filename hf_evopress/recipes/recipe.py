@@ -28,7 +28,7 @@ BLOCKWISE = ("none", "fast", "best")  # see hf_evopress/refine
 END_TO_END = "end-to-end"  # refine the whole model; see jobs/refinement.py
 REFINE = (*BLOCKWISE, END_TO_END, *(f"{mode}+{END_TO_END}" for mode in BLOCKWISE[1:]))
 ENDS = ("auto", "budget", "dense")
-OFFLOAD = ("auto", "none", "cpu")  # see base/placement.py
+OFFLOAD = ("auto", "none", "cpu", "disk")  # see base/placement.py
 DTYPES = ("auto", "bfloat16", "float16")
 EXPORTS = ("evopress", "gguf")  # what a search can be for
 SEARCH_DTYPES = ("auto", "float32", "bfloat16")
@@ -190,7 +190,7 @@ class Recipe:
     revision: str | None = None
     dtype: str = "auto"  # of what is shipped uncompressed; auto: the model's own, 16 bit
     device: str = "auto"  # to compute on: cpu, cuda, cuda:1, ...; auto: a GPU where there is one
-    offload: str = "auto"  # none, cpu: weights visit the device block by block; auto: what fits
+    offload: str = "auto"  # none; cpu, disk: blocks visit the device, hidden states wait there
     data: Data = field(default_factory=Data)
     levels: tuple[str, ...] | None = None  # none: the menu of `families`
     families: tuple[str, ...] = ()  # quant, sparse, lowrank, residual, all; none: what fits

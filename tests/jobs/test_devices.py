@@ -75,8 +75,13 @@ def test_the_line_runs_there_and_leaves_nothing_behind(home: Path) -> None:
     assert second_device.live_bytes() == before
 
 
-def test_offloaded_blocks_give_the_same_checkpoint(home: Path, made: pipeline.Result) -> None:
-    result = pipeline.compress(recipe(home, "offloaded", offload="cpu"))
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_offloaded_blocks_give_the_same_checkpoint(
+    home: Path, made: pipeline.Result, offload: str
+) -> None:
+    result = pipeline.compress(recipe(home, f"offloaded-{offload}", offload=offload))
+    hidden = home / f"offloaded-{offload}.work" / "hidden"
+    assert hidden.is_dir() == (offload == "disk") and not list(hidden.glob("*"))
     assert result.plan.levels == made.plan.levels
     names = [folder / "model.safetensors" for folder in (result.folder, made.folder)]
     assert names[0].read_bytes() == names[1].read_bytes()
