@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_evopress import EvoPressConfig, Plan
+from hf_evopress.adapters.folder import read_adapter, write_adapter
+from hf_evopress.models.source import load_checked
+from hf_evopress.models.units import find_units
 from hf_evopress.plans import repo as plan_repo
+from hf_evopress.plans.level import Level
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.sharing.cards import write_card
 from hf_evopress.sharing.hub import check_folder, pull, push_folder
+from hf_evopress.store.level_store import LevelStore, Source
 
 from .hub_server import Hub
 
@@ -70,6 +78,10 @@ HOSTILE_PLANS = {
     "code behind the revision": (plan_json(revision='x"); import os #'), "revision is a branch"),
     "a newer format": (plan_json(format_version=99), "reads up to"),
     "an unknown key": (plan_json(evil=1), "unknown key 'evil'"),
+    "a level that is an object": (plan_json(levels={UNIT: {"a": 1}}, shapes={}), "level is a str"),
+    "a level that is a list": (plan_json(levels={UNIT: [LEVEL]}, shapes={}), "a level is a string"),
+    "a shape of half a weight": (plan_json(shapes={UNIT: [1.5, 64]}), "is out x in"),
+    "an endless shape": (plan_json(shapes={UNIT: [1, 64]}).replace("64]", "1e999]"), "out x in"),
 }
 
 
@@ -159,6 +171,123 @@ def test_a_hostile_plan_in_a_config_is_refused_before_weights_are_read(
             AutoModelForCausalLM.from_pretrained(
                 tmp_path, config=AutoConfig.from_pretrained(tmp_path)
             )
+
+
+def test_a_million_units_are_refused(tmp_path: Path) -> None:
+    levels = ",".join(f'"a.{i}":"drop"' for i in range(1_000_000))
+    (tmp_path / "evopress_plan.json").write_text(f'{{"levels": {{{levels}}}}}')
+    with pytest.raises(ValueError, match="evopress_plan.json: .* 1000000 units"):
+        Plan.load(tmp_path)
+
+
+HOSTILE_SETTINGS = {
+    "checksums of another type": ({"checksums": [1]}, "checksums are an object"),
+    "a checksum that is a list": ({"checksums": {"a": [1]}}, "checksum of a must be 8 hex"),
+    "a plan that is a list": ({"plan": [1]}, "a path or a Hub repository"),
+    "a level that is an object": ({"plan": {"levels": {UNIT: {}}}}, "a level is a string"),
+    "a version that is text": ({"format_version": "1"}, "format_version must be a whole number"),
+    "a setting that is none": ({"evil": 1}, "no option 'evil'"),
+}
+
+
+@pytest.mark.parametrize("said, reason", HOSTILE_SETTINGS.values(), ids=HOSTILE_SETTINGS)
+def test_hostile_settings_in_a_config_are_named_with_their_file(
+    said: dict[str, Any], reason: str, tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    _change(tmp_path / "config.json", quantization_config={"quant_method": "evopress", **said})
+    with pytest.raises((ValueError, TypeError), match=rf"config\.json: .*{reason}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+SHARDS = "model.safetensors.index.json"
+# what transformers reads by itself: our commands look at it before
+HOSTILE_MODELS = {
+    "a method of another type": ("config.json", {"quantization_config": {"quant_method": {}}}),
+    "a quantization that is a list": ("config.json", {"quantization_config": [1]}),
+    "architectures that are numbers": ("config.json", {"architectures": [True]}),
+    "a million million layers": ("config.json", {"num_hidden_layers": 10**12}),
+    "a number where the index has its metadata": (
+        SHARDS,
+        {"metadata": 1.5},
+    ),
+    "no list of shards": (SHARDS, {"weight_map": 1.5}),
+    "shards elsewhere": (SHARDS, {"weight_map": {"a": "../x.safetensors"}}),
+    "pickled shards": (SHARDS, {"weight_map": {"a": "x.bin"}}),
+}
+
+
+@pytest.mark.parametrize("file, said", HOSTILE_MODELS.values(), ids=HOSTILE_MODELS)
+def test_a_hostile_model_is_refused_with_the_name_of_its_file(
+    file: str, said: dict[str, Any], tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="60KB")
+    _change(tmp_path / file, **said)
+    with pytest.raises((ValueError, TypeError), match=rf"{re.escape(file)}: {min(said)} "):
+        load_checked(tmp_path)
+
+
+def test_a_model_that_brings_its_own_code_is_refused_and_nothing_is_asked(
+    tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    marker = tmp_path / "run"
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
+    tiny_model().save_pretrained(tmp_path)
+    _change(tmp_path / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.Config"})
+    with pytest.raises(ValueError, match="config.json: .*code"):
+        load_checked(tmp_path)
+    assert not marker.exists()
+
+
+def test_a_pickled_model_runs_nothing(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
+    tiny_model().config.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    with pytest.raises((ValueError, OSError)):
+        load_checked(tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def _change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def claims(path: Path, what: str) -> None:
+    """Make a safetensors file claim 10 GB: of header, or of its first tensor."""
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    if what == "header":
+        path.write_bytes(struct.pack("<Q", 10 * 2**30) + data[8:])
+        return
+    name = min(name for name in header if name != "__metadata__")
+    if what == "data":
+        header[name]["data_offsets"][1] += 10 * 2**30
+    header[name]["shape"] = [10 * 2**30]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+@pytest.mark.parametrize("what", ["header", "data", "shape"])
+@pytest.mark.parametrize("kind", ["model", "dense", "adapter", "store"])
+def test_a_file_that_claims_ten_gigabytes_is_refused_by_name(
+    kind: str, what: str, tiny_model: Callable[..., nn.Module], write_model: Any, tmp_path: Path
+) -> None:
+    home = write_model(tmp_path, tiny_model(), LEVEL)
+    units = find_units(tiny_model())[:1]
+    write_adapter(home / "adapter", {u.name: (torch.ones(1, 64), torch.ones(64, 1)) for u in units})
+    menus = {u.name: [Level.parse(LEVEL)] for u in units}
+    source = Source({"model": "tiny"}, lambda block: {})
+    LevelStore.build(home / "store", tiny_model(), units, menus, source)
+    read: dict[str, Callable[[], Any]] = {
+        "model": lambda: AutoModelForCausalLM.from_pretrained(home / "small"),
+        "dense": lambda: load_checked(home / "dense"),
+        "adapter": lambda: read_adapter(home / "adapter"),
+        "store": lambda: LevelStore(home / "store").state(units[0].name, LEVEL),
+    }
+    file = min((home / {"model": "small"}.get(kind, kind)).glob("*.safetensors"))
+    claims(file, what)
+    with pytest.raises((ValueError, TypeError, OSError), match=str(file.parent)):
+        read[kind]()
 
 
 # -- repositories ------------------------------------------------------------------------------

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..base import target
 from ..base.fingerprint import tensor_fingerprint, text_fingerprint
 from ..base.plugins import did_you_mean
+from ..base.reading import read_object, reading
 from ..loading.layers import compressed_linears
 from ..loading.packed import fixed_dtype
 from ..models.size import header_bytes
@@ -134,29 +135,37 @@ def read_adapter(folder: str | Path) -> Adapter:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no adapter folder: it has no {name}")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_object(folder / CONFIG)
     _check_kind(folder, config)
     found: dict[str, dict[str, Tensor]] = {}
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("hf_evopress", "{}"))
-            for key in sorted(file.keys()):
-                match = _KEY.fullmatch(key)
-                if match is None:
-                    raise ValueError(
-                        f"{folder} holds {key!r}, which is no factor of a linear layer; only "
-                        "plain LoRA adapters can be read here: use PeftModel.from_pretrained"
-                    )
-                found.setdefault(match[1], {})[match[2]] = file.get_tensor(key)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
+    with (
+        reading(folder / WEIGHTS, way_out="train, compute or download the adapter again"),
+        safe_open(folder / WEIGHTS, framework="pt") as file,
+    ):
+        about = json.loads((file.metadata() or {}).get("hf_evopress", "{}"))
+        if not isinstance(about, dict):
+            raise TypeError(f"what it says of itself is no object: {about!r:.200}")
+        for key in sorted(file.keys()):
+            match = _KEY.fullmatch(key)
+            if match is None:
+                raise ValueError(
+                    f"{folder} holds {key!r:.200}, which is no factor of a linear layer; only "
+                    "plain LoRA adapters can be read here: use PeftModel.from_pretrained"
+                )
+            found.setdefault(match[1], {})[match[2]] = file.get_tensor(key)
     factors = {}
     for name, pair in found.items():
-        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+        if set(pair) != {"A", "B"} or not _fit(pair["A"], pair["B"]):
             raise ValueError(f"the factors of {name} in {folder} do not belong together")
         factors[name] = (pair["A"], pair["B"])
-    scaling = {name: _scaling(config, name, A.shape[0]) for name, (A, _) in factors.items()}
+    with reading(folder / CONFIG):
+        scaling = {name: _scaling(config, name, A.shape[0]) for name, (A, _) in factors.items()}
     return Adapter(factors, config, about, scaling)
+
+
+def _fit(A: Tensor, B: Tensor) -> bool:
+    are_floats = A.is_floating_point() and B.is_floating_point()
+    return are_floats and A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1] > 0
 
 
 def check_fits(model: nn.Module, adapter: Adapter, *, what: str = "the adapter") -> None:
@@ -273,9 +282,13 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    alpha, patterns = config.get("lora_alpha", rank), config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise TypeError(f"alpha_pattern is an object, got {patterns!r:.200}")
+    for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             alpha = value
             break
+    if type(alpha) not in (int, float) or not abs(alpha) < 1e6:
+        raise TypeError(f"lora_alpha is a number, got {alpha!r:.200}")
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.fingerprint import model_fingerprint
+from ..base.reading import read_object, reading
 from ..base.resources import atomic_write
 from ..loading.layers import CompressedLinear
 from ..methods.lowrank import factors_of
@@ -74,12 +75,13 @@ def _kept(cache: Path, made_from: list[object]) -> dict[str, float] | None:
     if not cache.is_file():
         return None
     try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-        if known["made_from"] != made_from:
-            return None
-        return {name: float(number) for name, number in known["kappa"].items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{cache} is damaged; remove it to have it made anew") from error
+        with reading(cache):
+            known = read_object(cache)
+            if known["made_from"] != made_from:
+                return None
+            return {name: float(number) for name, number in known["kappa"].items()}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{cache} is damaged; remove it to have it made anew ({error})") from error
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from .reading import read_object
 from .resources import atomic_write, clear_leftovers
 
 INDEX = "index.json"
@@ -65,10 +66,10 @@ def claim(folder: Path, made_from: Mapping[str, Any], *, what: str) -> None:
     if not path.is_file():
         atomic_write(path, json.dumps({"format_version": 1, "made_from": wanted}, indent=1) + "\n")
         return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["made_from"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged; remove {folder} to make {what} anew") from error
+    way_out = f"it is damaged; remove {folder} to make {what} anew"
+    found = read_object(path, way_out=way_out).get("made_from")
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: made_from is not an object; {way_out}")
     differing = [
         f"{key} ({found.get(key)} there, {wanted.get(key)} now)"
         for key in sorted(found.keys() | wanted.keys())

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..base.reading import ANEW, reading
 from ..base.resources import atomic_path
 from ..methods.maths.linalg import Stats
 from ..models.ends import embedding_forward, input_embedding, output_head
@@ -218,10 +219,12 @@ def load_ends(folder: str | Path, units: Sequence[Unit]) -> Mapping[str, EndMome
     path = Path(folder) / "moments" / FILE
     if not path.is_file():
         raise FileNotFoundError(f"no moments of the model's ends at {path}: run output_moments")
-    tensors = load_file(path)
+    with reading(path, way_out=ANEW):
+        tensors = load_file(path)
     more = Path(folder) / STATS / HEAD_FILE
     if "gram" in tensors and more.is_file():
-        tensors["gram"] = _of_more_text(load_file(more)["gram"], tensors)
+        with reading(more, way_out=ANEW):
+            tensors["gram"] = _of_more_text(load_file(more)["gram"], tensors)
     of_head = ("hidden", "drawn", "slopes", "gram")
     of_role = {"head": of_head, "embedding": ("gradient", "counts")}
     return {

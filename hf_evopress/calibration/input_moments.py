@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint, text_fingerprint
 from ..base.progress import Progress
 from ..base.ranks import ALONE, Ranks
+from ..base.reading import ANEW, reading
 from ..base.resources import atomic_path
 from ..methods.maths.linalg import Stats
 from ..models.ends import output_head
@@ -108,7 +109,7 @@ def load_stats(folder: str | Path, block: int) -> dict[str, Stats]:
     if not path.is_file():
         raise FileNotFoundError(f"no calibration statistics at {path}: run calibrate first")
     result = {}
-    with safe_open(path, framework="pt") as file:
+    with reading(path, way_out=ANEW), safe_open(path, framework="pt") as file:
         keys = set(file.keys())
         for g, group in enumerate(json.loads(file.metadata()["groups"])):
             tensors = {

@@ -31,6 +31,7 @@ from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint, tex
 from ..base.placement import dtype_of
 from ..base.progress import Progress
 from ..base.ranks import ALONE, Ranks
+from ..base.reading import ANEW, reading
 from ..base.resources import atomic_path
 from ..models.experts import others
 from ..models.stream import BlockStream
@@ -132,7 +133,8 @@ def load_moments(folder: str | Path, block: int) -> dict[str, Tensor]:
     path = _file(Path(folder) / FOLDER, block)
     if not path.is_file():
         raise FileNotFoundError(f"no output moments at {path}: run output_moments first")
-    return load_file(path)
+    with reading(path, way_out=ANEW):
+        return load_file(path)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint
 from ..base.placement import dtype_of
 from ..base.progress import Progress
+from ..base.reading import ANEW, reading
 from ..base.resources import atomic_path
 from ..models.stream import BlockStream
 from .input_moments import check_tokens
@@ -159,7 +160,8 @@ def _kept(
                 ids = _continued(model, part.to(model.device), seq_len, seed + number, tell)
             with atomic_path(file) as temporary:
                 save_file({"input_ids": ids.int().cpu()}, temporary)
-        made.append(load_file(file)["input_ids"].long())
+        with reading(file, way_out=ANEW):
+            made.append(load_file(file)["input_ids"].long())
     return torch.cat(made)
 
 

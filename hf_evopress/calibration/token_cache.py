@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..base.fingerprint import text_fingerprint
+from ..base.reading import reading
 from ..base.resources import atomic_path, sha256
 from .data import DEFAULT_SOURCE, Writer, load_splits
 
@@ -48,11 +48,9 @@ def cached_splits(
     cut = {"seq_len": seq_len, "seed": seed, "split": split, "column": column}
     file = Path(folder) / f"{tokens_fingerprint(called, tokenizer, sizes, cut)}.safetensors"
     if file.is_file():
-        try:
+        with reading(file, way_out="it is damaged; delete it to read the text anew"):
             kept = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged; delete it to read the text anew") from error
-        return {name: kept[name].long() for name in sizes}
+            return {name: kept[name].long() for name in sizes}
     write = {name: writer for name, (_, writer) in writers.items()}
     tokens = load_splits(
         sources,

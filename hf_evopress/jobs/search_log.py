@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..base.full_disk import space_for
+from ..base.reading import read_object, reading
+
 ENDING = ".jsonl"
 
 
@@ -30,7 +33,7 @@ class SearchLog:
         lines = [json.dumps({**row, "time": round(time.time(), 1)}) for row in history]
         if new := lines[self._written :]:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+            with space_for(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(f"{line}\n" for line in new))
             self._written = len(history)
 
@@ -49,11 +52,11 @@ class SearchLog:
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """Return the generations in a log; ValueError names a line that is none."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
+    with reading(path):
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        with reading(f"{path}, line {number}"):
             row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not {"generation", "loss"} <= set(row):
             raise ValueError(f"{path}, line {number} lacks 'generation' or 'loss'")
         rows.append(row)
@@ -64,7 +67,4 @@ def read_state(path: Path) -> dict[str, Any] | None:
     """Return the state of a search that was stopped, None where there is none."""
     if not path.is_file():
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged; delete it to search anew: {error}") from error
+    return read_object(path, way_out="it is damaged; delete it to search anew")

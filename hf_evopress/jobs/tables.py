@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
+from ..base.reading import read_object, reading
 from ..base.resources import atomic_write
 from ..calibration.input_moments import load_stats
 from ..recipes.recipe import Recipe
@@ -171,10 +172,7 @@ class Tables:
         ]
         path = self.work / "scores" / f"{name}-{text_fingerprint(*made_from)}.json"
         if path.is_file():
-            try:
-                return json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} is damaged; delete it to measure anew") from error
+            return read_table(path)
         found = {str(key): value for key, value in measure().items()}
         atomic_write(path, json.dumps(found, indent=1) + "\n")
         return found
@@ -189,3 +187,13 @@ class Tables:
 
 def _no_levels(unit: str, level: str) -> float:
     return 0.0
+
+
+def read_table(path: Path) -> dict[str, float]:
+    """Return what was measured before; ValueError or TypeError names a file that is damaged."""
+    way_out = "it is damaged; delete it to measure anew"
+    found = read_object(path, way_out=way_out)
+    with reading(path, way_out=way_out):
+        if not all(type(value) in (int, float) for value in found.values()):
+            raise TypeError(f"a table holds numbers, got {found!r:.200}")
+    return found

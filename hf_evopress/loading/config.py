@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..base.plugins import did_you_mean
+from ..base.reading import reading
 from ..base.version import __version__
 from ..plans.plan import Plan
 from .runtimes import PACKED, RUNTIMES
@@ -75,6 +76,10 @@ class EvoPressConfig(QuantizationConfigMixin):
         self.data, self.column = data, column
         self.n_sequences, self.seq_len, self.seed = n_sequences, seq_len, seed
         self.dequantize, self.verify, self.runtime = dequantize, verify, runtime
+        if not isinstance(checksums or {}, Mapping):
+            raise TypeError(
+                f"checksums are an object of tensor names and hex digits, got {checksums!r:.200}"
+            )
         self.checksums = dict(checksums or {})
         self.requested_plan: Plan | None = None
         self._check_values()
@@ -93,7 +98,15 @@ class EvoPressConfig(QuantizationConfigMixin):
             )
         for name, checksum in self.checksums.items():
             if not isinstance(checksum, str) or len(checksum) != 8:
-                raise ValueError(f"checksum of {name} must be 8 hex digits, got {checksum!r}")
+                raise ValueError(f"checksum of {name} must be 8 hex digits, got {checksum!r:.200}")
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what config.json says under quantization_config; errors name both."""
+        with reading("quantization_config in config.json"):
+            if not all(isinstance(key, str) for key in config_dict):
+                raise TypeError(f"keys are text, got {[*config_dict]!r:.200}")
+            return super().from_dict(config_dict, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json holds, as JSON values; loading attributes are left out."""
@@ -140,7 +153,8 @@ def _read_plan(source: Plan | Mapping[str, Any] | str | Path) -> Plan:
     if isinstance(source, Plan):
         return source
     if isinstance(source, Mapping):
-        return Plan.from_dict(source)
+        with reading("plan"):
+            return Plan.from_dict(source)
     if not isinstance(source, (str, Path)):
         raise TypeError(
             f"plan is a Plan, a dict, a path or a Hub repository, got {type(source).__name__}"

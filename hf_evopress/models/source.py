@@ -8,6 +8,7 @@ checkpoint lacks or that are not numbers, text longer than the context.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,27 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..base.reading import read_object, reading
 from ..plans.repo import is_repo_id
 from .units import SUPPORTED
 
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _OURS = "evopress"
+_COUNT = re.compile(r"(num|n)_\w*(layer|head|expert)")
+MOST = 2**20  # layers, heads or experts; building more would take hours before the first error
 
 
 def read_config(name: str | Path, *, revision: str | None = None) -> Any:
     """Return the config of a model, a folder or a Hub name; errors name the way out."""
     _check_place(name)
+    if (file := Path(name) / "config.json").is_file():
+        try:
+            _check_config(file)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"the config of {name} cannot be read: {error}") from error
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        with reading(file):
+            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except OSError as error:
         raise type(error)(_no_model(name, error)) from error
 
@@ -43,7 +53,7 @@ def read_tokenizer(name: str | Path, *, revision: str | None = None, **file: str
             f"{name} holds a model and no tokenizer: copy tokenizer.json and "
             "tokenizer_config.json of the model that it comes from into it"
         )
-    return AutoTokenizer.from_pretrained(name, revision=revision, **file)
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False, **file)
 
 
 def load_checked(name: str | Path, **options: Any) -> Any:
@@ -53,7 +63,11 @@ def load_checked(name: str | Path, **options: Any) -> Any:
     """
     if "gguf_file" not in options:
         check_class(read_config(name, revision=options.get("revision")), name)
-    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        _check_index(Path(name) / "model.safetensors.index.json")
+    options = {"output_loading_info": True, "trust_remote_code": False, **options}
+    with reading(name):
+        loaded = AutoModelForCausalLM.from_pretrained(name, **options)
+    model, info = loaded
     method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if getattr(method, "quant_method", _OURS) == _OURS:
         _check_keys(name, type(model).__name__, info)
@@ -125,6 +139,50 @@ def window_of(config: Any, window: int | None, *, default: int = 2048) -> int:
         return min(default, context_of(config) or default)
     check_context(config, window, "window")
     return window
+
+
+def _check_config(file: Path) -> None:
+    """Raise an error that names `file` where transformers would trip over what it says."""
+    config = read_object(file)
+    said, saved = config.get("quantization_config"), config.get("architectures")
+    with reading(file):
+        if saved is not None and not _are_names(saved):
+            raise TypeError(f"architectures is a list of names, got {saved!r:.200}")
+        for key, value in config.items():
+            if _COUNT.match(key) and type(value) is int and abs(value) > MOST:
+                raise ValueError(f"{key} is {value:.3g}, more than any model has")
+        if said is None:
+            return
+        if not isinstance(said, dict):
+            raise TypeError(f"quantization_config is an object, got {said!r:.200}")
+        method = said.get("quant_method")
+        if method is not None and not isinstance(method, str):
+            raise TypeError(
+                f"quantization_config has a quant_method, a name such as {_OURS!r}, got "
+                f"{method!r:.200}"
+            )
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _check_index(file: Path) -> None:
+    """Raise an error that names a shard index which is not what transformers takes for one."""
+    if not file.is_file():
+        return
+    index = read_object(file, way_out="export or download the model again")
+    with reading(file, way_out="export or download the model again"):
+        if not isinstance(index.get("metadata", {}), dict) or "metadata" not in index:
+            raise TypeError(f"metadata is an object, got {index.get('metadata')!r:.200}")
+        shards = index.get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise TypeError(f"weight_map is an object of names and files, got {shards!r:.200}")
+        for name, shard in shards.items():
+            if not isinstance(shard, str) or Path(shard).name != shard or not shard:
+                raise ValueError(f"weight_map gives {name} no plain file name but {shard!r:.200}")
+            if not shard.endswith(".safetensors") or not (file.parent / shard).is_file():
+                raise ValueError(f"weight_map gives {name} the file {shard!r:.200}, not there")
 
 
 def _check_keys(name: str | Path, kind: str, info: Any) -> None:

@@ -61,7 +61,11 @@ class Level:
     @staticmethod
     def parse(text: str | Level) -> Level:
         """Return the level that `text` spells; spaces and parameter order do not matter."""
-        return text if isinstance(text, Level) else _parse(text)
+        if isinstance(text, Level):
+            return text
+        if not isinstance(text, str):
+            raise TypeError(f"a level is a string such as {_EXAMPLE!r}, got {text!r:.200}")
+        return _parse(text)
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.terms))
@@ -80,8 +84,6 @@ class Level:
 
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> Level:
-    if not isinstance(text, str):
-        raise TypeError(f"a level is a string such as {_EXAMPLE!r}, got {text!r}")
     parts = re.split(r"\s\+\s|\+(?=[a-z])", text, maxsplit=MAX_TERMS)
     if len(parts) > MAX_TERMS:
         raise ValueError(f"a level has at most {MAX_TERMS} terms, got more: {text[:80]!r} ...")

@@ -12,12 +12,14 @@ from types import MappingProxyType
 from typing import Any
 
 from ..base.plugins import did_you_mean
+from ..base.reading import reading
 from ..base.resources import atomic_write
 from .level import Level
 from .push import push_plans
 from .repo import FILE_NAME, read_plan, read_text
 
 FORMAT_VERSION = 1
+MAX_UNITS = 500_000  # the largest mixtures of experts have 70 000
 MARK = b'"levels": {'  # in every plan file
 
 Shape = tuple[int, int]
@@ -48,6 +50,8 @@ class Plan(Mapping[str, Level]):
     search: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if len(self.levels) > MAX_UNITS:
+            raise ValueError(f"a plan of {len(self.levels)} units; at most {MAX_UNITS} are read")
         for unit in self.levels:
             if not isinstance(unit, str) or len(unit) > 500 or not _UNIT.fullmatch(unit):
                 raise ValueError(
@@ -158,11 +162,8 @@ class Plan(Mapping[str, Level]):
         path = path / FILE_NAME if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"no plan at {path}; a plan is a file like {FILE_NAME}")
-        text = read_text(path)
-        try:
-            return cls.from_json(text)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{path}: {error}") from error
+        with reading(path):
+            return cls.from_json(read_text(path))
 
     @classmethod
     def from_pretrained(
@@ -179,10 +180,8 @@ class Plan(Mapping[str, Level]):
         found in its config.json.
         """
         text, where = read_plan(repo_or_path, revision=revision, filename=filename, token=token)
-        try:
+        with reading(where):
             return cls.from_json(text)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{where}: {error}") from error
 
     def push_to_hub(
         self,
@@ -311,16 +310,17 @@ def _check_origin(base_model: Any, revision: Any) -> None:
 
 
 def _shape(unit: str, value: Any) -> Shape:
-    if isinstance(value, str):
-        value = value.split("x")
+    numbers = value.split("x") if isinstance(value, str) else value
     try:
-        rows, columns = (int(n) for n in value)
+        if not all(type(n) is int or (isinstance(n, str) and len(n) < 20) for n in numbers):
+            raise TypeError("not two whole numbers")
+        rows, columns = (int(n) for n in numbers)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"shape of {unit} is out x in such as '576x1536', got {value!r}"
+            f"shape of {unit} is out x in such as '576x1536', got {value!r:.200}"
         ) from error
     if rows <= 0 or columns <= 0 or rows * columns > 2**40:
-        raise ValueError(f"shape of {unit} is not a weight's: {value!r}")
+        raise ValueError(f"shape of {unit} is not a weight's: {value!r:.200}")
     return rows, columns
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..base.plugins import did_you_mean
+from ..base.reading import reading
 from .level import DENSE, DROP, Level
 from .plan import Plan, Shape
 
@@ -50,14 +51,8 @@ def read_published(path: str | Path, *, kind: Kind | None = None) -> Published:
     path = Path(path)
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; at most {MAX_BYTES} are read")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
-    try:
-        return parse_published(text, kind=kind, name=path.name)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with reading(path):
+        return parse_published(path.read_text(encoding="utf-8"), kind=kind, name=path.name)
 
 
 def parse_published(text: str, *, kind: Kind | None = None, name: str = "") -> Published:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.plugins import did_you_mean
+from ..base.reading import reading
 from .hub_errors import clear_errors, patiently
 
 FILE_NAME = "evopress_plan.json"
@@ -207,10 +208,8 @@ def _choose(there: Mapping[str, Path], where: str, filename: str | None) -> tupl
     if name in there:
         return read_text(there[name]), f"{where}/{name}"
     if filename is None and "config.json" in there:
-        try:
+        with reading(f"{where}/config.json"):
             settings = json.loads(read_text(there["config.json"]))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}/config.json is not valid JSON: {error}") from error
         quantized = settings.get("quantization_config") if isinstance(settings, dict) else None
         if isinstance(quantized, dict) and quantized.get("quant_method") == QUANT_METHOD:
             return json.dumps(quantized.get("plan")), f"{where}/config.json"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.plugins import did_you_mean
+from ..base.reading import reading
 from ..base.resources import atomic_write, bundled, parse_size
 from ..search.ask_tell import STARTING, STRATEGIES, check_settings
 from .mixture import parse as parse_fitness
@@ -276,10 +277,8 @@ class Recipe:
         import yaml
 
         path = _find(path)
-        try:
+        with reading(path):
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(data, dict):
             raise ValueError(f"{path}: a recipe is a mapping with keys such as model and budget")
         for override in overrides:
@@ -287,10 +286,8 @@ class Recipe:
             if not equals:
                 raise ValueError(f"an override is key=value, got {override!r}")
             _set(data, key.strip().split("."), yaml.safe_load(value))
-        try:
+        with reading(path):
             return cls.from_dict(data)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain values, defaults and the machine's devices left out."""

@@ -8,7 +8,6 @@ not be in memory beside the one that is trained.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint
+from ..base.reading import ANEW, read_object, reading
 from ..base.resources import atomic_path
 from ..calibration.input_moments import check_tokens
 from ..models.stream import BlockStream
@@ -116,7 +116,8 @@ class Targets(torch.utils.data.Dataset):
         index = self.folder / "index.json"
         if not index.is_file():
             raise FileNotFoundError(f"no targets at {folder}: run precompute_targets first")
-        self.shape = json.loads(index.read_text(encoding="utf-8"))["made_from"]["shape"]
+        with reading(index, way_out=ANEW):
+            self.shape = read_object(index)["made_from"]["shape"]
         n_files = -(-self.shape[0] // _PER_FILE)
         missing = [n for n in range(n_files) if not _file(self.folder, n).is_file()]
         if missing:
@@ -131,7 +132,8 @@ class Targets(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         if not 0 <= i < len(self):
             raise IndexError(f"sequence {i} of {len(self)}")
-        with safe_open(_file(self.folder, i // _PER_FILE), framework="pt") as file:
+        path = _file(self.folder, i // _PER_FILE)
+        with reading(path, way_out=ANEW), safe_open(path, framework="pt") as file:
             keys = ("input_ids", "target_ids", "target_log_p")
             item = {key: file.get_slice(key)[i % _PER_FILE] for key in keys}
         return {**item, "labels": item["input_ids"].clone()}

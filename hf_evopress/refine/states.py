@@ -5,12 +5,11 @@ One safetensors file per decoder block, whole or absent; what is not there is th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..base.resources import atomic_path
@@ -18,7 +17,7 @@ from ..methods import compose
 from ..methods.base import State
 from ..plans.level import Level
 from ..store.level_store import LevelStore
-from ..store.unit_file import checksums, one_entry, read_about
+from ..store.unit_file import checksums, damage, one_entry, read_about
 
 
 class RefinedStates(LevelStore):
@@ -63,7 +62,7 @@ def write_block(path: Path, states: Mapping[str, State], notes: Mapping[str, Any
 
 def read_block(path: Path, units: list[str] | None = None) -> dict[str, State]:
     """Return unit -> state of a block's file, of all its units or of some."""
-    try:
+    with damage(path, "refined levels", "refinement"):
         with safe_open(path, framework="pt") as file:
             names, sums = map(read_about(file).__getitem__, ("units", "crc32"))
             states: dict[str, State] = {
@@ -74,24 +73,12 @@ def read_block(path: Path, units: list[str] | None = None) -> dict[str, State]:
                 if names[int(number)] in states:
                     states[names[int(number)]][tensor] = file.get_tensor(key)
             known = dict(zip(names, sums, strict=True))
-    except (SafetensorError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
-        raise _damaged(path) from error
-    if any(checksums(state) != known[name] for name, state in states.items()):
-        raise _damaged(path)
+        if any(checksums(state) != known[name] for name, state in states.items()):
+            raise ValueError("a checksum differs")
     return states
 
 
 def read_notes(path: Path) -> dict[str, Any]:
     """Return what was measured when a block's file was written."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return read_about(file)["notes"]
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise _damaged(path) from error
-
-
-def _damaged(path: Path) -> ValueError:
-    return ValueError(
-        f"{path} (refined levels) is damaged: truncated or changed after it was written; "
-        "delete it and run the same refinement again, which makes only what is missing"
-    )
+    with damage(path, "refined levels", "refinement"), safe_open(path, framework="pt") as file:
+        return read_about(file)["notes"]

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..base.reading import read_object
 from ..base.resources import atomic_write
 from ..methods import compose
 from ..plans.card_template import (
@@ -119,7 +120,7 @@ def model_card(folder: Path, plan: Plan, recipe: Recipe | None, *, name: str) ->
 
 def adapter_card(folder: Path, name: str) -> str:
     """Return the text of a PEFT adapter's card, from its config and its tensors."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "adapter_config.json")
     base = hub_base(_text(config.get("base_model_name_or_path")))
     stored = stored_bytes(folder)
     tensors = tensor_shapes(folder)

@@ -7,11 +7,14 @@ safetensors notices a file that is too short, not a flipped bit. Files are read 
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..base.reading import reading
 
 _PIECE_BYTES = 1 << 22
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -83,21 +86,35 @@ def verify_files(paths: Iterable[str | Path], expected: Mapping[str, str]) -> No
 
 def _read_header(file: Any, path: str | Path) -> tuple[dict[str, Any], int]:
     """Return the tensors' entries and the offset at which their bytes start."""
-    length = file.read(8)
-    n_bytes = struct.unpack("<Q", length)[0] if len(length) == 8 else 0
-    text = file.read(n_bytes) if 0 < n_bytes <= _MAX_HEADER_BYTES else b""
+    size = os.fstat(file.fileno()).st_size
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        for entry in header.values():
-            first, end = entry["data_offsets"]
-            if not (isinstance(entry["shape"], list) and 0 <= first <= end):
-                raise ValueError("offsets run backwards")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        with reading(path):
+            length = file.read(8)
+            n_bytes = struct.unpack("<Q", length)[0] if len(length) == 8 else 0
+            if not 2 <= n_bytes <= min(_MAX_HEADER_BYTES, size - 8):
+                raise ValueError(f"it claims {n_bytes} bytes, and the file has {size}")
+            header = json.loads(file.read(n_bytes))
+            if not isinstance(header, dict):
+                raise TypeError(f"it is not an object but {type(header).__name__}")
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                _check_entry(name, entry)
+    except (ValueError, TypeError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
         raise ValueError(
-            f"{path} is damaged or no safetensors file: its header cannot be read ({error})"
+            f"{path} is damaged or no safetensors file: its header cannot be read ({reason}); "
+            "export or download it again"
         ) from error
     return header, 8 + n_bytes
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    whole = all(isinstance(x, list) and all(type(n) is int for n in x) for x in (shape, offsets))
+    if not whole or len(offsets) != 2 or min(shape, default=0) < 0:
+        raise TypeError(f"{name} has no shape or no place: {shape!r:.100}, {offsets!r:.100}")
+    if not 0 <= offsets[0] <= offsets[1]:
+        raise ValueError(f"the bytes of {name} run backwards: {offsets}")
 
 
 def _start(shape: Sequence[int]) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..base.reading import read_object, reading
 from ..base.resources import atomic_write, clear_leftovers
 from ..methods import compose
 from ..models.units import Unit
@@ -19,6 +20,7 @@ from ..plans.level import Level
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
+ANEW = "remove the store to build it anew"
 
 
 def new_index(
@@ -100,13 +102,36 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"no level store at {folder}: {INDEX} is missing")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    index = read_object(path, way_out=ANEW)
     if index.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format_version {index.get('format_version')!r}, this hf-evopress reads "
             f"{FORMAT_VERSION}; build the store again"
         )
+    with reading(path, way_out=ANEW):
+        _check(index)
     return index
+
+
+def _check(index: Mapping[str, Any]) -> None:
+    """Raise ValueError or TypeError where an index is not as `new_index` makes them."""
+    for key in ("fingerprint", "defaults"):
+        if not isinstance(index.get(key, {}), Mapping) or "fingerprint" not in index:
+            raise TypeError(f"{key} is an object, got {index.get(key)!r:.200}")
+    units = index.get("units")
+    if not isinstance(units, list) or not all(isinstance(u, Mapping) for u in units):
+        raise TypeError(f"units is a list of objects, got {units!r:.200}")
+    for unit in units:
+        name, shape, block, levels = (unit[k] for k in ("name", "shape", "block", "levels"))
+        if not isinstance(name, str) or not isinstance(unit.get("role", ""), str):
+            raise TypeError(f"name and role of a unit are text, got {unit!r:.200}")
+        if not isinstance(shape, list) or len(shape) != 2 or type(block) is not int:
+            raise TypeError(f"{name} has no shape or no block: {shape!r:.100}, {block!r:.100}")
+        if not all(type(n) is int and 0 < n < 2**31 for n in shape):
+            raise ValueError(f"the shape of {name} is not a weight's: {shape!r:.100}")
+        if not isinstance(levels, list) or not levels:
+            raise TypeError(f"{name} has no list of levels: {levels!r:.100}")
+        for level in levels:
+            compose.normalize(level)
+    if len({unit["name"] for unit in units}) < len(units):
+        raise ValueError("a unit is named twice")

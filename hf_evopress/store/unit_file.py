@@ -8,15 +8,17 @@ The file's metadata say under `shared` of which tensor it is what leading shape.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..base.reading import reading
 from ..base.resources import atomic_path
 from ..methods.base import State
 from .checksums import checksum
@@ -43,14 +45,14 @@ def one_entry(about: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_about(file: Any) -> dict[str, Any]:
-    """Return what `one_entry` was given; KeyError, TypeError or JSONDecodeError if damaged."""
+    """Return what `one_entry` was given; any error if damaged."""
     return json.loads(file.metadata()["about"])
 
 
 def read_state(path: Path, unit: str, number: int) -> State:
     """Return the packed tensors of level `number`; a damaged file raises ValueError."""
     prefix = f"{number}/"
-    try:
+    with damage(path, f"levels of {unit}"):
         with safe_open(path, framework="pt") as file:
             about = read_about(file)
             shared = about["shared"]
@@ -60,20 +62,18 @@ def read_state(path: Path, unit: str, number: int) -> State:
                 if key.startswith(prefix)
             }
             expected = about["crc32"][number]
-    except (SafetensorError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
-        raise _damaged(path, unit) from error
-    if checksums(state) != expected:
-        raise _damaged(path, unit)
+        if checksums(state) != expected:
+            raise ValueError("a checksum differs")
     return state
 
 
 def read_scores(path: Path, unit: str) -> list[dict[str, float]]:
     """Return what was measured of each level when it was made."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return read_about(file)["scores"]
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise _damaged(path, unit) from error
+    with damage(path, f"levels of {unit}"), safe_open(path, framework="pt") as file:
+        scores = read_about(file)["scores"]
+        if not isinstance(scores, list) or not all(isinstance(s, dict) for s in scores):
+            raise TypeError(f"scores are a list of objects, got {scores!r:.200}")
+        return scores
 
 
 def checksums(state: State) -> dict[str, str]:
@@ -125,8 +125,15 @@ def _tensor(file: Any, key: str, shape: Sequence[int] | None) -> Tensor:
     return file.get_slice(key)[tuple(slice(n) for n in shape)].contiguous()
 
 
-def _damaged(path: Path, unit: str) -> ValueError:
-    return ValueError(
-        f"{path} (levels of {unit}) is damaged: truncated or changed after it was written; "
-        "delete it and run the same build again, which makes only what is missing"
-    )
+@contextmanager
+def damage(path: Path, what: str, again: str = "build") -> Iterator[None]:
+    """Make what is raised while `path` is read a ValueError that says how to make it again."""
+    try:
+        with reading(path):
+            yield
+    except (ValueError, TypeError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(
+            f"{path} ({what}) is damaged: truncated or changed after it was written ({reason}); "
+            f"delete it and run the same {again} again, which makes only what is missing"
+        ) from error
