@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters.folder import activate, check_target, load_adapter
 from ..adapters.kappa import FILE as KAPPA
@@ -38,6 +37,7 @@ from ..models.source import check_context, read_config, window_of
 from ..models.units import linear_layers
 from ..refine.distillation import Sequences, Targets, distillation_loss, precompute_targets
 from .arguments import training_arguments
+from .checkpoints import train
 from .trainer import DistillationTrainer
 from .tunable import KINDS, check_trainable, make_tunable, settle
 
@@ -190,7 +190,7 @@ def trained(
     before = {name: measure(made) for name, measure in measures.items()}
     n_trained = sum(p.numel() for p in made.parameters() if p.requires_grad)
     trainer = _trainer(made, settings, dataset, work)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    train(trainer, work)
     if settings.kinds:
         settle(made)
         own = made.dtype

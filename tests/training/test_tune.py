@@ -253,3 +253,38 @@ def test_the_command_line_repairs_trains_and_merges(
     assert run("tune", "small", "-o", f"{tuned}2", *text, *steps, "--target", "q_prj") == 2
     assert "did you mean 'q_proj'" in " ".join(capsys.readouterr().err.split())
     assert run("merge", "small", "nowhere/", "-o", f"{merged}2") != 0
+
+
+@pytest.mark.parametrize("train", ["lora", "scales,norms"])
+def test_a_finished_or_half_written_training_is_gone_on_with_to_the_same_bytes(
+    there: Path, tmp_path: Path, train: str
+) -> None:
+    settings = Tuning(**{**QUICK, "train": train, "save_steps": 50})
+    out, state = tmp_path / "out", tmp_path / "out.work" / "checkpoint-4" / "trainer_state.json"
+    made = tune("small", out, settings, data=["text.txt"])
+
+    def all_files() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
+
+    before = all_files()
+    again = tune("small", out, settings, data=["text.txt"])
+    assert again.losses == made.losses and len(made.losses) == 4
+    assert all_files() == before  # not a step more
+    state.write_text(state.read_text()[:100])  # as a killed Trainer leaves it
+    (tmp_path / "out.work" / "checkpoint-9").mkdir()
+    tune("small", out, settings, data=["text.txt"])
+    assert all_files() == before
+
+
+def test_merging_reads_the_column_that_is_named(
+    there: Path, tmp_path: Path, structured_text: Any
+) -> None:
+    rows = [{"story": line, "other": "xx"} for line in structured_text(300).split("\n\n")]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tune("small", tmp_path / "lora", Tuning(**{**QUICK, "steps": 1}), data=["text.txt"])
+    words = ["merge", "small", tmp_path / "lora", "--out", tmp_path / "out", "--data", table]
+    words += ["--calibration", "4", "--seq-len", "32"]
+    assert run(*words, "--column", "tale") == 2
+    assert run(*words, "--column", "story") == 0
+    assert (tmp_path / "out" / "evopress_plan.json").is_file()
