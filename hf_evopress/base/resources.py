@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .full_disk import space_for
 from .lock import is_alive
 
 _UNITS = {"": 1, "B": 1}
@@ -67,6 +68,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     was. Missing parent folders are made.
     """
     target = Path(path)
+    with space_for(target):
+        yield from _beside(target)
+
+
+def _beside(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(
         dir=target.parent,

@@ -21,6 +21,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .full_disk import space_for
 from .lock import locked
 from .resources import atomic_write, fsync
 
@@ -45,7 +46,7 @@ def claimed(
     Checks at once what `check_target` checks, and that no other process writes there.
     """
     folder = check_target(out, reads=reads, overwrite=overwrite)
-    with locked(_beside(folder, "lock"), str(out)):
+    with space_for(out), locked(_beside(folder, "lock"), str(out)):
         _recover(folder)
         before = set(_overwritten)
         if overwrite:
