@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
 from ..methods import compose
+from ..models.source import is_finite
 from ..plans.level import Level
 from .replace import replace
 
@@ -35,11 +36,14 @@ class CompressOnLoad(ConversionOps):
             raise ValueError("CompressOnLoad needs the model that is being loaded, got None")
         left = {}
         for name, value in input_dict.items():
-            if name not in self.levels:
+            weight = value[0] if isinstance(value, list) else value
+            # what holds NaN stays dense: an error here is caught by the loader, which goes on;
+            # all such weights are named once everything is there
+            if name not in self.levels or not is_finite(weight):
                 left[name] = value
                 continue
             tied = [k for k, v in (model.all_tied_weights_keys or {}).items() if v == name]
-            self._compress(model, name, value[0] if isinstance(value, list) else value)
+            self._compress(model, name, weight)
             if missing_keys is not None:
                 missing_keys -= {name, *tied}
         return left

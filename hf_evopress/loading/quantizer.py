@@ -55,8 +55,8 @@ class EvoPressQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.plan is None:
             raise ValueError(
-                "EvoPressConfig has no plan: pass EvoPressConfig(plan=...), or load a model "
-                "that is already compressed"
+                "EvoPressConfig has no plan, as argument or in config.json: pass "
+                "EvoPressConfig(plan=...), or load a model that is already compressed"
             )
         if config.requested_plan is not None and config.requested_plan != config.plan:
             raise ValueError(
@@ -173,6 +173,10 @@ class EvoPressQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
+        if not self.pre_quantized:
+            from ..models.source import check_finite
+
+            check_finite(model, model.config.name_or_path)
         if self._compresses_after:
             stitch = import_module("hf_evopress.loading.stitch")
             stitch.compress_model(model, _plan_of(config), self._tokens)

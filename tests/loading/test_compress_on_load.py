@@ -1,0 +1,65 @@
+"""The user's own from_pretrained(dense, quantization_config=EvoPressConfig(plan=...))."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from hf_evopress.loading.config import EvoPressConfig
+from hf_evopress.loading.layers import compressed_linears
+from hf_evopress.plans.plan import Plan
+
+TinyModel = Callable[..., nn.Module]
+
+UP = "model.layers.1.mlp.up_proj"
+ON_LOAD, WITH_DATA = "rtn:bits=4,group_size=32", "gptq:bits=3,group_size=32"
+
+
+@pytest.fixture
+def text(structured_text: Any, tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(structured_text(60))
+    return str(path)
+
+
+@pytest.mark.parametrize("level", [ON_LOAD, WITH_DATA])
+def test_a_headless_model_is_compressed(
+    tiny_model: TinyModel, byte_tokenizer: Any, tmp_path: Path, text: str, level: str
+) -> None:
+    tiny_model().model.save_pretrained(tmp_path / "headless")
+    byte_tokenizer.save_pretrained(tmp_path / "headless")
+    config = EvoPressConfig(Plan({UP: level}), data=text, n_sequences=4, seq_len=32)
+    made = AutoModel.from_pretrained(tmp_path / "headless", quantization_config=config)
+    assert [*compressed_linears(made)] == [UP.removeprefix("model.")]
+    made.save_pretrained(tmp_path / "small")
+    ids = torch.arange(20)[None]
+    again = AutoModel.from_pretrained(tmp_path / "small")
+    assert torch.equal(again(ids).last_hidden_state, made(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("level", [ON_LOAD, WITH_DATA])
+@pytest.mark.parametrize("where", [UP, "model.layers.0.input_layernorm"])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_a_weight_that_is_not_a_number_is_named(
+    tiny_model: TinyModel,
+    byte_tokenizer: Any,
+    tmp_path: Path,
+    text: str,
+    level: str,
+    where: str,
+    value: float,
+) -> None:
+    model: Any = tiny_model()
+    with torch.no_grad():
+        model.get_submodule(where).weight.view(-1)[5] = value
+    model.save_pretrained(tmp_path / "dense")
+    byte_tokenizer.save_pretrained(tmp_path / "dense")
+    config = EvoPressConfig(Plan({UP: level}), data=text, n_sequences=4, seq_len=32)
+    with pytest.raises(ValueError, match=rf"NaN or infinity in {where}\.weight.*download it again"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
