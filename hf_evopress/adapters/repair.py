@@ -102,6 +102,7 @@ def merge(
     *,
     exact: bool = False,
     data: Sequence[str] = (),
+    column: str = "text",
     work: str | None = None,
     against: str | None = None,
     test: str | None = None,
@@ -130,10 +131,11 @@ def merge(
             n_sequences=n_sequences + _HELD_OUT,
             seq_len=seq_len,
             seed=seed,
+            column=column,
         )
         tokens, held_out = everything[:n_sequences], everything[n_sequences:].flatten()
     if test is not None:
-        held_out = tokenize_file(test, tokenizer_of(model))
+        held_out = tokenize_file(test, tokenizer_of(model), column=column)
     before = load(model, dtype="auto")
     if _plan(before) is None:
         raise ValueError(

@@ -172,6 +172,7 @@ def merge(
     data: Annotated[
         list[str] | None, typer.Option("--data", "-d", help="Text to calibrate on. Repeat.")
     ] = None,
+    column: Column = "text",
     work: Annotated[
         str | None, typer.Option(help="Statistics of an earlier run, instead of text.")
     ] = None,
@@ -201,6 +202,7 @@ def merge(
             out,
             exact=exact,
             data=data or (),
+            column=column,
             work=work,
             against=against,
             test=test,
