@@ -6,7 +6,6 @@ file of another kind, a pickle above all, is refused by name.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,17 +14,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..base.progress import Progress
-from ..base.resources import sha256
+from ..base.reading import read_object, reading
+from ..base.resources import clear_leftovers, sha256
 from ..base.target import FILES, claimed, put
 from ..plans.hub_errors import clear_errors, patiently
 from ..plans.plan import Plan
 from ..plans.push import open_repo, push_plans
-from ..plans.repo import FILE_NAME, INDEX_NAME, check_name, is_repo_id, read_index
+from ..plans.repo import FILE_NAME, INDEX_NAME, check_name, is_repo_id, read_index, read_text
 
 DATA = (".safetensors", ".json", ".md", ".txt", ".model", ".yaml", ".png", ".svg", ".jinja")
 DATA_NAMES = ("LICENSE", "NOTICE", ".gitattributes", ".gitignore")
 MAX_FILES = 2000
-MAX_INDEX_BYTES = 64 * 2**20
 RUN = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".so", ".joblib", ".npy")
 
 _PART = re.compile(r"[\w+@-][\w.+@ -]*")
@@ -51,6 +50,7 @@ def push_folder(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     folder = Path(folder)
+    clear_leftovers(folder)
     options = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
     if plans := plans_in(folder):
         return push_plans(plans, repo_id, commit_message=commit_message, **options)  # type: ignore[arg-type]
@@ -156,7 +156,7 @@ def check_folder(folder: str | Path) -> list[str]:
         elif PurePosixPath(name).name == FILE_NAME:
             Plan.load(folder / name)
         elif PurePosixPath(name).name == INDEX_NAME:
-            read_index((folder / name).read_text(encoding="utf-8"), name)
+            read_index(read_text(folder / name), str(folder / name))
         elif PurePosixPath(name).name in ("config.json", "adapter_config.json"):
             check_config(folder / name)
     return sorted(name for name in names if name != FILES)  # a list for this disk
@@ -206,10 +206,8 @@ def check_config(path: Path) -> None:
         raise ValueError(f"{path} asks for code from a repository (auto_map); only data is shared")
     quantized = config.get("quantization_config")
     if isinstance(quantized, dict) and isinstance(quantized.get("plan"), dict):
-        try:
+        with reading(path):
             Plan.from_dict(quantized["plan"])
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def plans_in(folder: Path) -> dict[str, Plan]:
@@ -225,15 +223,7 @@ def plans_in(folder: Path) -> dict[str, Plan]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; at most {MAX_INDEX_BYTES}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return data
+    return read_object(path)
 
 
 def _is_shard_of(name: str, prefix: str) -> bool:

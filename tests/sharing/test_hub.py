@@ -195,6 +195,16 @@ def test_an_interrupted_upload_commits_nothing_and_can_be_repeated(hub: Hub, fol
     assert "config.json" in hub.files("me/small")
 
 
+def test_what_a_killed_push_left_in_the_folder_is_not_pushed(hub: Hub, folder: Path) -> None:
+    code = "import os; from hf_evopress.base.resources import atomic_path\n"
+    code += f"with atomic_path({str(folder / 'evopress_search.png')!r}): os._exit(9)"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    left = [*folder.glob(".evopress_search.png.*")]
+    push_folder(folder, "me/small")
+    assert len(left) == 1 and not left[0].exists()
+    assert not any(name.startswith(".evopress") for name in hub.files("me/small"))
+
+
 def test_an_interrupted_download_leaves_no_folder_and_goes_on(
     hub: Hub, folder: Path, tmp_path: Path
 ) -> None:
