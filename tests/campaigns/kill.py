@@ -1,11 +1,11 @@
 """Kill commands at random moments, run them again, and compare every file with an undisturbed run.
 
-    python -m tests.campaigns.kill --kills 60 --seed 0 [--command compress ...]
+    python -m tests.campaigns.kill --kills 200 --seed 0 [--command compress ...]
 
-Commands run in processes forked from this one, so that a kill falls into their work and not into
-imports. Each case has a folder of its own with the same relative names, so files have to be equal
-to the byte: all of the result and all of the work folder. Between kill and rerun the result is
-absent or whole, and nothing that was there before is lost.
+The undisturbed run is this process's; the others are forked from it, so that a kill falls into
+their work and not into imports. Each case has a folder of its own with the same relative names, so
+files have to be equal to the byte: all of the result and all of the work folder. Between kill and
+rerun the result is absent or whole, and nothing that was there before is lost.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from pathlib import Path
 from typing import Any
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-QUICK = "--data text.txt --seq-len 32 --calibration 6"
+QUICK = "--data text.txt --seq-len 32 --calibration 4"
 LEVELS = (
     "gptq:bits=3,group_size=32",
     "rtn:bits=5,group_size=32",
     "sparsegpt:sparsity=0.5",
     "sparsegpt:sparsity=0.5,bits=4,group_size=32",
     "lowrank:rank=8",
+    "trellis:bits=2,state_bits=10",
     "gptq:bits=2,group_size=32 + lowrank:rank=4",
 )
-SEARCH = f"--search-pool 6 --generations 2 {QUICK}"
+SEARCH = f"--search-pool 4 --generations 1 {QUICK}"
 COMMANDS = {
     "compress": f"compress dense --bits 4.5 --drop mlp {SEARCH} --out out",
     "refine": f"refine given/evopress_plan.json --mode fast {QUICK} --out out",
@@ -65,6 +66,8 @@ def words_of(command: str) -> list[str]:
 
 def forked(folder: Path, words: list[str]) -> int:
     """Return the number of a new process that runs a command line in `folder`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
     pid = os.fork()
     if pid:
         return pid
@@ -84,12 +87,26 @@ def forked(folder: Path, words: list[str]) -> int:
         os._exit(code)
 
 
+def done_here(folder: Path, words: list[str]) -> None:
+    """Run a command line in `folder` in this process: forks find what it imports and compiles."""
+    from hf_evopress.cli import main
+
+    with contextlib.chdir(folder), open("log.txt", "a") as log:
+        try:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                main(words)
+        except SystemExit as end:
+            if end.code:
+                said = (folder / "log.txt").read_text(errors="replace")[-3000:]
+                raise RuntimeError(f"{' '.join(words)} ended with {end.code}: {said}") from end
+
+
 def finished(folder: Path, words: list[str]) -> float:
     """Return the seconds that a command took to its end; RuntimeError with its log if it failed."""
     start = time.perf_counter()
     _, status = os.waitpid(forked(folder, words), 0)
     if status:
-        log = (folder / "log.txt").read_text(errors="replace")[-3000:]
+        log = (folder / "log.txt").read_text(errors="replace").strip()[-500:]
         raise RuntimeError(
             f"{' '.join(words)} ended with {os.waitstatus_to_exitcode(status)}: {log}"
         )
@@ -147,10 +164,10 @@ def prepare(folder: Path) -> Path:
 
     from ..conftest import byte_level_tokenizer, make_structured_text, make_tiny_model
 
-    model: Any = make_tiny_model("llama").to(torch.bfloat16)
+    model: Any = make_tiny_model("llama", max_position_embeddings=64).to(torch.bfloat16)
     model.save_pretrained(folder / "dense")
     byte_level_tokenizer().save_pretrained(folder / "dense")
-    (folder / "text.txt").write_text(make_structured_text(300))
+    (folder / "text.txt").write_text(make_structured_text(120))
     generator = torch.Generator().manual_seed(0)
     factors = {
         u.name: (
@@ -163,7 +180,7 @@ def prepare(folder: Path) -> Path:
         folder / "adapter", {n: (a.bfloat16(), b.bfloat16()) for n, (a, b) in factors.items()}
     )
     given = f"compress dense --bits 4.5 {SEARCH} --work first --out given".split()
-    finished(folder, [*given, *(x for level in LEVELS[:2] for x in ("--level", level))])
+    done_here(folder, [*given, *(x for level in LEVELS[:2] for x in ("--level", level))])
     shutil.rmtree(folder / "first")
     return folder
 
@@ -193,50 +210,82 @@ def campaign(
     *,
     seed: int = 0,
     commands: tuple[str, ...] = tuple(COMMANDS),
+    signals: tuple[int, ...] = SIGNALS,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Outcome]:
-    """Return what `kills` kills, spread over the commands, have shown."""
+    """Return what `kills` kills, spread over commands and signals in turn, have shown."""
     rng = random.Random(seed)
-    outcomes = []
+    outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as place, loopback() as hub:
         given = prepare(Path(place) / "given-to-all")
         for command in commands:
-            words = words_of(command)
+            n = len(range(commands.index(command), kills, len(commands)))
+            if not n:
+                continue
             reference = Path(place) / f"{command}-reference"
             shutil.copytree(given, reference)
-            seconds = finished(reference, words)
+            done_here(reference, words_of(command))
             expected = {**contents(reference), **pushed(hub)}
-            hub.repos.clear()
-            for number in range(
-                kills // len(commands) + (command == commands[0]) * (kills % len(commands))
-            ):
-                share, by = rng.random(), rng.choice(SIGNALS)
-                case = Path(place) / f"{command}-{number}"
+            seconds = _checked_seconds(command, given, expected, hub)
+            for _ in range(n):
+                by = signals[len(outcomes) // len(commands) % len(signals)]
+                case = Path(place) / f"{command}-{len(outcomes)}"
                 shutil.copytree(given, case)
-                was_running = killed(case, words, share * seconds, by)
-                faults = check_whole(case)
-                try:
-                    finished(case, words)
-                    faults += differences(expected, {**contents(case), **pushed(hub)})
-                except RuntimeError as error:
-                    faults.append(str(error))
-                hub.repos.clear()
-                name = signal.Signals(by).name
-                outcomes.append(Outcome(command, round(share, 3), name, was_running, tuple(faults)))
-                say(f"{command} {name} at {share:.0%}: {'; '.join(faults) or 'the same bytes'}")
+                outcome = one_kill(command, case, rng.random(), seconds, by, expected, hub)
+                outcomes.append(outcome)
+                said = "; ".join(outcome.faults) or "the same bytes"
+                say(f"{command} {outcome.signal} at {outcome.share:.0%}: {said}")
                 shutil.rmtree(case)
     return outcomes
 
 
+def _checked_seconds(command: str, given: Path, expected: dict[str, str], hub: Any) -> float:
+    """Return the seconds of a whole run in a fork, after checking that its files are the same."""
+    hub.repos.clear()
+    case = given.with_name(f"{command}-whole")
+    shutil.copytree(given, case)
+    seconds = finished(case, words_of(command))
+    if faults := differences(expected, {**contents(case), **pushed(hub)}):
+        raise RuntimeError(f"two undisturbed runs of {command} differ: {'; '.join(faults)}")
+    hub.repos.clear()
+    return seconds
+
+
+def one_kill(
+    command: str,
+    case: Path,
+    share: float,
+    seconds: float,
+    by: int,
+    expected: dict[str, str],
+    hub: Any,
+) -> Outcome:
+    """Return what a kill after `share` of the `seconds` of a run in `case` has shown."""
+    words = words_of(command)
+    was_running = killed(case, words, share * seconds, by)
+    faults = check_whole(case)
+    try:
+        finished(case, words)
+        faults += differences(expected, {**contents(case), **pushed(hub)})
+    except RuntimeError as error:
+        faults.append(str(error))
+    hub.repos.clear()
+    name = signal.Signals(by).name
+    return Outcome(command, round(share, 3), name, was_running, tuple(faults))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--command", nargs="*", choices=list(COMMANDS), default=list(COMMANDS))
     args = parser.parse_args()
     import hf_evopress.jobs.pipeline  # noqa: F401  before the forks
 
-    outcomes = campaign(args.kills, seed=args.seed, commands=tuple(args.command), say=print)
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    outcomes = campaign(args.kills, seed=args.seed, commands=tuple(args.command), say=say)
     wrong = [o for o in outcomes if o.faults]
     running = sum(o.was_running for o in outcomes)
     print(f"{len(outcomes)} kills, {running} while it ran, {len(wrong)} with faults")
