@@ -10,6 +10,8 @@ from torch import nn
 
 from ..export.gguf import entries_of, fits_file
 from ..export.gguf_format.file import overhead_bytes
+from ..methods import compose
+from ..methods.menu import fits, menus
 from ..models.source import read_tokenizer
 from ..models.units import Unit
 from ..plans.level import Level
@@ -26,6 +28,21 @@ def folder_of(out: str | Path) -> Path:
     """Return OUT-gguf, where the file goes."""
     path = Path(out)
     return path.with_name(f"{path.resolve().name}-{NAME}")
+
+
+def fitting_menus(
+    shapes: Mapping[str, tuple[int, int]], levels: Sequence[str]
+) -> dict[str, list[Level]]:
+    """Return unit -> those of `levels` that it takes, as the rows of few take all types.
+
+    Raises ValueError that names a unit which takes none of them.
+    """
+    wanted = [compose.normalize(level) for level in levels]
+    offered: dict[str, list[Level]] = {}
+    for unit, shape in shapes.items():
+        able = [level for level in wanted if fits(level, shape)]
+        offered |= menus({unit: shape}, able or wanted)
+    return offered
 
 
 def check_menus(menus: Mapping[str, Sequence[Level]]) -> None:

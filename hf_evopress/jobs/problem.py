@@ -27,7 +27,7 @@ from ..search.budget import Budget
 from ..search.drop_counts import drop_counts
 from ..search.space import Genome, SearchSpace
 from .ends import Ends, choose_ends, default_level
-from .for_gguf import check_menus, fixed_bits, is_for_gguf
+from .for_gguf import check_menus, fitting_menus, fixed_bits, is_for_gguf
 
 NOTHING = Droppable({}, {}, {})
 
@@ -88,12 +88,11 @@ def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
     said = recipe.budget
     units = [] if said.drop is not None else find_units(skeleton, skip=recipe.skip)
     shapes = {unit.name: unit.shape for unit in units}
-    offered = menus(
-        shapes,
-        recipe.levels,
-        families=recipe.families if recipe.levels else recipe.offered_families,
-        sparsity=said.sparsity,
-    )
+    if is_for_gguf(recipe) and recipe.levels:
+        offered = fitting_menus(shapes, recipe.levels)
+    else:
+        families = recipe.families if recipe.levels else recipe.offered_families
+        offered = menus(shapes, recipe.levels, families=families, sparsity=said.sparsity)
     ends = choose_ends(skeleton, recipe)
     units, offered = [*units, *ends.units], {**offered, **ends.menus}
     offered = _pinned(offered, recipe.pin)

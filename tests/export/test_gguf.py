@@ -8,12 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from hf_evopress.export.gguf import FILE, GGUFExport, nearest_kind
 from hf_evopress.export.gguf_format.architecture import architecture_of
+from hf_evopress.export.gguf_format.pieces import puts_space_first, scores_of
 from hf_evopress.export.gguf_format.tokenizer import RULES, rule_of
 from hf_evopress.methods import compose
 from hf_evopress.models.ends import find_ends
@@ -26,7 +36,7 @@ from ..llama_cpp import LlamaCpp, complete, serve
 pytest.importorskip("xllamacpp", reason="an extra: hf-evopress[gguf]")
 gguf = pytest.importorskip("gguf", reason="an extra: hf-evopress[gguf]")
 
-N_TOKENS = 304  # of the models, four more than the tokenizer has
+N_TOKENS = 304  # of most models, four more than the tokenizer has
 TEXT = "the old fox sees the red garden. 7 and 7 is 14; the fox knows."
 NASTY = (
     "Don't  stop\t\tme now!\n\n\n  x=[1234567]; naïve café — Ünïcode №5 "
@@ -207,8 +217,6 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(rule: str, tmp_path: Path, ru
 
 
 def test_what_a_tokenizer_puts_before_a_text_is_put_there(tmp_path: Path, run: Any) -> None:
-    from tokenizers import processors
-
     words = by_rule("gpt-2")
     words.bos_token = "<sep>"
     words.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -225,14 +233,68 @@ def test_tokenizers_that_llama_cpp_cuts_otherwise_are_refused() -> None:
     plain = {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}
     with pytest.raises(ValueError, match="no rule that cuts text.*gpt-2, smollm"):
         rule_of({"model": {"type": "BPE"}, "pre_tokenizer": plain})
-    with pytest.raises(ValueError, match="BPE with byte_fallback"):
-        rule_of({"model": {"type": "BPE", "byte_fallback": True}})
     with pytest.raises(ValueError, match="the tokenizer is Unigram"):
         rule_of({"model": {"type": "Unigram"}})
     words = json.loads(by_rule("gpt-2").backend_tokenizer.to_str())
     words["pre_tokenizer"]["add_prefix_space"] = True
     with pytest.raises(ValueError, match="no rule that cuts text"):
         rule_of(words)
+
+
+def pieces(*, prepend: str = "normalizer") -> PreTrainedTokenizerFast:
+    """Return a tokenizer of pieces as Llama 2's: every way to make a piece is a merge."""
+    learnt = trainers.BpeTrainer(vocab_size=200, special_tokens=[])
+    source = Tokenizer(models.BPE())
+    source.pre_tokenizer = pre_tokenizers.Metaspace()
+    source.train_from_iterator([make_structured_text(100)], learnt)
+    found = sorted(source.get_vocab(), key=source.get_vocab().get)  # type: ignore[arg-type]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    chars = [t for t in found if len(t) == 1]
+    made = [t for t in found if len(t) > 1][: N_TOKENS - len(tokens) - len(chars)]
+    vocab = {t: i for i, t in enumerate([*tokens, *made, *chars])}
+    merges = [
+        (t[:i], t[i:]) for t in made for i in range(1, len(t)) if {t[:i], t[i:]} <= vocab.keys()
+    ]
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    if prepend == "normalizer":
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("prepend", ["normalizer", "first", "never"])
+def test_pieces_are_merged_as_the_tokenizer_does(prepend: str, tmp_path: Path, run: Any) -> None:
+    tokenizer = pieces(prepend=prepend)
+    made = Written(make("mistral", num_hidden_layers=1), tokenizer, tmp_path / "out", "dense")
+    llama = run(made.path)
+    texts = (TEXT, NASTY, "knows knows", "two  spaces", "x\n", "  lead")
+    for text in texts[:-1] if prepend == "first" else texts:
+        assert llama.tokenize(text) == tokenizer(text).input_ids, text
+
+
+def test_pieces_whose_merges_no_scores_can_say_are_refused() -> None:
+    model = {
+        "type": "BPE",
+        "byte_fallback": True,
+        "vocab": dict.fromkeys(("a", "b", "ab", "aba", "ba"), 0),
+    }
+    lists = ("a b", "ab a", "b a"), ("b a", "a ba", "a b", "ab a")
+    with pytest.raises(ValueError, match="does not merge 'a' and 'ba' into 'aba'"):
+        scores_of({"model": {**model, "merges": list(lists[0])}})
+    with pytest.raises(ValueError, match="make 'aba' are not listed together"):
+        scores_of({"model": {**model, "merges": list(lists[1])}})
+    with pytest.raises(ValueError, match="changes text in another way.*NFKC"):
+        puts_space_first({"model": model, "normalizer": {"type": "NFKC"}})
 
 
 def test_architectures_that_cannot_be_written_are_refused_by_name() -> None:

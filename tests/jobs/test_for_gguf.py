@@ -92,6 +92,19 @@ def test_a_budget_of_bits_leaves_the_ends_at_8_bits(place: Path, tmp_path: Path)
     assert not any("_k" in x for x in offered), "64 inputs are no multiple of 256"
 
 
+def test_a_unit_is_offered_those_of_the_levels_that_its_rows_take(
+    place: Path, tmp_path: Path
+) -> None:
+    model: Any = make_tiny_model("llama", vocab_size=N_TOKENS, intermediate_size=256)
+    model.save_pretrained(tmp_path / "wide")
+    by_rule("gpt-2").save_pretrained(tmp_path / "wide")
+    levels = ["gguf:type=q4_k", "gguf:type=q5_0"]
+    job = Job(recipe(place, tmp_path / "out", model=str(tmp_path / "wide"), levels=levels))
+    offered = {u: [str(x) for x in menu] for u, menu in job.menus.items()}
+    assert offered["model.layers.0.mlp.down_proj"] == levels
+    assert offered["model.layers.0.mlp.up_proj"] == levels[1:]
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [

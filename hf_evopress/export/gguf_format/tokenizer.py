@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer in the header of a GGUF file.
+"""A tokenizer in the header of a GGUF file: byte-level BPE here, pieces in pieces.py.
 
 Tokens, their kinds, merges and special tokens. llama.cpp has the rules that cut a text into words
 built in, by name; a tokenizer with other rules is refused, it would give other tokens.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from .pieces import add_pieces, is_of_pieces
 
 _BYTES = {"type": "ByteLevel", "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -30,27 +31,19 @@ RULES: Mapping[str, tuple[list[dict[str, Any]], bool]] = {
 
 def add_tokenizer(writer: Any, tokenizer: Any, n_rows: int) -> None:
     """Write `tokenizer` into the header of a file of a model with `n_rows` embedded tokens."""
-    from gguf import SpecialVocab, TokenType
+    from gguf import SpecialVocab
 
     spec = _json_of(tokenizer)
-    rule = rule_of(spec)
-    tokens = {i: token for token, i in spec["model"]["vocab"].items()}
-    kinds = dict.fromkeys(tokens, TokenType.NORMAL)
-    for added in spec.get("added_tokens", ()):
-        tokens[added["id"]] = added["content"]
-        kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-    if max(tokens) >= n_rows:
-        raise ValueError(
-            f"gguf: the tokenizer has token {max(tokens)} and the model embeds {n_rows} tokens"
-        )
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(rule)
-    # rows of the embedding beyond the tokenizer, as models pad theirs
-    writer.add_token_list([tokens.get(i, f"[PAD{i}]") for i in range(n_rows)])
-    writer.add_token_types([int(kinds.get(i, TokenType.UNUSED)) for i in range(n_rows)])
+    last = max(*spec["model"]["vocab"].values(), *(a["id"] for a in spec.get("added_tokens", ())))
+    if last >= n_rows:
+        raise ValueError(f"gguf: the tokenizer has token {last}, the model embeds {n_rows} tokens")
+    if is_of_pieces(spec):
+        add_pieces(writer, spec, n_rows)
+    else:
+        _add_bytes(writer, spec, n_rows)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        special = SpecialVocab(folder, load_merges=True, n_vocab=n_rows)
+        special = SpecialVocab(folder, load_merges=not is_of_pieces(spec), n_vocab=n_rows)
     # what transformers adds to a text is what counts, whatever its files say
     bos = getattr(tokenizer, "bos_token_id", None)
     ids = tokenizer("a").input_ids
@@ -58,14 +51,29 @@ def add_tokenizer(writer: Any, tokenizer: Any, n_rows: int) -> None:
     special.add_to_gguf(writer, quiet=True)
 
 
+def _add_bytes(writer: Any, spec: Mapping[str, Any], n_rows: int) -> None:
+    from gguf import TokenType
+
+    rule = rule_of(spec)
+    tokens = {i: token for token, i in spec["model"]["vocab"].items()}
+    kinds = dict.fromkeys(tokens, TokenType.NORMAL)
+    for added in spec.get("added_tokens", ()):
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(rule)
+    # rows of the embedding beyond the tokenizer, as models pad theirs
+    writer.add_token_list([tokens.get(i, f"[PAD{i}]") for i in range(n_rows)])
+    writer.add_token_types([int(kinds.get(i, TokenType.UNUSED)) for i in range(n_rows)])
+
+
 def rule_of(spec: Mapping[str, Any]) -> str:
     """Return llama.cpp's name for how a tokenizer.json cuts text, or raise ValueError."""
     model = spec["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        kind = "BPE with byte_fallback" if model.get("type") == "BPE" else model.get("type")
+    if model.get("type") != "BPE":
         raise ValueError(
-            f"gguf: the tokenizer is {kind}; only byte-level BPE, as of Llama 3, SmolLM and Qwen, "
-            "can be written"
+            f"gguf: the tokenizer is {model.get('type')}; only byte-level BPE, as of Llama 3, "
+            "SmolLM and Qwen, and BPE of pieces, as of Llama 2 and Mistral, can be written"
         )
     steps = spec.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
@@ -97,7 +105,3 @@ def _json_of(tokenizer: Any) -> dict[str, Any]:
             "written"
         )
     return json.loads(backend.to_str())
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file()
