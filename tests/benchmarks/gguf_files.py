@@ -9,11 +9,18 @@ size, header and tokenizer included, is the budget of a search over the types of
 embedding included (`compress --for gguf`). All are evaluated in the same pass over the same
 windows, against the model that both are made from. With --write the files go to WORK/files, and
 with --llama-cpp the perplexities of ours are those of llama.cpp itself as well.
+
+With --blocks it stops at what each type is expected to lose in some blocks, with error feedback and
+without:
+
+    python tests/benchmarks/gguf_files.py .cache/SmolLM2-135M-offgrid --data calibration.txt \
+        --test wiki.test.raw --blocks 14 --types q4_1 q5_0 q5_1 q8_0 q4_k
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -29,14 +36,20 @@ from hf_evopress.export.gguf import FILE, GGUFExport, entries_of
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.levels import build_levels, calibrated
 from hf_evopress.jobs.plan_search import find_plan
+from hf_evopress.methods import compose
+from hf_evopress.methods.maths.ggml.types import KINDS
+from hf_evopress.methods.menu import fits
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.scoring.evaluate import compare_many
+from hf_evopress.store.level_store import Source
 
 
 def main() -> None:
     words = arguments()
     first = Job(recipe(words, "1GB"))
-    calibrated(first)
+    source = calibrated(first)
+    if words.blocks:
+        return show_losses(first, source, words)
     functions: dict[str, Any] = {}
     rows: dict[str, dict[str, Any]] = {}
     # what both files hold besides the tensors that are quantised
@@ -82,6 +95,26 @@ def main() -> None:
     show(rows, words.mixes, next(iter(reports.values())).dense_perplexity)
     if words.out:
         Path(words.out).write_text(json.dumps(list(rows.values()), indent=1))
+
+
+def show_losses(job: Job, source: Source, words: argparse.Namespace) -> None:
+    """Print the predicted loss of the layers of some blocks at each type that they take."""
+    losses: dict[tuple[int, str, bool], float] = {}
+    for unit in (u for u in job.units if u.block in words.blocks):
+        stats, known = source.known([unit])
+        W = job.model.get_submodule(unit.name).weight.detach().float()
+        for kind, feedback in itertools.product(words.types, (False, True)):
+            level = compose.normalize(f"gguf:type={kind},feedback={str(feedback).lower()}")
+            if not fits(level, unit.shape):
+                continue
+            state = compose.compress(level, W, stats[unit.name])
+            delta = W - compose.decompress(level, state, unit.shape, torch.float32)
+            key = (unit.shape[1], kind, feedback)
+            losses[key] = losses.get(key, 0.0) + known[unit.name](delta)
+    print("| inputs | type | without feedback (mnats) | with | less |\n|---|---|---|---|---|")
+    for width, kind in dict.fromkeys(key[:2] for key in losses):
+        plain, fed = (1e3 * losses[width, kind, x] for x in (False, True))
+        print(f"| {width} | {kind} | {plain:.4f} | {fed:.4f} | {1 - fed / plain:.0%} |")
 
 
 def perplexity_there(path: str, tokens: torch.Tensor, words: argparse.Namespace) -> float:
@@ -153,6 +186,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--write", action="store_true", help="write the files")
     parser.add_argument("--llama-cpp", action="store_true", help="evaluate them there, too")
+    parser.add_argument("--blocks", nargs="*", type=int, help="predicted losses of these only")
+    parser.add_argument("--types", nargs="+", default=list(KINDS))
     parser.add_argument("--out")
     return parser.parse_args()
 
