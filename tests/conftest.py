@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,10 @@ from hf_evopress.models.units import find_units
 from hf_evopress.plans.plan import Plan
 
 from .hub_server import Hub
+
+# Facts such as "it loads as it was saved" are facts about bits, so tests load models with the
+# reference; test_kernels.py and test_runtimes.py say how near to it the default is.
+os.environ.setdefault("HF_EVOPRESS_RUNTIME", "packed")
 
 ARCHITECTURES = ("llama", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox", "opt")
 

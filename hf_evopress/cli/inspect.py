@@ -29,6 +29,9 @@ def show(
         typer.Option("--plot", help="Draw heat map, front or curve to this file (.png, .svg)."),
     ] = None,
     units: Annotated[bool, typer.Option("--units", help="One line per unit.")] = False,
+    runtime: Annotated[
+        bool, typer.Option("--runtime", help="What each level computes with on this machine.")
+    ] = False,
     file: Annotated[
         str | None, typer.Option(help="Which plan, where a repository holds several.")
     ] = None,
@@ -54,10 +57,25 @@ def show(
     if units:
         for unit, level in loaded.items():
             console.print(f"{unit}  {level}", markup=False, soft_wrap=True)
+    if runtime:
+        _show_runtime(loaded)
     if png is not None:
         from ..sharing.plots import heat_map_plot
 
         console.print(f"heat map drawn to {heat_map_plot(loaded, png)}", markup=False)
+
+
+def _show_runtime(plan: Plan) -> None:
+    """Print what runtime `auto` computes each level with on this machine."""
+    from ..base.devices import find_device
+    from ..loading.runtimes import choices
+
+    device = find_device()
+    rows = [
+        (level, str(len(units)), choice) for level, (choice, units) in choices(plan, device).items()
+    ]
+    console.print(f"\nruntime auto on {device}, in bfloat16 or float32", markup=False)
+    console.print(table(("level", "layers", "computes"), rows, is_text=True))
 
 
 def _is_front(plan: str) -> bool:

@@ -9,7 +9,9 @@ from ..adapters.repair import load
 from ..base.devices import on_device
 from ..base.progress import Progress
 from ..calibration.data import tokenize_file
+from ..loading.layers import prepare_layers
 from ..loading.quantizer import register_with_transformers
+from ..loading.runtimes import PACKED
 from ..models.size import model_size, stored_bytes
 from ..models.source import load_checked, read_config, read_tokenizer, window_of
 from ..scoring.evaluate import compare
@@ -36,6 +38,7 @@ def evaluate_model(
         raise ValueError(f"{data} has {len(tokens)} tokens, one window needs {window}")
     size = model_size(load_checked(model, dtype="auto"))  # as stored, whatever it is computed in
     made = load(model, dtype=dtype)
+    prepare_layers(made, PACKED)  # figures are the reference's, on every machine
     dense = load(against, dtype=dtype) if against else None
     report = compare(made, dense, tokens, window=window, max_windows=max_windows, progress=progress)
     stored = {"size_bytes": stored_bytes(model)} if Path(model).is_dir() else {}

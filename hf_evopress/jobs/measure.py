@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from ..base.placement import dtype_of
 from ..calibration.data import tokenize_file
+from ..loading.layers import prepare_layers
 from ..loading.quantizer import register_with_transformers
+from ..loading.runtimes import PACKED
 from ..models.plain import make_plain
 from ..models.size import stored_bytes
 from ..models.source import window_of
@@ -96,6 +98,7 @@ def measure(
 
 def _reload(job: Job, folder: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(job.model))
+    prepare_layers(model, PACKED)  # the reference that plans were scored with
     return model.eval().to(job.device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from ..base.plugins import did_you_mean
 from ..base.reading import reading
 from ..base.version import __version__
 from ..plans.plan import Plan
-from .runtimes import PACKED, RUNTIMES
+from .runtimes import AUTO, RUNTIMES
 
 QUANT_METHOD = "evopress"
+RUNTIME_VARIABLE = "HF_EVOPRESS_RUNTIME"
 FORMAT_VERSION = 1  # of the checkpoint: what config.json and the safetensors files hold
 
 _STORED = ("plan", "checksums", "format_version", "written_by", "quant_method")
@@ -34,12 +36,12 @@ class EvoPressConfig(QuantizationConfigMixin):
         n_sequences, seq_len and seed say how much is read, column where tables have their text.
     dequantize: return the stock dense model with the compressed model's weights.
     verify: compare the files with their checksums (about 2 GB/s).
-    runtime: "packed" holds the packed tensors only and computes a weight whenever its layer is
-        called: memory of the checkpoint, a slower call. "expanded" also holds every weight in
-        the dtype of the model, computed once: memory of the dense model and the checkpoint,
-        speed of the dense model. "int4" also holds codes for PyTorch's int4 kernel, 4.5 bits
-        per weight (9 for levels above 4 bits): the fastest to generate with on a CPU, in
-        bfloat16. What save_pretrained writes is the same.
+    runtime: "auto", the fastest way that holds the packed tensors only. "packed" does as well, and
+        computes a weight whenever its layer is called: the reference, slow. "expanded" also holds
+        every weight in the dtype of the model: memory of the dense model and the checkpoint,
+        speed of the dense model. "int4" also holds codes for PyTorch's int4 kernel on CPUs.
+        runtimes.py says more. What save_pretrained writes is the same. Where none is given, the
+        environment variable HF_EVOPRESS_RUNTIME names one, else it is "auto".
 
     It is not frozen, because transformers sets loading attributes on it.
 
@@ -58,7 +60,7 @@ class EvoPressConfig(QuantizationConfigMixin):
         seed: int = 0,
         dequantize: bool = False,
         verify: bool = True,
-        runtime: str = PACKED,
+        runtime: str | None = None,
         checksums: Mapping[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         written_by: str | None = None,
@@ -75,7 +77,8 @@ class EvoPressConfig(QuantizationConfigMixin):
         self.plan = None if plan is None else _read_plan(plan)
         self.data, self.column = data, column
         self.n_sequences, self.seq_len, self.seed = n_sequences, seq_len, seed
-        self.dequantize, self.verify, self.runtime = dequantize, verify, runtime
+        self.dequantize, self.verify = dequantize, verify
+        self.runtime = runtime or os.environ.get(RUNTIME_VARIABLE) or AUTO
         if not isinstance(checksums or {}, Mapping):
             raise TypeError(
                 f"checksums are an object of tensor names and hex digits, got {checksums!r:.200}"

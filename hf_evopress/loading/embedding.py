@@ -19,10 +19,21 @@ from ..methods import compose
 from ..methods.base import Shape, State
 from ..models.patching import look_up
 from ..plans.level import Level
+from .kernels.operators import is_compiled_into_one
+from .kernels.operators import look_up as kernel_look_up
 from .layers import CompressedLinear
 from .packed import PackedWeight
 
-_OWN = ("level", "shape", "weight_dtype", "_state_names", "_is_looking_up", "_is_hf_initialized")
+_OWN = (
+    "level",
+    "shape",
+    "weight_dtype",
+    "_state_names",
+    "_kernel",
+    "level_text",
+    "_is_looking_up",
+    "_is_hf_initialized",
+)
 
 
 class CompressedEmbedding(PackedWeight, nn.Embedding):
@@ -65,6 +76,15 @@ class CompressedEmbedding(PackedWeight, nn.Embedding):
         return like
 
     def forward(self, input: Tensor) -> Tensor:
+        if self._kernel is not None:
+            own = self._state_names, self._parameters
+            rows = kernel_look_up(self._kernel, *own, input, self.weight_dtype)  # type: ignore[arg-type]
+            if rows is not None:
+                return rows
+        if is_compiled_into_one() and not any(t.requires_grad for t in self.state.values()):
+            state = [self._parameters[name] for name in self._state_names]
+            options = self.level_text, [*self.shape], self.weight_dtype
+            return torch.ops.evopress.look_up(input, state, *options)
         return look_up(self.level, self.state, self.shape, input, self.weight_dtype)
 
     def dequantize(self, *, dtype: torch.dtype | None = None) -> nn.Embedding:

@@ -14,8 +14,10 @@ from ..methods.base import Shape, State
 from ..models.ends import find_ends, input_embedding, output_head
 from ..plans.level import Level
 from ..plans.plan import Plan
+from .kernels.operators import is_compiled_into_one, linear
 from .packed import PackedWeight
-from .runtimes import PACKED, RUNTIMES, Runtime
+from .runtime import Runtime
+from .runtimes import RUNTIMES, check_device, log_choices
 
 
 class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
@@ -85,8 +87,12 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
     def forward(self, input: Tensor) -> Tensor:
         if self._runtime is not None:
             made = self._prepared()
-            if made is not None and self._runtime.takes(input, made):
+            if made and self._runtime.takes(input, made):
                 return self._runtime.run(input, made, self.level, self.state, self.shape, self.bias)
+        if self._kernel is not None:
+            y = linear(self._kernel, self._state_names, self._parameters, input)  # type: ignore[arg-type]
+            if y is not None:
+                return y
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in self.state.values())
         if trains and not torch.compiler.is_compiling():
             # the graph from scales to the dense weight would take twice a dense layer's memory
@@ -95,21 +101,26 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
         return self._run(input)
 
     def _run(self, x: Tensor) -> Tensor:
+        if is_compiled_into_one() and not any(t.requires_grad for t in self.state.values()):
+            tensors = [self._parameters[name] for name in self._state_names]
+            return torch.ops.evopress.linear(x, tensors, self.bias, self.level_text, self.shape[0])
         return compose.operator(self.level, self.state, self.bias, self.shape, x.dtype)(x)
 
-    def prepare(self, runtime: str) -> None:
+    def prepare(self, runtime: str) -> str:
         """Make and keep what `runtime` computes with, beside the packed tensors.
 
         The latter alone are saved. It is made anew after a change of the packed tensors; while
         those have a gradient, and for inputs that the runtime does not take, the weight is
-        computed at each call as before.
+        computed at each call as before. Returns what this layer computes with.
         """
-        if runtime not in RUNTIMES:
-            raise ValueError(f"no runtime {runtime!r}; known: {', '.join(RUNTIMES)}")
-        self.check_loaded(f"prepare runtime {runtime!r} of")
+        choice = super().prepare(runtime)
         self._forget()
         self._runtime = RUNTIMES[runtime]
-        self._prepared()
+        if self._runtime is None:
+            return choice
+        self.check_loaded(f"prepare runtime {runtime!r} of")
+        check_device(runtime, self.state[self._state_names[0]].device)
+        return runtime if self._prepared() else choice
 
     def _prepared(self) -> State | None:
         """Return what the runtime made of the packed tensors as they are now, if it can."""
@@ -274,10 +285,12 @@ def compressed_layers(model: nn.Module) -> dict[str, PackedWeight]:
     return {n: m for n, m in found if not getattr(m, "is_tied", False)}
 
 
-def prepare_linears(model: nn.Module, runtime: str) -> None:
-    """Let every CompressedLinear of `model` make what `runtime` computes with."""
-    if runtime == PACKED:
-        return
-    for layer in model.modules():
-        if isinstance(layer, CompressedLinear):
-            layer.prepare(runtime)
+def prepare_layers(model: nn.Module, runtime: str) -> dict[str, str]:
+    """Let every packed module of `model` compute as `runtime` says.
+
+    Returns module path -> what it computes with; the log says it in one line.
+    """
+    packed = ((name, m) for name, m in model.named_modules() if isinstance(m, PackedWeight))
+    choices = {name: module.prepare(runtime) for name, module in packed}
+    log_choices(runtime, choices.values())
+    return choices

@@ -13,6 +13,8 @@ from ..methods import compose
 from ..methods.base import Shape, State
 from ..plans.level import Level
 from .computed_weight import READ_ONLY, ComputedWeight
+from .kernels.layer import Kernel, kernel_of
+from .runtimes import BY_KERNELS, PACKED, RUNTIMES, chosen
 
 
 class PackedWeight(nn.Module):
@@ -36,6 +38,8 @@ class PackedWeight(nn.Module):
         self.weight_dtype = dtype
         self._is_hf_initialized = True  # transformers must not draw a new random weight
         self._state_names = tuple(sorted(state))
+        self._kernel: Kernel | None = None
+        self.level_text = str(self.level)
         for name in self._state_names:
             tensor = state[name]
             if not isinstance(tensor, nn.Parameter):  # of a module that it is tied to
@@ -73,6 +77,19 @@ class PackedWeight(nn.Module):
         own = self.state
         if value.keys() != own.keys() or any(value[name] is not own[name] for name in own):
             raise AttributeError("the packed tensors are parameters of the layer: change those")
+
+    def prepare(self, runtime: str) -> str:
+        """Compute as `runtime` says from now on; return what that is for this layer."""
+        if runtime not in RUNTIMES:
+            raise ValueError(f"no runtime {runtime!r}; known: {', '.join(RUNTIMES)}")
+        self._kernel = None
+        if runtime == PACKED:
+            return PACKED
+        device = self.state[self._state_names[0]].device
+        choice = chosen(self.level, self.shape, device, self.weight_dtype)
+        if runtime in BY_KERNELS:  # also where it is not on a CPU: it may come to one
+            self._kernel = kernel_of(self.level, self.shape)
+        return choice
 
     @property
     def weight(self) -> Tensor:

@@ -24,7 +24,7 @@ from ..store.checksums import checksum, verify_files
 from .checks import check_levels_match, check_loaded, check_shapes, on_cpu
 from .config import QUANT_METHOD, EvoPressConfig
 from .embedding import finish_loading
-from .layers import compressed_layers, planned_levels, prepare_linears, resolve_units
+from .layers import compressed_layers, planned_levels, prepare_layers, resolve_units
 from .replace import replace, restore_linears
 from .runtimes import check_runtime
 
@@ -191,7 +191,7 @@ class EvoPressQuantizer(HfQuantizer):
             self._dequantize(model, None)
             self.remove_quantization_config(model)
         else:
-            prepare_linears(model, config.runtime)
+            prepare_layers(model, config.runtime)
         return model
 
     def remove_quantization_config(self, model: Any) -> None:
@@ -254,7 +254,8 @@ class EvoPressQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return False
+        """Whether generate() may compile the model: kernels and layers are operators."""
+        return True
 
 
 def attach(model: Any, plan: Plan) -> EvoPressQuantizer:

@@ -1,189 +1,102 @@
 """Runtimes: how a layer computes, and what it prepares from its packed tensors to be faster.
 
-packed    nothing: the weight is computed at each call, in the memory of the checkpoint.
+auto      the fastest way that holds nothing besides the packed tensors, chosen per layer: on a CPU
+          kernels that read them as they are stored (kernels/), elsewhere, and for levels without
+          a kernel, as packed.
+packed    nothing: the weight is computed at each call. The reference: what was scored.
 expanded  the dense weight: dense speed, in dense memory.
-int4      codes as PyTorch's int4 kernel for CPUs takes them, 4.5 bits per weight, twice that for
-          levels of 5 to 8 bits: for generating token by token, which waits for memory. Prompts
-          are computed as packed ones are. The kernel computes in bfloat16.
+int4      codes as PyTorch's int4 kernel for CPUs takes them (int4.py), 4.5 bits per weight, twice
+          that for levels of 5 to 8 bits. What it cannot take computes as auto does.
 
-What save_pretrained writes is the same for all. `packed` gives the results that were measured and
-`expanded` the same but for the order of sums. `int4` rounds scales, not weights, to bfloat16: it
-is off by what a dense bfloat16 model is off.
+What save_pretrained writes is the same for all. `expanded` gives the results of `packed` but for
+the order of sums. `auto` does for prompts; up to 16 tokens it multiplies the weight before it is
+rounded to bfloat16, with sums in float32, which is nearer to the exact product than `packed` is.
 """
 
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
-from functools import lru_cache
+from collections import Counter
+from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from ..methods import compose
-from ..methods.base import Method, Shape, State
+from ..methods.base import Shape
 from ..plans.level import Level
+from ..plans.plan import Plan
+from .int4 import Int4, has_int4_kernel
+from .kernels.layer import DTYPES
+from .kernels.operators import usable
+from .runtime import Expanded, Runtime
 
 logger = logging.getLogger(__name__)
 
-PACKED = "packed"
-KERNEL_GROUPS = (256, 128, 64, 32)  # weights per scale that the int4 kernel takes
-KERNEL_ROWS = 16  # its outputs come in multiples of this
-MIDDLE = 8  # its code for 0
-# Tokens up to which it beats computing the weight: its time grows with every token, even at 50
-# for a weight of 4096 x 4096 (tests/benchmarks/decode.py).
-MOST_TOKENS = 32
-
-
-class Runtime(ABC):
-    """Tensors made once from the packed ones of a layer, and an input's way through them."""
-
-    @abstractmethod
-    def make(self, level: Level, state: State, shape: Shape, dtype: torch.dtype) -> State:
-        """Return the tensors to keep; none where the packed layer is as fast."""
-
-    @abstractmethod
-    def takes(self, x: Tensor, made: State) -> bool:
-        """Return whether run() can do this x; if not, it goes through the packed tensors."""
-
-    @abstractmethod
-    def run(
-        self, x: Tensor, made: State, level: Level, state: State, shape: Shape, bias: Tensor | None
-    ) -> Tensor:
-        """Return what the packed layer returns for x (..., in_features)."""
-
-
-class Expanded(Runtime):
-    """The dense weight in the dtype of the model."""
-
-    def make(self, level: Level, state: State, shape: Shape, dtype: torch.dtype) -> State:
-        return {"weight": compose.decompress(level, state, shape, dtype)}
-
-    def takes(self, x: Tensor, made: State) -> bool:
-        return x.dtype == made["weight"].dtype
-
-    def run(
-        self, x: Tensor, made: State, level: Level, state: State, shape: Shape, bias: Tensor | None
-    ) -> Tensor:
-        W, fix = made["weight"], compose.bias_fix(level, state)
-        if fix is not None:
-            bias = fix.to(W.dtype) if bias is None else bias + fix.to(W.dtype)
-        return F.linear(x, W, bias)
-
-
-class Int4(Runtime):
-    """Codes for the int4 kernel of CPUs, or the dense weight of levels that it cannot take."""
-
-    def make(self, level: Level, state: State, shape: Shape, dtype: torch.dtype) -> State:
-        part, params, own, _ = next(compose.terms(level, state))
-        if type(part).operator is not Method.operator:
-            return {}  # such as thin factors: there is no weight to compute
-        found = part.codes(own, shape, **params) if _has_kernel(own, dtype) else None
-        group = None if found is None else _kernel_group(shape[1] // found[1].shape[1])
-        if found is None or group is None:
-            return EXPANDED.make(level, state, shape, dtype)
-        q, scale, zero = found
-        spread = shape[1] // group // scale.shape[1]
-        scale, zero = (x.repeat_interleave(spread, dim=1) for x in (scale, zero))
-        planes = [_for_kernel(*plane) for plane in _planes(q, scale, zero)]
-        return {
-            "codes": torch.stack([codes for codes, _ in planes]),
-            "grids": torch.stack([grid for _, grid in planes]),
-        }
-
-    def takes(self, x: Tensor, made: State) -> bool:
-        if "weight" in made:
-            return EXPANDED.takes(x, made)
-        needs_graph = x.requires_grad and torch.is_grad_enabled()
-        is_short = x.numel() <= MOST_TOKENS * x.shape[-1]
-        return bool(made) and x.dtype == torch.bfloat16 and is_short and not needs_graph
-
-    def run(
-        self, x: Tensor, made: State, level: Level, state: State, shape: Shape, bias: Tensor | None
-    ) -> Tensor:
-        if "weight" in made:
-            return EXPANDED.run(x, made, level, state, shape, bias)
-        flat, group = x.reshape(-1, shape[1]), shape[1] // made["grids"].shape[1]
-        planes = zip(made["codes"], made["grids"], strict=True)
-        parts = [_kernel(flat, codes, group, grid)[:, : shape[0]] for codes, grid in planes]
-        for part, params, own, _ in list(compose.terms(level, state))[1:]:
-            parts.append(part.operator(own, None, shape, x.dtype, **params)(flat))
-        parts += [] if bias is None else [bias]
-        total = parts[0]
-        for term in parts[1:]:
-            total = total.float() + term  # rounded to bfloat16 once, when it is complete
-        return total.to(x.dtype).view(*x.shape[:-1], shape[0])
-
-
+AUTO, PACKED = "auto", "packed"
 EXPANDED = Expanded()
-RUNTIMES: dict[str, Runtime | None] = {PACKED: None, "expanded": EXPANDED, "int4": Int4()}
+RUNTIMES: dict[str, Runtime | None] = {
+    AUTO: None,
+    PACKED: None,
+    "expanded": EXPANDED,
+    "int4": Int4(),
+}
+BY_KERNELS = (AUTO, "int4")  # what computes with kernels where it has nothing better
+KERNELS = "by CPU kernels"
 
 
 def check_runtime(name: str, dtype: torch.dtype) -> None:
-    """Raise ValueError where a model in `dtype` cannot use a runtime, warn where it is no use."""
+    """Raise ValueError where a model in `dtype` cannot use a runtime on this machine."""
     if not isinstance(RUNTIMES[name], Int4):
         return
     if dtype != torch.bfloat16:
         raise ValueError(
             f"runtime {name!r} computes in bfloat16 and the model is loaded in {dtype}: pass "
-            "dtype=torch.bfloat16 to from_pretrained, or take runtime 'expanded'"
+            "dtype=torch.bfloat16 to from_pretrained, or take runtime 'auto'"
         )
     if not has_int4_kernel():
-        logger.warning(
-            "PyTorch %s has no int4 kernel for this processor (%s): layers hold dense weights",
-            torch.__version__,
-            torch.backends.cpu.get_cpu_capability(),
+        raise ValueError(
+            f"PyTorch {torch.__version__} has no int4 kernel for this processor "
+            f"({torch.backends.cpu.get_cpu_capability()}): take runtime 'auto'"
         )
 
 
-def _kernel(x: Tensor, codes: Tensor, group: int, grid: Tensor) -> Tensor:
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, group, grid)
+def check_device(name: str, device: torch.device) -> None:
+    """Raise ValueError where a runtime is not for a device."""
+    if isinstance(RUNTIMES[name], Int4) and device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f"runtime {name!r} is for CPUs and the model is on {device}: take runtime 'auto'"
+        )
 
 
-@lru_cache(maxsize=None)
-def has_int4_kernel() -> bool:
-    """Return whether this PyTorch has the kernel for this processor, not only its reference."""
-    known = hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
-    return known and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+def chosen(level: Level, shape: Shape, device: torch.device, dtype: torch.dtype) -> str:
+    """Return what `auto` computes a layer with: KERNELS, or PACKED and why."""
+    if device.type not in ("cpu", "meta"):
+        return f"as {PACKED} (no kernels for {device.type})"
+    if dtype not in DTYPES:
+        return f"as {PACKED} (no kernels for {str(dtype).removeprefix('torch.')})"
+    if usable(level, shape) is None:
+        return f"as {PACKED} (no kernel for {' + '.join(t.method for t in level.terms)})"
+    return KERNELS
 
 
-def _has_kernel(state: State, dtype: torch.dtype) -> bool:
-    is_on_cpu = all(tensor.device.type == "cpu" for tensor in state.values())
-    return is_on_cpu and dtype == torch.bfloat16 and has_int4_kernel()
+def choices(plan: Plan, device: torch.device) -> dict[str, tuple[str, list[str]]]:
+    """Return level -> what `auto` computes it with in bfloat16, and the units that have it.
 
-
-def _kernel_group(group: int) -> int | None:
-    """Return the largest group of the kernel that divides this one: 192 is three of 64."""
-    return next((g for g in KERNEL_GROUPS if group % g == 0), None)
-
-
-def _planes(q: Tensor, scale: Tensor, zero: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return codes below 16 (out, in) with scale and shift (out, groups): the weight is the sum
-    over planes of (codes - 8) * scale + shift.
-
-    q (out, in) uint8, scale and zero (out, groups, 1). The codes of a group are moved until its
-    zero point is the kernel's own 0, as far as there is room: a shift of 0 needs no rounding.
+    Dense and dropped units are left out.
     """
-    q = q.to(torch.int32).unflatten(1, (scale.shape[1], -1))
-    low, high = q.amin(-1, keepdim=True), q.amax(-1, keepdim=True)
-    fits = int((high - low).max()) < 16
-    most, middle = (15, MIDDLE) if fits else (255, 17 * MIDDLE)
-    wanted = middle - zero.to(torch.int32)
-    moved = torch.minimum(torch.maximum(wanted, -low), most - high)
-    q, shift = (q + moved).flatten(1), ((wanted - moved) * scale).squeeze(-1)
-    scale = scale.squeeze(-1)
-    if fits:
-        return [(q, scale, shift)]
-    return [(q >> 4, 16 * scale, torch.zeros_like(shift)), (q & 15, scale, shift)]
+    found: dict[str, tuple[str, list[str]]] = {}
+    for unit, level in plan.items():
+        if level.is_dense or level.is_drop:
+            continue
+        known = compose.normalize(level)
+        shape = plan.shapes.get(unit, (4096, 4096))  # the choice is the same for all that fit
+        choice = chosen(known, shape, device, torch.bfloat16)
+        found.setdefault(str(known), (choice, []))[1].append(unit)
+    return found
 
 
-def _for_kernel(q: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes (out', in / 2) uint8 and scale and shift (groups, out', 2) bfloat16.
-
-    out' is out, rounded up to what the kernel takes.
-    """
-    more = -q.shape[0] % KERNEL_ROWS
-    grid = F.pad(torch.stack([scale, shift], dim=-1), (0, 0, 0, 0, 0, more)).transpose(0, 1)
-    codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(F.pad(q, (0, 0, 0, more)), 1)
-    return codes, grid.contiguous().to(torch.bfloat16)
+def log_choices(runtime: str, choices: Iterable[str]) -> None:
+    """Say in one line what the layers of a model compute with."""
+    counts = Counter(choices)
+    said = ", ".join(f"{n} layers {choice}" for choice, n in counts.most_common())
+    logger.info("runtime %s: %s", runtime, said or "no compressed layers")

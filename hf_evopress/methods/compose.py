@@ -53,28 +53,28 @@ def defaults(levels: Iterable[Level]) -> dict[str, dict[str, Any]]:
 
 def check_shape(level: Level, shape: Shape) -> None:
     """Raise ValueError where a weight of `shape` cannot take `level`."""
-    for part, params, _ in _parts(level):
+    for part, params, _ in parts(level):
         part.check_shape(shape, **params)
 
 
 def needs_stats(level: Level) -> bool:
     """Return whether `level` can be made only with calibration statistics."""
-    return any(part.uses_stats(**params) for part, params, _ in _parts(level))
+    return any(part.uses_stats(**params) for part, params, _ in parts(level))
 
 
 def uses_outputs(level: Level) -> bool:
     """Return whether `level` is better for knowing the second moments of the outputs' gradients."""
-    return any(part.uses_outputs(**params) for part, params, _ in _parts(level))
+    return any(part.uses_outputs(**params) for part, params, _ in parts(level))
 
 
 def cost_bits(level: Level, shape: Shape) -> int:
     """Return the exact number of bits that a weight of `shape` stores at `level`."""
-    return sum(part.cost_bits(shape, **params) for part, params, _ in _parts(level))
+    return sum(part.cost_bits(shape, **params) for part, params, _ in parts(level))
 
 
 def kept_values(level: Level, shape: Shape) -> int:
     """Return how many weights, or entries of factors, a weight of `shape` keeps at `level`."""
-    return sum(part.kept_values(shape, **params) for part, params, _ in _parts(level))
+    return sum(part.kept_values(shape, **params) for part, params, _ in parts(level))
 
 
 def compress(level: Level, W: Tensor, stats: Stats | None) -> State:
@@ -132,7 +132,7 @@ def _many(
 
 def decompress(level: Level, state: State, shape: Shape, dtype: torch.dtype) -> Tensor:
     """Return the weight (out, in) that `state` stands for: the sum of its terms, in `dtype`."""
-    (part, params, _), *others = _parts(level)
+    (part, params, _), *others = parts(level)
     if not others:
         return part.decompress(state, shape, dtype, **params)
     total = part.decompress(_pick(state, ""), shape, torch.float32, **params)
@@ -145,7 +145,7 @@ def decompress_rows(
     level: Level, state: State, shape: Shape, rows: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Return rows (n,) int64 of the weight that `state` stands for, (n, in) in `dtype`."""
-    (part, params, _), *others = _parts(level)
+    (part, params, _), *others = parts(level)
     if not others:
         return part.decompress_rows(state, shape, rows, dtype, **params)
     total = part.decompress_rows(_pick(state, ""), shape, rows, torch.float32, **params)
@@ -163,7 +163,7 @@ def looks_up_rows(level: Level) -> bool:
 def bias_fix(level: Level, state: State) -> Tensor | None:
     """Return what `state` adds to the layer's bias, (out,) float32, or None for nothing."""
     total: Tensor | None = None
-    for part, params, suffix in _parts(level):
+    for part, params, suffix in parts(level):
         fix = part.bias_fix(_pick(state, suffix), **params)
         if fix is not None:
             total = fix.float() if total is None else total + fix.float()
@@ -174,7 +174,7 @@ def empty(level: Level, shape: Shape, dtype: torch.dtype) -> State:
     """Return the tensors of a state of `level` on the meta device, for loading."""
     return {
         f"{k}{suffix}": v
-        for part, params, suffix in _parts(level)
+        for part, params, suffix in parts(level)
         for k, v in part.empty(shape, dtype, **params).items()
     }
 
@@ -185,14 +185,14 @@ def operator(
     """Return x (..., in) -> (..., out), the sum of the terms' operators."""
     made = [
         part.operator(_pick(state, suffix), None if suffix else bias, shape, dtype, **params)
-        for part, params, suffix in _parts(level)
+        for part, params, suffix in parts(level)
     ]
     return made[0] if len(made) == 1 else _sum(made)
 
 
 def terms(level: Level, state: State) -> Iterator[tuple[Method, dict[str, Any], State, str]]:
     """Yield for each term of `level` its method, all parameters, tensors, and their suffix."""
-    for part, params, suffix in _parts(level):
+    for part, params, suffix in parts(level):
         yield part, params, _pick(state, suffix), suffix
 
 
@@ -206,7 +206,8 @@ def _sum(operators: Sequence[Operator]) -> Callable[[Tensor], Tensor]:
     return total
 
 
-def _parts(level: Level) -> Iterator[tuple[Method, dict[str, Any], str]]:
+def parts(level: Level) -> Iterator[tuple[Method, dict[str, Any], str]]:
+    """Yield for each term of `level` its method, all parameters, and its tensors' suffix."""
     for i, term in enumerate(level.terms):
         part = method(term.method)
         yield part, part.filled(term.kwargs), _suffix(i)

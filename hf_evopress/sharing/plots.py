@@ -143,6 +143,27 @@ def pareto_plot(
     return _save(figure, path)
 
 
+def speed_plot(series: Mapping[str, Mapping[int, float]], path: str | Path) -> Path:
+    """Draw tokens per second by batch size, a bar per model, to `path` and return it."""
+    path = _checked(path)
+    batches = sorted({batch for points in series.values() for batch in points})
+    if not batches:
+        raise ValueError(f"each series needs points; empty: {', '.join(series) or 'all'}")
+    figure = _figure(5.4, 3.4)
+    axes = figure.add_subplot()
+    width = 0.8 / len(series)
+    for i, (name, points) in enumerate(series.items()):
+        x = [place - 0.4 + (i + 0.5) * width for place in range(len(batches))]
+        y = [points.get(batch, 0.0) for batch in batches]
+        axes.bar(x, y, width * 0.92, color=_COLORS[i % len(_COLORS)], label=name)
+        for at, value in zip(x, y, strict=True):
+            axes.annotate(f"{value:.3g}", (at, value), ha="center", va="bottom", fontsize=7)
+    axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
+    _label(axes, "sequences at once", "tokens per second")
+    axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 

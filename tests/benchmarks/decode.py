@@ -12,16 +12,14 @@ several lengths: where the int4 kernel stops to be the faster way.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Mapping
 from functools import partial
-from inspect import signature
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_evopress.loading.layers import CompressedLinear, prepare_linears
+from hf_evopress.jobs.bench import best, held_bytes, read_bandwidth, read_bytes, timed
+from hf_evopress.loading.layers import CompressedLinear, prepare_layers
 from hf_evopress.loading.replace import replace_linears
 from hf_evopress.loading.runtimes import RUNTIMES
 from hf_evopress.methods import compose
@@ -39,21 +37,20 @@ def main() -> None:
         return
     models = {"dense": make(words, None)}
     for level in words.levels:
-        for runtime in RUNTIMES:
+        for runtime in words.runtimes:
             models[f"{level}, {runtime}"] = make(words, level, runtime)
-    prompt = torch.randint(0, 1000, (1, words.prompt))
-    prefill = best({name: partial(m, prompt) for name, m in models.items()}, words.repeats)
-    decode = best({name: decoder(m, prompt) for name, m in models.items()}, words.repeats)
-    threads = torch.get_num_threads()
-    print(f"hidden {words.hidden}, {words.layers} layers, {threads} threads, bfloat16\n")
-    print("| | MB held | tokens/s | to dense | prefill tokens/s | to dense |")
-    print("|---|---|---|---|---|---|")
+    prefill, decoded = timed(models, (words.batch,), words.prompt, words.repeats)
+    decode, threads = decoded[words.batch], torch.get_num_threads()
+    print(f"hidden {words.hidden}, {words.layers} layers, {threads} threads, bfloat16,", end=" ")
+    print(f"batch {words.batch}; memory reads {read_bandwidth() / 1e9:.1f} GB/s\n")
+    print("| | MB held | tokens/s | to dense | GB/s | prefill tokens/s | to dense |")
+    print("|---|---|---|---|---|---|---|")
     for name, model in models.items():
-        held = model.get_memory_footprint() / 1e6
         print(
-            f"| {name} | {held:.0f} | {1 / decode[name]:.2f} "
-            f"| {decode['dense'] / decode[name]:.2f}x | {words.prompt / prefill[name]:.1f} "
-            f"| {prefill['dense'] / prefill[name]:.2f}x |"
+            f"| {name} | {held_bytes(model) / 1e6:.0f} | {words.batch / decode[name]:.2f} "
+            f"| {decode['dense'] / decode[name]:.2f}x "
+            f"| {read_bytes(model) / decode[name] / 1e9:.1f} "
+            f"| {words.prompt / prefill[name]:.1f} | {prefill['dense'] / prefill[name]:.2f}x |"
         )
 
 
@@ -80,35 +77,21 @@ def make(words: argparse.Namespace, level: str | None, runtime: str = "packed") 
             return compose.compress(compose.normalize(level), W, None)
 
         replace_linears(model, plan, states)
-        prepare_linears(model, runtime)
+        prepare_layers(model, runtime)
     return model
-
-
-# transformers 5.24 renamed it; older ones know the other name only
-CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
-
-
-def decoder(model: LlamaForCausalLM, prompt: Tensor) -> Callable[[], object]:
-    """Return a function that computes one more token after a prompt of 16."""
-    with torch.inference_mode():
-        cache = model(prompt[:, :16], use_cache=True).past_key_values
-
-    def step() -> None:
-        model(prompt[:, :1], **{CACHE: cache}, use_cache=True)
-
-    return step
 
 
 def one_layer(words: argparse.Namespace) -> None:
     """Print the time of one square layer per runtime and number of tokens."""
-    n = words.hidden
-    print("| level | tokens | " + " | ".join(f"{name}, ms" for name in RUNTIMES) + " |")
-    print("|---|---|" + "---|" * len(RUNTIMES))
+    n, names = words.hidden, ["dense", *words.runtimes]
+    print("| level | tokens | " + " | ".join(f"{name}, ms" for name in names) + " |")
+    print("|---|---|" + "---|" * len(names))
     for text in words.levels:
         level = compose.normalize(text)
         state = compose.compress(level, torch.randn(n, n), None)
-        layers = {}
-        for name in RUNTIMES:
+        dense = nn.Linear(n, n, bias=False, dtype=torch.bfloat16)
+        layers: dict[str, nn.Linear] = {"dense": dense}
+        for name in words.runtimes:
             layer = CompressedLinear.from_state(level, state, None, (n, n), dtype=torch.bfloat16)
             layer.prepare(name)
             layers[name] = layer
@@ -117,20 +100,6 @@ def one_layer(words: argparse.Namespace) -> None:
             found = best({name: partial(layer, x) for name, layer in layers.items()}, words.repeats)
             times = " | ".join(f"{1e3 * found[name]:.2f}" for name in layers)
             print(f"| {text} | {tokens} | {times} |", flush=True)
-
-
-@torch.inference_mode()
-def best(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the least seconds of each function; they take turns, so that load hits all alike."""
-    seconds = dict.fromkeys(functions, float("inf"))
-    for function in functions.values():
-        function()
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return seconds
 
 
 def arguments() -> argparse.Namespace:
@@ -142,6 +111,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=list(RUNTIMES))
     parser.add_argument("--tokens", type=int, nargs="+", help="lengths for one layer alone")
     return parser.parse_args()
 

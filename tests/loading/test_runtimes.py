@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_evopress.loading import runtimes
+from hf_evopress.loading import int4, runtimes
 from hf_evopress.loading.config import EvoPressConfig
+from hf_evopress.loading.int4 import has_int4_kernel
 from hf_evopress.loading.layers import CompressedLinear, compressed_linears
-from hf_evopress.loading.runtimes import has_int4_kernel
+from hf_evopress.loading.runtimes import KERNELS
 from hf_evopress.methods import compose
 
 LEVELS = (
@@ -45,6 +46,11 @@ def decompressions(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     decompress = compose.decompress
     monkeypatch.setattr(compose, "decompress", lambda *a: calls.append(a) or decompress(*a))
     return calls
+
+
+@pytest.fixture(autouse=True)
+def no_runtime_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_EVOPRESS_RUNTIME", raising=False)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -196,17 +202,20 @@ def test_the_kernel_holds_four_bits_per_plane_and_a_scale_and_shift_per_group() 
 
 @needs_kernel
 @pytest.mark.parametrize(
-    ("level", "made"),
+    ("level", "computes"),
     [
-        ("magnitude:sparsity=0.5", ["weight"]),
-        ("rtn:bits=4,group_size=48", ["weight"]),
-        ("lowrank:rank=4,metric=plain", []),
-        ("zero", []),
+        ("magnitude:sparsity=0.5", KERNELS),
+        ("rtn:bits=4,group_size=48", KERNELS),
+        ("lowrank:rank=4,metric=plain", KERNELS),
+        ("zero", "as packed (no kernel for zero)"),
     ],
 )
-def test_levels_without_fitting_codes_are_expanded_or_left(level: str, made: list[str]) -> None:
+def test_levels_without_fitting_codes_hold_nothing_and_say_what_they_do(
+    level: str, computes: str
+) -> None:
     layer, x = int4_layer(level), torch.randn(3, 192, dtype=torch.bfloat16)
-    assert sorted(layer._made) == made
+    assert layer.prepare("int4") == computes
+    assert not list(layer.buffers())
     packed = compose.operator(layer.level, layer.state, layer.bias, layer.shape, torch.bfloat16)(x)
     assert torch.allclose(layer(x), packed, rtol=0.02, atol=0.5)
 
@@ -216,7 +225,7 @@ def test_prompts_other_dtypes_and_gradients_go_through_the_packed_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layer = int4_layer("rtn:bits=4,group_size=64")
-    monkeypatch.setattr(runtimes, "_kernel", None)  # calling it would be an error
+    monkeypatch.setattr(int4, "_kernel", None)  # calling it would be an error
     prompt = torch.randn(4, 9, 192, dtype=torch.bfloat16)
     assert torch.allclose(layer(prompt), prompt @ layer.weight.T + layer.bias, rtol=0.02, atol=0.5)
     x = torch.randn(2, 192, dtype=torch.bfloat16, requires_grad=True)
@@ -233,10 +242,15 @@ def test_changed_scales_change_what_the_kernel_gives() -> None:
     assert torch.allclose(layer(x) - layer.bias, 2 * before, rtol=0.02, atol=0.5)
 
 
-def test_without_a_kernel_the_layer_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_int4_kernel_the_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "has_int4_kernel", lambda: False)
-    layer = int4_layer("rtn:bits=4,group_size=64")
-    assert layer._made == ("weight",)
+    with pytest.raises(ValueError, match="no int4 kernel for this processor .* 'auto'"):
+        runtimes.check_runtime("int4", torch.bfloat16)
+
+
+def test_int4_is_refused_on_a_card() -> None:
+    with pytest.raises(ValueError, match="'int4' is for CPUs and the model is on cuda:0"):
+        runtimes.check_device("int4", torch.device("cuda:0"))
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +264,8 @@ def test_a_model_is_loaded_expanded_when_asked_and_saved_packed(
     folder: Path, tmp_path: Path
 ) -> None:
     tokens = torch.arange(20).view(1, 20)
-    packed = AutoModelForCausalLM.from_pretrained(folder)
+    reference = EvoPressConfig(runtime="packed")
+    packed = AutoModelForCausalLM.from_pretrained(folder, quantization_config=reference)
     config = EvoPressConfig(runtime="expanded")
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     with torch.no_grad():
@@ -308,5 +323,68 @@ def test_joint_sparse_codes_reload_and_generate(folder: Path) -> None:
 def test_another_runtime_is_refused() -> None:
     with pytest.raises(ValueError, match="no runtime 'expand', did you mean 'expanded'"):
         EvoPressConfig(runtime="expand")
-    with pytest.raises(ValueError, match="no runtime 'fast'; known: packed, expanded, int4"):
+    with pytest.raises(ValueError, match="no runtime 'fast'; known: auto, packed, expanded, int4"):
         make_layer().prepare("fast")
+
+
+def test_the_runtime_is_auto_unless_the_environment_names_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert EvoPressConfig().runtime == "auto"
+    monkeypatch.setenv("HF_EVOPRESS_RUNTIME", "expanded")
+    assert EvoPressConfig().runtime == "expanded"
+    assert EvoPressConfig(runtime="packed").runtime == "packed"
+    monkeypatch.setenv("HF_EVOPRESS_RUNTIME", "fast")
+    with pytest.raises(ValueError, match="no runtime 'fast'"):
+        EvoPressConfig()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str
+)
+def test_a_model_that_is_loaded_by_default_is_near_the_reference_and_holds_no_more(
+    folder: Path, dtype: torch.dtype, tolerance: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = torch.arange(5).view(1, 5)
+    reference = EvoPressConfig(runtime="packed")
+    packed = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=reference
+    )
+    with caplog.at_level("INFO", "hf_evopress"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("runtime auto")]
+    n_zero = sum(str(layer.level) == "zero" for layer in compressed_linears(model).values())
+    n_others = len(compressed_linears(model)) - n_zero
+    assert lines == [
+        f"runtime auto: {n_others} layers by CPU kernels, {n_zero} layers as packed "
+        "(no kernel for zero)"
+    ]
+    with torch.no_grad():
+        found, wanted = (m(tokens).logits.float() for m in (model, packed))
+        assert (found - wanted).norm() <= tolerance * wanted.norm()
+    assert model.get_memory_footprint() == packed.get_memory_footprint()
+    wanted_text = packed.generate(tokens, max_new_tokens=4, do_sample=False)
+    if dtype == torch.float32:
+        assert torch.equal(model.generate(tokens, max_new_tokens=4, do_sample=False), wanted_text)
+
+
+def test_a_whole_model_compiles_into_one_graph(folder: Path) -> None:
+    tokens = torch.arange(5).view(1, 5)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.hf_quantizer.is_compileable
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        found, wanted = (m(tokens, use_cache=False).logits for m in (compiled, model))
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_a_prompt_is_what_the_reference_makes_of_it(folder: Path) -> None:
+    tokens = torch.arange(40).view(1, 40)
+    configs = (EvoPressConfig(runtime=name) for name in ("auto", "packed"))
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+        for config in configs
+    ]
+    with torch.no_grad():
+        found, wanted = (model(tokens).logits for model in models)
+    assert torch.allclose(found, wanted, atol=1e-5)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_evopress.plans.plan import Plan
-from hf_evopress.sharing.plots import convergence_plot, heat_map_plot, pareto_plot
+from hf_evopress.sharing.plots import convergence_plot, heat_map_plot, pareto_plot, speed_plot
 
 MAGIC = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
 PLAN = Plan({f"model.layers.{b}.mlp.up_proj": f"rtn:bits={2 + b}" for b in range(4)})
@@ -16,6 +16,7 @@ DRAW: dict[str, Callable[[Path], Path]] = {
     "convergence": lambda path: convergence_plot(
         [{"generation": i, "loss": 1 / (i + 1)} for i in range(5)], path, references={"a": 0.5}
     ),
+    "speed": lambda path: speed_plot({"dense": {1: 10.0, 4: 30.0}, "auto": {1: 25.0}}, path),
     "pareto": lambda path: pareto_plot({"a": [(3.0, 0.5), (2.0, 1.0)], "b": [(3.0, 0.0)]}, path),
 }
 

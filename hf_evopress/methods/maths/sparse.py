@@ -9,8 +9,8 @@ Kept weights are `values` (kept,) float16 or bfloat16, or with bits=b `codes` ui
 codes of all of them) with `scales` and `zeros` per group of group_size neighbours as dense codes
 have them. Bits per weight: 16 (1 - s) + 1, or b (1 - s) + 1 + (16 + b) / group_size.
 
-This saves bytes and no time: each call expands the weight first, about 8 ns per weight on a CPU
-core (EvoPressConfig(runtime="expanded") does it once). Below sparsity 0.79, 16-bit sparse weights
+This saves bytes and little time: each call expands the weight first, row by row in the cache where
+there is a kernel (loading/kernels). Below sparsity 0.79, 16-bit sparse weights
 take more bytes than dense 4-bit codes.
 """
 
@@ -123,13 +123,13 @@ class SparseMethod(Method):
 
     def cost_bits(self, shape: Shape, **params: Any) -> int:
         bits, kept = params["bits"], n_kept(shape, params)
-        places = 8 * shape[0] * _places(shape, params)[1]
+        places = 8 * shape[0] * places_of(shape, params)[1]
         if bits == FLOAT_BITS:
             return places + 16 * kept
         return places + 8 * packed_bytes(kept, bits) + grid_bits(shape, **params)
 
     def empty(self, shape: Shape, dtype: torch.dtype, **params: Any) -> State:
-        (name, width), bits, kept = _places(shape, params), params["bits"], n_kept(shape, params)
+        (name, width), bits, kept = places_of(shape, params), params["bits"], n_kept(shape, params)
         state = {name: torch.empty(shape[0], width, dtype=torch.uint8, device="meta")}
         if bits == FLOAT_BITS:
             state["values"] = torch.empty(kept, dtype=SCALE_DTYPES[params["values"]], device="meta")
@@ -219,7 +219,7 @@ def pack_sparse(
     what stands where mask is false does not matter.
     """
     rows, columns = mask.shape
-    name, _ = _places((rows, columns), params)
+    name, _ = places_of((rows, columns), params)
     if name == "mask":
         state = {name: pack(mask.to(torch.uint8), 1)}
     else:
@@ -268,7 +268,7 @@ def _nm(pattern: str) -> tuple[int, int]:
     return int(n), int(m)
 
 
-def _places(shape: Shape, params: Mapping[str, Any]) -> tuple[str, int]:
+def places_of(shape: Shape, params: Mapping[str, Any]) -> tuple[str, int]:
     """Return the name and the bytes per row of the tensor that says which weights are kept."""
     if params["pattern"] == ANY:
         return "mask", packed_bytes(shape[1], 1)
@@ -277,19 +277,19 @@ def _places(shape: Shape, params: Mapping[str, Any]) -> tuple[str, int]:
 
 
 @lru_cache
-def _table(pattern: str) -> tuple[tuple[bool, ...], ...]:
+def mask_table(pattern: str) -> tuple[tuple[bool, ...], ...]:
     """Return the masks of m weights that keep n, in the order that numbers them."""
     n, m = _nm(pattern)
     return tuple(tuple(j in some for j in range(m)) for some in combinations(range(m), n))
 
 
 def _number_bits(pattern: str) -> int:
-    return (len(_table(pattern)) - 1).bit_length()
+    return (len(mask_table(pattern)) - 1).bit_length()
 
 
 def _number(mask: Tensor, pattern: str) -> Tensor:
     """Return `places`: the packed numbers of the masks of each group of m neighbours."""
-    table = torch.tensor(_table(pattern), device=mask.device)
+    table = torch.tensor(mask_table(pattern), device=mask.device)
     powers = 2 ** torch.arange(table.shape[1], device=mask.device)
     number = torch.zeros(256, dtype=torch.uint8, device=mask.device)
     number[(table * powers).sum(-1)] = torch.arange(
@@ -304,6 +304,6 @@ def _mask(state: State, some: slice, shape: Shape, params: Mapping[str, Any]) ->
     if params["pattern"] == ANY:
         return unpack(state["mask"][some], 1, shape[1]).to(torch.bool)
     pattern = params["pattern"]
-    table = torch.tensor(_table(pattern), device=state["places"].device)
+    table = torch.tensor(mask_table(pattern), device=state["places"].device)
     codes = unpack(state["places"][some], _number_bits(pattern), shape[1] // table.shape[1])
     return table[codes.int()].flatten(1)

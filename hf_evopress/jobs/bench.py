@@ -1,0 +1,243 @@
+"""Measure how fast a compressed model loads, reads prompts and generates, against the dense one.
+
+All models are in memory at once and take turns, so that other load on the machine hits them alike;
+each figure is the best of its repeats.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.devices import find_device, on_device, peak_bytes, reset_peak
+from ..base.progress import Progress
+from ..loading.layers import prepare_layers
+from ..loading.packed import PackedWeight
+from ..loading.runtimes import AUTO, RUNTIMES
+from ..models.source import load_checked
+
+DENSE = "dense"
+START = 16  # tokens before the first that is timed
+BANDWIDTH_BYTES = 2**28  # more than any cache holds
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one model does: bytes, seconds to load, tokens per second.
+
+    held_bytes: of all tensors; peak_bytes: the most while it was loaded, None where unknown.
+    read_bytes: weights that one token needs, as they are stored. decode: by batch size.
+    """
+
+    name: str
+    load_seconds: float
+    held_bytes: int
+    peak_bytes: int | None
+    read_bytes: int
+    prefill: float
+    decode: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All models on one machine; `bandwidth` is what it reads from memory, in bytes/s."""
+
+    machine: str
+    bandwidth: float
+    prompt: int
+    speeds: tuple[Speed, ...]
+
+
+@on_device
+@torch.inference_mode()
+def bench(
+    model: str,
+    *,
+    against: str | None = None,
+    runtimes: Sequence[str] = (AUTO,),
+    batches: Sequence[int] = (1, 4, 16),
+    prompt: int = 512,
+    repeats: int = 5,
+    dtype: str = "bfloat16",
+    progress: Progress | None = None,
+) -> Bench:
+    """Return what the compressed `model` does in each runtime, and the dense one `against` it."""
+    for name, value in (("prompt", prompt), ("repeats", repeats), *(("batch", b) for b in batches)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name in runtimes:
+        if name not in RUNTIMES:
+            raise ValueError(f"no runtime {name!r}; known: {', '.join(RUNTIMES)}")
+    places = {DENSE: against} if against else {}
+    places |= dict.fromkeys(runtimes, model)
+    made: dict[str, tuple[Any, float, int | None]] = {}
+    for name, place in places.items():
+        made[name] = _load(str(place), name, getattr(torch, dtype))
+        if progress:
+            progress("load", len(made), len(places))
+    models = {name: one for name, (one, _, _) in made.items()}
+    prefill, decode = timed(models, batches, prompt, repeats, progress=progress)
+    speeds = tuple(
+        Speed(
+            name,
+            seconds,
+            held_bytes(one),
+            peak,
+            read_bytes(one),
+            prompt / prefill[name],
+            {batch: batch / times[name] for batch, times in decode.items()},
+        )
+        for name, (one, seconds, peak) in made.items()
+    )
+    return Bench(machine(), read_bandwidth(), prompt, speeds)
+
+
+def timed(
+    models: Mapping[str, Any],
+    batches: Sequence[int],
+    prompt: int,
+    repeats: int,
+    *,
+    progress: Progress | None = None,
+) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
+    """Return the seconds of a prompt, and by batch size those of one more token, per model."""
+    first = next(iter(models.values()))
+    device, vocabulary = first.device, first.get_input_embeddings().num_embeddings
+    drawn = torch.Generator().manual_seed(0)
+    rows = max(batches)
+    ids = torch.randint(vocabulary, (rows, max(prompt, START)), generator=drawn).to(device)
+    prefill = best({n: partial(m, ids[:1, :prompt]) for n, m in models.items()}, repeats)
+    decode: dict[int, dict[str, float]] = {}
+    for batch in batches:
+        steps = {name: decoder(one, ids[:batch]) for name, one in models.items()}
+        decode[batch] = best(steps, 4 * repeats)
+        if progress:
+            progress("decode", len(decode), len(batches))
+    return prefill, decode
+
+
+@torch.inference_mode()
+def best(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the least seconds of each function; they take turns, so that load hits all alike."""
+    seconds = dict.fromkeys(functions, float("inf"))
+    for function in functions.values():
+        function()
+    for _ in range(repeats):
+        for name, function in functions.items():
+            _wait()
+            start = time.perf_counter()
+            function()
+            _wait()
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return seconds
+
+
+def decoder(model: Any, ids: Tensor) -> Callable[[], object]:
+    """Return a function that computes one more token of each sequence after START of them."""
+    # transformers 5.24 renamed it; older ones know the other name only
+    body = model.base_model if hasattr(model, "base_model") else model
+    name = "cache" if "cache" in signature(body.forward).parameters else "past_key_values"
+    with torch.inference_mode():
+        cache = model(ids[:, :START], use_cache=True).past_key_values
+
+    def step() -> None:
+        model(ids[:, :1], **{name: cache}, use_cache=True)
+
+    return step
+
+
+def _load(place: str, runtime: str, dtype: torch.dtype) -> tuple[Any, float, int | None]:
+    """Return the model on the device in use, the seconds that takes, and its peak of memory."""
+    device = find_device()
+    gc.collect()
+    before = _reset(device)
+    start = time.perf_counter()
+    model = load_checked(place, dtype=dtype).eval().requires_grad_(False).to(device)
+    if runtime != DENSE:
+        if not any(isinstance(m, PackedWeight) for m in model.modules()):
+            raise ValueError(f"{place} is no compressed model; name one with compressed layers")
+        prepare_layers(model, runtime)
+    seconds = time.perf_counter() - start
+    peak = _peak(device)
+    return model, seconds, None if peak is None or before is None else peak - before
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Return the bytes of all tensors of a model, shared ones once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def read_bytes(model: nn.Module) -> int:
+    """Return the bytes of weights that a token is multiplied with: linear layers and the head."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            own = module.state.values() if isinstance(module, PackedWeight) else [module.weight]
+            found |= {t.data_ptr(): t.nbytes for t in own}
+    return sum(found.values())
+
+
+def read_bandwidth() -> float:
+    """Return the bytes/s that a sum over a large tensor reads on the device in use."""
+    x = torch.ones(BANDWIDTH_BYTES // 4, device=find_device())
+    return BANDWIDTH_BYTES / best({"": x.sum}, 5)[""]
+
+
+def machine() -> str:
+    """Return processor or card, threads and version of PyTorch."""
+    device = find_device()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{name}, PyTorch {torch.__version__}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        import platform
+
+        return platform.processor() or platform.machine()
+    return next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "CPU")
+
+
+def _wait() -> None:
+    device = find_device()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset(device: torch.device) -> int | None:
+    """Forget the peak of memory, and return what is in use."""
+    if device.type != "cpu":
+        reset_peak(device)
+        return 0
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is what is in use
+    except OSError:
+        return None
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int | None:
+    return peak_bytes(device) if device.type != "cpu" else _status("VmHWM")
+
+
+def _status(key: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(x.split()[1]) for x in lines if x.startswith(key)), None)

@@ -1,0 +1,142 @@
+"""The kernels of a layer: x W^T + bias, and rows of W, at any level that they know."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...methods import compose
+from ...methods.base import Shape
+from ...plans.level import Level
+from .matrix import Tensors
+from .terms import Factors, factors
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations
+MOST_TOKENS = 16  # up to which unpacking a row for a dot product beats unpacking it for a matmul
+TILE = 2**21  # weights that are unpacked at once for a matmul: 4 MB in bfloat16
+
+
+class Kernel:
+    """Products of activations with a packed weight (out, in), which is nowhere as a whole.
+
+    Up to MOST_TOKENS tokens a row is unpacked in the cache and multiplied at once; for more,
+    tiles of rows are unpacked for a matmul. The former sums in float32 and rounds once; the
+    latter multiplies the weight in the dtype of x, as `packed` does.
+    """
+
+    def __init__(self, level: Level, shape: Shape, terms: tuple[Factors, ...]) -> None:
+        self.level, self.shape, self.text = level, shape, str(level)
+        # whole matrices last, so that the bias and all else come in before the one rounding
+        self._terms = sorted(terms, key=lambda t: len(t) == 1)
+        self._has_fix = "centred" in str(level)
+
+    def linear(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
+        """Return x W^T + bias for x (..., in) in one of DTYPES, without a graph for gradients."""
+        if self._has_fix and (fix := compose.bias_fix(self.level, dict(state))) is not None:
+            bias = fix if bias is None else bias + fix
+        flat = x.reshape(-1, self.shape[1])
+        if not flat.is_contiguous():
+            flat = flat.contiguous()
+        if bias is not None and not bias.is_contiguous():
+            bias = bias.contiguous()
+        if len(flat) > MOST_TOKENS:
+            y = self._by_tiles(flat, state, bias)
+        elif len(flat):
+            y = self._by_rows(flat, state, bias)
+        else:
+            y = x.new_empty(0, self.shape[0])
+        return y.view(*x.shape[:-1], self.shape[0])
+
+    def _by_rows(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
+        out = torch.float32 if x.dtype == torch.float16 else x.dtype
+        y: Tensor | None = None
+        for i, matrices in enumerate(self._terms):
+            is_last = i == len(self._terms) - 1
+            own = x
+            if len(matrices) == 2:
+                own = matrices[0].product(state, x, torch.float32)
+            y = matrices[-1].product(
+                state,
+                own,
+                out if is_last else torch.float32,
+                bias=bias if is_last else None,
+                start=y,
+            )
+        assert y is not None  # a level has a term
+        return y.to(x.dtype)
+
+    def _by_tiles(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
+        rows, n = self.shape
+        if x.dtype == torch.float16:
+            wide = None if bias is None else bias.float()
+            return self._by_tiles(x.float(), state, wide).half()
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        y = torch.empty(len(x), rows, dtype=x.dtype, device="cpu")
+        step = max(1, TILE // n)
+        # what the last matrix of each term is multiplied with
+        inputs = [
+            x if len(t) == 1 else F.linear(x, t[0].weights(state, x.dtype)) for t in self._terms
+        ]
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            part = bias if bias is None else bias[first:last]
+            for matrices, own in zip(self._terms, inputs, strict=True):
+                W = matrices[-1].weights(state, x.dtype, first=first, last=last)
+                part = _add(own, W, part)
+            assert part is not None
+            y[:, first:last] = part
+        return y
+
+    def __reduce__(self) -> Any:
+        return kernel_of, (self.level, self.shape)  # it holds addresses of this process
+
+    def input_gradient(self, grad: Tensor, state: Tensors) -> Tensor:
+        """Return grad W, (..., in), for grad (..., out) float32 or bfloat16."""
+        rows, n = self.shape
+        flat = grad.reshape(-1, rows)
+        total = flat.new_zeros(len(flat), n)
+        step = max(1, TILE // n)
+        for matrices in self._terms:
+            if len(matrices) == 2:
+                A, B = (m.weights(state, flat.dtype) for m in matrices)
+                total += (flat @ B) @ A
+                continue
+            for first in range(0, rows, step):
+                last = min(first + step, rows)
+                W = matrices[0].weights(state, flat.dtype, first=first, last=last)
+                total.addmm_(flat[:, first:last], W)
+        return total.view(*grad.shape[:-1], n)
+
+    def look_up(self, ids: Tensor, state: Tensors, dtype: torch.dtype) -> Tensor:
+        """Return rows ids (n,) int64 of the weight, (n, in) in `dtype`."""
+        if len(self._terms) == 1 and len(self._terms[0]) == 1 and dtype != torch.float16:
+            return self._terms[0][0].look_up(state, ids, dtype)
+        total = torch.zeros(len(ids), self.shape[1], dtype=torch.float32, device="cpu")
+        for matrices in self._terms:
+            own = matrices[-1].look_up(state, ids, torch.float32)
+            total += own if len(matrices) == 1 else own @ matrices[0].weights(state, torch.float32)
+        return total.to(dtype)
+
+
+def _add(x: Tensor, W: Tensor, y: Tensor | None) -> Tensor:
+    """Return x W^T + y; a row y is rounded together with the product, as a bias is."""
+    if y is None or y.ndim == 1:
+        return F.linear(x, W, y)
+    return y + F.linear(x, W)
+
+
+@lru_cache(maxsize=4096)
+def kernel_of(level: Level, shape: Shape) -> Kernel | None:
+    """Return the kernel of a level, None where there is none for one of its terms."""
+    made = []
+    for part, params, suffix in compose.parts(level):
+        own = factors(part, params, suffix, shape)
+        if own is None:
+            return None
+        made.append(own)
+    return Kernel(level, shape, tuple(made))

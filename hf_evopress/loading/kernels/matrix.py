@@ -1,0 +1,124 @@
+"""One packed matrix and what is computed with it: products with few tokens, and its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...methods.base import Shape
+from . import task as T
+from .compiled import Task, run
+
+KINDS = {torch.float32: T.FLOAT32, torch.bfloat16: T.BFLOAT16, torch.float16: T.FLOAT16}
+Tensors = Mapping[str, Tensor]  # packed tensors of a layer by name, among others
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix (rows, n) whose tensors have these names in the state of its level.
+
+    `fixed` is what a task says of it besides their addresses.
+    """
+
+    shape: Shape
+    codes: str
+    scales: str | None = None
+    zeros: str | None = None
+    places: str | None = None
+    chunk: int = 0
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    table: Tensor | None = None  # masks of an n:m pattern
+
+    def __post_init__(self) -> None:
+        rows, n = self.shape
+        values = {"n": n, "all_rows": rows, "groups": 1, **self.fixed}
+        task = Task()
+        for name, value in values.items():
+            task[T.PLACE[name]] = value
+        if self.table is not None:
+            task[T.TABLE], task[T.M] = self.table.data_ptr(), self.table.shape[1]
+        object.__setattr__(self, "_task", task)
+
+    def product(
+        self,
+        state: Tensors,
+        x: Tensor,
+        dtype: torch.dtype,
+        *,
+        bias: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """Return x W^T + bias + start in `dtype`, float32 or bfloat16.
+
+        x (tokens, n) contiguous, float32, bfloat16 or float16; start (tokens, rows) float32.
+        """
+        rows, n = self.shape
+        tokens = x.shape[0]
+        y = torch.empty(tokens, rows, dtype=dtype, device="cpu")
+        task, keep = self._filled(state)
+        task[T.ROWS], task[T.TOKENS] = rows, tokens
+        task[T.X], task[T.X_KIND] = x.data_ptr(), KINDS[x.dtype]
+        task[T.Y], task[T.Y_KIND] = y.data_ptr(), KINDS[dtype]
+        if bias is not None:
+            task[T.BIAS], task[T.BIAS_KIND] = bias.data_ptr(), KINDS[bias.dtype]
+        if start is not None:
+            task[T.START] = start.data_ptr()
+        size = tokens * n
+        if x.dtype == torch.float32:
+            task[T.X_FLOAT] = task[T.X]
+        else:
+            chunk = self.chunk if x.dtype == torch.bfloat16 else 0
+            # float32, integers, and a scale and a sum of each chunk
+            bytes_ = 6 * size + (8 * size // chunk if chunk else 0)
+            room = torch.empty(bytes_, dtype=torch.uint8, device="cpu")
+            task[T.X_FLOAT] = at = room.data_ptr()
+            if chunk:
+                task[T.CHUNK], task[T.X_INT] = chunk, at + 4 * size
+                task[T.X_SCALES] = at + 6 * size
+                task[T.X_SUMS] = at + 6 * size + 4 * (size // chunk)
+        run(task, size * rows)
+        del keep
+        return y
+
+    def weights(
+        self, state: Tensors, dtype: torch.dtype, *, first: int = 0, last: int | None = None
+    ) -> Tensor:
+        """Return rows first .. last of the weight in `dtype`, float32 or bfloat16."""
+        last = self.shape[0] if last is None else last
+        return self._weights(state, dtype, last - first, first, None)
+
+    def look_up(self, state: Tensors, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return rows (n,) int64 of the weight in `dtype`, float32 or bfloat16."""
+        return self._weights(state, dtype, len(ids), 0, ids.contiguous())
+
+    def _weights(
+        self, state: Tensors, dtype: torch.dtype, count: int, first: int, ids: Tensor | None
+    ) -> Tensor:
+        out = torch.empty(count, self.shape[1], dtype=dtype, device="cpu")
+        task, keep = self._filled(state)
+        task[T.ROWS], task[T.FIRST] = count, first
+        task[T.Y], task[T.Y_KIND] = out.data_ptr(), KINDS[dtype]
+        if ids is not None:
+            task[T.IDS] = ids.data_ptr()
+        run(task, out.numel())
+        del keep
+        return out
+
+    def _filled(self, state: Tensors) -> tuple[Any, Tensor | None]:
+        """Return a task with the addresses of the packed tensors, and memory that it needs."""
+        task: Any = Task.from_buffer_copy(self._task)  # type: ignore[attr-defined]
+        task[T.CODES] = state[self.codes].data_ptr()
+        if self.scales is not None:
+            task[T.SCALES] = state[self.scales].data_ptr()
+        if self.zeros is not None:
+            task[T.ZEROS] = state[self.zeros].data_ptr()
+        if self.places is None:
+            return task, None
+        task[T.PLACES] = state[self.places].data_ptr()
+        starts = torch.empty(self.shape[0] + 1, dtype=torch.int64, device="cpu")
+        task[T.STARTS] = starts.data_ptr()
+        return task, starts

@@ -1,0 +1,235 @@
+"""Products of packed rows with activations: the second half of what numba compiles.
+
+Threads draw rows from a task. A row is unpacked into the cache of its core, and used for all
+tokens before the next.
+
+A bfloat16 activation becomes a 16-bit integer with a scale per chunk of 16 to 128 inputs, so that
+products are exact sums of integers. That is 2^-16 of the chunk's largest; where that would be more
+than bfloat16's own rounding (one input over OUTLIER times the mean of the others), the chunk
+is multiplied in float32, as float32 activations are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .rows import (
+    count_kept,
+    read_codes,
+    read_weights,
+    to_bfloat16,
+    to_float,
+    weights_of,
+)
+from .task import (
+    BFLOAT16,
+    BIAS,
+    BIAS_KIND,
+    CHUNK,
+    FACTOR,
+    FIRST,
+    FLOAT32,
+    GROUPS,
+    HAS_FLOATS,
+    IDS,
+    NEXT,
+    OFFSET,
+    PARALLEL,
+    ROOM,
+    ROOM_SIZE,
+    ROOMS,
+    ROWS,
+    SCALE,
+    SCALED,
+    SEAT,
+    START,
+    STARTS,
+    STEP,
+    THREADS,
+    TOKENS,
+    WORK,
+    X_FLOAT,
+    X_INT,
+    X_KIND,
+    X_SCALES,
+    X_SUMS,
+    Y_KIND,
+    ZERO,
+    N,
+    W,
+    X,
+    Y,
+)
+
+OUTLIER = 128
+MOST = 32767
+
+# what compiled.py puts here: loads and stores (memory.py), vector instructions (vectors.py)
+get: Any = None
+f32: Any = None
+set_u16: Any = None
+set_f32: Any = None
+set_i64: Any = None
+take: Any = None
+call: Any = None
+dot_16: Any = None
+dot_32: Any = None
+dot_64: Any = None
+dot_128: Any = None
+
+
+def dot_floats(w, x, n):  # type: ignore[no-untyped-def]
+    """Return the product of two float32 vectors; sums in any order (fastmath)."""
+    total = np.float32(0.0)
+    for i in range(n):
+        total += f32(w + 4 * i) * f32(x + 4 * i)
+    return total
+
+
+def dot_codes(task, token, s):  # type: ignore[no-untyped-def]
+    """Return a row's codes times one token's integers: chunks without integers give 0."""
+    chunk, room, size = get(task, CHUNK), get(task, ROOM), get(task, N)
+    n = size // chunk
+    scales, sums = (get(task, X_SCALES) + 4 * token * n, get(task, X_SUMS) + 4 * token * n)
+    factors, offsets, scaled = s + FACTOR * room, s + OFFSET * room, s + SCALED * room
+    shift = np.float32(0.0)
+    for c in range(n):
+        set_f32(scaled + 4 * c, f32(factors + 4 * c) * f32(scales + 4 * c))
+        shift += f32(offsets + 4 * c) * f32(sums + 4 * c)
+    x = get(task, X_INT) + 2 * token * size
+    if chunk == 64:
+        return dot_64(s, x, scaled, n) - shift
+    if chunk == 128:
+        return dot_128(s, x, scaled, n) - shift
+    if chunk == 32:
+        return dot_32(s, x, scaled, n) - shift
+    return dot_16(s, x, scaled, n) - shift
+
+
+def spread(task, s):  # type: ignore[no-untyped-def]
+    """Write per chunk the scale of its group, and scale times zero point."""
+    groups, room = get(task, GROUPS), get(task, ROOM)
+    each = get(task, N) // get(task, CHUNK) // groups
+    factors, offsets = s + FACTOR * room, s + OFFSET * room
+    for g in range(groups):
+        scale = f32(s + SCALE * room + 4 * g)
+        offset = scale * f32(s + ZERO * room + 4 * g)
+        for c in range(g * each, g * each + each):
+            set_f32(factors + 4 * c, scale)
+            set_f32(offsets + 4 * c, offset)
+
+
+def write(task, row, token, value, scratch):  # type: ignore[no-untyped-def]
+    """Write one output, with what comes to it besides."""
+    at = token * get(task, ROWS) + row
+    start, bias, y = get(task, START), get(task, BIAS), get(task, Y)
+    if start:
+        value += f32(start + 4 * at)
+    if bias:
+        if get(task, BIAS_KIND) == FLOAT32:
+            value += f32(bias + 4 * row)
+        else:
+            to_float(bias + 2 * row, get(task, BIAS_KIND), 1, scratch)
+            value += f32(scratch)
+    if get(task, Y_KIND) == FLOAT32:
+        set_f32(y + 4 * at, value)
+    else:
+        set_f32(scratch, value)
+        to_bfloat16(scratch, 1, y + 2 * at)
+
+
+def multiply_row(task, row, s):  # type: ignore[no-untyped-def]
+    """Write the products of one row with all tokens."""
+    n, chunk, room = get(task, N), get(task, CHUNK), get(task, ROOM)
+    w, scratch, has_floats = s + W * room, s + SCALED * room, get(task, HAS_FLOATS)
+    if chunk:
+        read_codes(task, row, s)
+        spread(task, s)
+        if has_floats:
+            weights_of(task, s)
+    else:
+        read_weights(task, row, s)
+    for token in range(get(task, TOKENS)):
+        x = get(task, X_FLOAT) + 4 * token * n
+        if chunk:
+            value = dot_codes(task, token, s)
+            if has_floats:
+                scales = get(task, X_SCALES) + 4 * token * (n // chunk)
+                for c in range(n // chunk):
+                    if f32(scales + 4 * c) == 0.0:
+                        value += dot_floats(w + 4 * c * chunk, x + 4 * c * chunk, chunk)
+        else:
+            value = dot_floats(w, x, n)
+        write(task, row, token, value, scratch)
+
+
+def expand_row(task, i, s):  # type: ignore[no-untyped-def]
+    """Write the weights of the i-th row that is asked for."""
+    n, room, ids, y = get(task, N), get(task, ROOM), get(task, IDS), get(task, Y)
+    read_weights(task, get(ids, i) if ids else get(task, FIRST) + i, s)
+    w = s + W * room
+    if get(task, Y_KIND) == BFLOAT16:
+        to_bfloat16(w, n, y + 2 * i * n)
+    else:
+        for j in range(n):
+            set_f32(y + 4 * (i * n + j), f32(w + 4 * j))
+
+
+def prepare(task):  # type: ignore[no-untyped-def]
+    """Write the activations as float32, and where a task has chunks as integers."""
+    chunk, size, x = get(task, CHUNK), get(task, N) * get(task, TOKENS), get(task, X_FLOAT)
+    integers, scales, sums = get(task, X_INT), get(task, X_SCALES), get(task, X_SUMS)
+    if get(task, X_KIND) != FLOAT32:
+        to_float(get(task, X), get(task, X_KIND), size, x)
+    if not chunk:
+        return
+    for c in range(size // chunk):
+        most, total = np.float32(0.0), np.float32(0.0)
+        for i in range(c * chunk, c * chunk + chunk):
+            value = abs(f32(x + 4 * i))
+            most = value if value > most else most
+            total += value
+        # false for NaN and infinity as well: those are float32's
+        if most > 0.0 and most * (chunk - 1) <= OUTLIER * (total - most) and total < 3e38:
+            inverse, whole = np.float32(MOST) / most, np.int64(0)
+            for i in range(c * chunk, c * chunk + chunk):
+                value = f32(x + 4 * i) * inverse
+                number = np.int32(value + np.float32(0.5 if value > 0 else -0.5))
+                set_u16(integers + 2 * i, number)
+                whole += np.int64(number)
+            set_f32(scales + 4 * c, most / np.float32(MOST))
+            set_f32(sums + 4 * c, np.float32(whole) * (most / np.float32(MOST)))
+        else:
+            for i in range(c * chunk, c * chunk + chunk):
+                set_u16(integers + 2 * i, 0)
+            set_f32(scales + 4 * c, np.float32(0.0))
+            set_f32(sums + 4 * c, np.float32(0.0))
+            if total != 0.0:
+                set_i64(task + 8 * HAS_FLOATS, 1)
+
+
+def run(task, version):  # type: ignore[no-untyped-def]
+    """Do a task on its threads; one with activations is a product."""
+    if get(task, X):
+        prepare(task)
+    if get(task, STARTS):
+        count_kept(task)
+    call(get(task, PARALLEL), get(task, WORK), task, get(task, THREADS))
+
+
+def part(task, version):  # type: ignore[no-untyped-def]
+    """Take rows of a task until none is left: what each thread does."""
+    seat = take(task + 8 * SEAT, 1)
+    s = get(task, ROOMS) + seat * ROOM_SIZE * get(task, ROOM)
+    step, rows, is_product = get(task, STEP), get(task, ROWS), get(task, X)
+    while True:
+        first = take(task + 8 * NEXT, step)
+        if first >= rows:
+            return
+        for row in range(first, min(first + step, rows)):
+            if is_product:
+                multiply_row(task, row, s)
+            else:
+                expand_row(task, row, s)

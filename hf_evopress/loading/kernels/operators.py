@@ -1,0 +1,250 @@
+"""The kernels as operators of PyTorch: for torch.compile, for gradients, and called directly.
+
+`evopress::linear` and `evopress::look_up` take any level on any device: where there is no kernel
+they compute the weight, so that a compiled model holds one opaque call per layer and
+`fullgraph=True` works. Their gradient is that of the input (and bias); the weight is computed
+again for it. Where nothing is traced and nothing has a gradient, `linear` and `look_up` skip the
+operator, whose dispatch takes longer than a small layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...methods import compose
+from ...methods.base import Shape, State
+from ...plans.level import Level
+from .compiled import compiled
+from .layer import DTYPES, Kernel, kernel_of
+
+logger = logging.getLogger(__name__)
+
+_failed: list[Exception] = []  # the kernels' own failure, which switches them off
+
+
+def usable(level: Level, shape: Shape) -> Kernel | None:
+    """Return the kernel for a layer on this machine's CPU, compiled, or None."""
+    kernel = kernel_of(level, shape)
+    if kernel is None or _failed:
+        return None
+    try:
+        compiled()
+    except failures() as error:
+        _give_up(error)
+        return None
+    return kernel
+
+
+@lru_cache(maxsize=None)
+def failures() -> tuple[type[Exception], ...]:
+    """Return the errors that say that kernels do not work here: in compiling or in calling them."""
+    known: tuple[type[Exception], ...] = (
+        *(ImportError, OSError, RuntimeError, ValueError, TypeError, LookupError),
+        *(AttributeError, ArithmeticError),
+    )
+    try:
+        return (*known, import_module("numba.core.errors").NumbaError)
+    except ImportError:
+        return known
+
+
+def _give_up(error: Exception) -> None:
+    if not _failed:
+        logger.warning(
+            "the CPU kernels of hf_evopress do not work here (%s: %s): layers compute as with "
+            "runtime 'packed', which is slower",
+            type(error).__name__,
+            str(error).strip().partition("\n")[0],
+        )
+    _failed.append(error)
+
+
+def linear(
+    kernel: Kernel, names: tuple[str, ...], tensors: Mapping[str, Tensor], x: Tensor
+) -> Tensor | None:
+    """Return x W^T + bias of a layer with these parameters; None if it is not for the kernels.
+
+    The latter: another device or dtype, autocast, packed tensors that are trained.
+    """
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES or not x.is_cpu or _failed:
+        return None
+    if x.shape[-1] != kernel.shape[1]:
+        raise RuntimeError(
+            f"an input of shape {tuple(x.shape)} for a layer of {kernel.shape[1]} inputs"
+        )
+    bias = tensors["bias"]
+    if bias is not None and bias.dtype not in DTYPES:
+        return None
+    with_graph = torch.is_grad_enabled()
+    if not _are_plain(names, tensors, with_graph) or torch.is_autocast_enabled("cpu"):
+        return None
+    if _is_exporting():
+        return None
+    has_graph = with_graph and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if has_graph or type(x) is not Tensor or _is_traced():
+        state = [tensors[name] for name in names]
+        return torch.ops.evopress.linear(x, state, bias, kernel.text, kernel.shape[0])
+    with torch.no_grad():
+        return _product(kernel, tensors, x, bias)
+
+
+def _product(
+    kernel: Kernel, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """Return the kernel's product, or None, with one warning, where it fails."""
+    try:
+        return kernel.linear(x, tensors, bias)
+    except failures() as error:
+        _give_up(error)
+        return None
+
+
+def look_up(
+    kernel: Kernel,
+    names: tuple[str, ...],
+    tensors: Mapping[str, Tensor],
+    ids: Tensor,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Return the rows (..., in) for token ids (...); None if it is not for the kernels."""
+    if not isinstance(ids, Tensor) or dtype not in DTYPES or not ids.is_cpu or _failed:
+        return None
+    if not _are_plain(names, tensors, torch.is_grad_enabled()) or _is_exporting():
+        return None
+    if type(ids) is not Tensor or _is_traced():
+        state = [tensors[name] for name in names]
+        return torch.ops.evopress.look_up(ids, state, kernel.text, [*kernel.shape], dtype)
+    return _rows(kernel, tensors, ids, dtype)
+
+
+def _are_plain(names: tuple[str, ...], tensors: Mapping[str, Tensor], with_graph: bool) -> bool:
+    """Return whether packed tensors are where kernels read them, and are not trained."""
+    for name in names:
+        tensor = tensors[name]
+        if not tensor.is_cpu or not tensor.is_contiguous():
+            return False
+        if with_graph and tensor.requires_grad:
+            return False
+    return True
+
+
+def _is_exporting() -> bool:
+    """Return whether the graph is for others, who have no kernels: it gets plain operations."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def _is_traced() -> bool:
+    """Return whether something besides this process' memory wants to know what is computed."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or _in_functorch() is not None
+
+
+_in_functorch = torch._C._functorch.peek_interpreter_stack
+
+
+def is_compiled_into_one() -> bool:
+    """Return whether torch.compile is tracing: a layer is one operator of its graph."""
+    return torch.compiler.is_compiling() and not _is_exporting()
+
+
+def _rows(kernel: Kernel, tensors: Mapping[str, Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
+    flat = ids.reshape(-1)
+    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < kernel.shape[0]:
+        raise IndexError(
+            f"token ids from {int(flat.min())} to {int(flat.max())} for an embedding of "
+            f"{kernel.shape[0]} tokens"
+        )
+    rows = kernel.look_up(flat.to(torch.int64), tensors, dtype)
+    return rows.view(*ids.shape, kernel.shape[1])
+
+
+# -- the operators ---------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def _known(level: str, shape: Shape) -> tuple[Level, Kernel | None, tuple[str, ...]]:
+    parsed = compose.normalize(level)
+    names = tuple(sorted(compose.empty(parsed, shape, torch.float32)))
+    return parsed, kernel_of(parsed, shape), names
+
+
+def _by_kernel(kernel: Kernel | None, x: Tensor) -> bool:
+    return kernel is not None and x.device.type == "cpu" and x.dtype in DTYPES and not _failed
+
+
+@torch.library.custom_op("evopress::linear", mutates_args=())
+def _linear(x: Tensor, state: list[Tensor], bias: Tensor | None, level: str, rows: int) -> Tensor:
+    shape = (rows, x.shape[-1])
+    known, kernel, names = _known(level, shape)
+    tensors = dict(zip(names, state, strict=True))
+    if kernel is not None and _by_kernel(kernel, x):
+        y = _product(kernel, tensors, x, bias)
+        if y is not None:
+            return y
+    return compose.operator(known, tensors, bias, shape, x.dtype)(x).contiguous()
+
+
+@_linear.register_fake
+def _(x: Tensor, state: list[Tensor], bias: Tensor | None, level: str, rows: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@torch.library.custom_op("evopress::linear_input_gradient", mutates_args=())
+def _input_gradient(grad: Tensor, state: list[Tensor], level: str, columns: int) -> Tensor:
+    shape = (grad.shape[-1], columns)
+    known, kernel, names = _known(level, shape)
+    tensors: State = dict(zip(names, state, strict=True))
+    if kernel is not None and _by_kernel(kernel, grad) and grad.dtype != torch.float16:
+        return kernel.input_gradient(grad, tensors)
+    return grad @ compose.decompress(known, tensors, shape, grad.dtype)
+
+
+@_input_gradient.register_fake
+def _(grad: Tensor, state: list[Tensor], level: str, columns: int) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], columns)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, state, bias, ctx.level, _ = inputs
+    ctx.save_for_backward(*state)
+    ctx.columns = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    for_x = for_bias = None
+    if ctx.needs_input_grad[0]:
+        state = list(ctx.saved_tensors)
+        for_x = torch.ops.evopress.linear_input_gradient(grad, state, ctx.level, ctx.columns)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        for_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return for_x, [None] * len(ctx.saved_tensors), for_bias, None, None
+
+
+_linear.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("evopress::look_up", mutates_args=())
+def _look_up(
+    ids: Tensor, state: list[Tensor], level: str, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    size = (shape[0], shape[1])
+    known, kernel, names = _known(level, size)
+    tensors = dict(zip(names, state, strict=True))
+    if kernel is not None and ids.device.type == "cpu" and dtype in DTYPES and not _failed:
+        return _rows(kernel, tensors, ids, dtype)
+    rows = compose.decompress_rows(known, tensors, size, ids.reshape(-1), dtype)
+    return rows.view(*ids.shape, size[1])
+
+
+@_look_up.register_fake
+def _(ids: Tensor, state: list[Tensor], level: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return state[0].new_empty(*ids.shape, shape[1], dtype=dtype)

@@ -1,0 +1,240 @@
+"""Rows of a packed weight, unpacked into the cache: the first half of what numba compiles.
+
+A task (`task.py`) says where the packed tensors are; `s` is the memory of the thread. The numbers
+are those of decompress(), to the bit: (code - zero) * scale in float32. Addresses and plain loads
+instead of arrays: numba compiles those four times as fast, and checks no index.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .task import (
+    ALL_ROWS,
+    BFLOAT16,
+    BITS,
+    CODED,
+    CODES,
+    FLOAT_CODES,
+    FLOATS,
+    GROUPS,
+    KEPT,
+    KEPT_CODES,
+    MASK,
+    NUMBER_BITS,
+    PLACES,
+    PLACES_WIDTH,
+    ROOM,
+    SCALE,
+    SCALE_KIND,
+    SCALES,
+    SOURCE,
+    SPARSE_FLOATS,
+    STARTS,
+    TABLE,
+    WIDTH,
+    ZERO,
+    ZEROS,
+    M,
+    N,
+    Q,
+    W,
+)
+
+# what compiled.py puts here: loads and stores (memory.py), vector instructions (vectors.py)
+get: Any = None
+u8: Any = None
+u16: Any = None
+i32: Any = None
+i64: Any = None
+f32: Any = None
+set_u8: Any = None
+set_u16: Any = None
+set_i32: Any = None
+set_i64: Any = None
+set_f32: Any = None
+unpack_1: Any = None
+unpack_2: Any = None
+unpack_3: Any = None
+unpack_4: Any = None
+unpack_5: Any = None
+unpack_6: Any = None
+unpack_7: Any = None
+unpack_8: Any = None
+
+
+def to_float(source, kind, n, target):  # type: ignore[no-untyped-def]
+    """Write n numbers of 16 bits as float32."""
+    if kind == BFLOAT16:
+        for i in range(n):
+            set_i32(target + 4 * i, u16(source + 2 * i) << 16)
+        return
+    for i in range(n):
+        h = u16(source + 2 * i)
+        set_i32(target + 4 * i, ((h & 0x8000) << 16) | ((h & 0x7FFF) << 13))
+    for i in range(n):  # 2^112 is the difference of the exponents' offsets
+        set_f32(target + 4 * i, f32(target + 4 * i) * np.float32(2.0**112))
+
+
+def to_bfloat16(source, n, target):  # type: ignore[no-untyped-def]
+    """Write n float32 numbers as bfloat16, rounded to nearest, ties to even."""
+    for i in range(n):
+        bits, value = i32(source + 4 * i), f32(source + 4 * i)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        set_u16(target + 2 * i, rounded if value == value else 0x7FC0)
+
+
+def unpack_range(bits, source, total, start, count, target):  # type: ignore[no-untyped-def]
+    """Write codes start .. start + count of one packed row of `total`, uint8."""
+    octets = (total + 7) // 8
+    for i in range(count):
+        set_u8(target + i, 0)
+    below = bits
+    p = 8
+    while p > 0:
+        if bits & p:
+            below -= p
+            width, mask, place, done = p * octets, (1 << p) - 1, start, 0
+            while done < count:
+                shift, offset = p * (place // width), place % width
+                n = min(count - done, width - offset)
+                for i in range(n):
+                    code = (u8(source + offset + i) >> shift) & mask
+                    set_u8(target + done + i, u8(target + done + i) | (code << below))
+                done += n
+                place += n
+            source += width
+        p >>= 1
+
+
+def unpack_row(bits, source, n, target):  # type: ignore[no-untyped-def]
+    """Write the n codes of one packed row, uint8; `target` has room for whole bytes of planes."""
+    octets = (n + 7) // 8
+    if octets < 32:
+        unpack_range(bits, source, n, 0, n, target)
+        return
+    i = 0
+    while i < octets:
+        i = min(i, octets - 32)  # the last step may do some again
+        a, b = source + i, target + i
+        if bits == 3:
+            unpack_3(a, b, octets)
+        elif bits == 4:
+            unpack_4(a, b, octets)
+        elif bits == 2:
+            unpack_2(a, b, octets)
+        elif bits == 5:
+            unpack_5(a, b, octets)
+        elif bits == 6:
+            unpack_6(a, b, octets)
+        elif bits == 8:
+            unpack_8(a, b, octets)
+        elif bits == 7:
+            unpack_7(a, b, octets)
+        else:
+            unpack_1(a, b, octets)
+        i += 32
+
+
+def read_mask(task, row, mask, numbers):  # type: ignore[no-untyped-def]
+    """Write which weights of a row are kept, a byte each."""
+    n, table, m = get(task, N), get(task, TABLE), get(task, M)
+    source = get(task, PLACES) + row * get(task, PLACES_WIDTH)
+    if not table:
+        unpack_row(1, source, n, mask)
+        return
+    unpack_range(get(task, NUMBER_BITS), source, n // m, 0, n // m, numbers)
+    for i in range(n // m):
+        of = table + u8(numbers + i) * m
+        for j in range(m):
+            set_u8(mask + i * m + j, u8(of + j))
+
+
+def read_grid(task, row, s):  # type: ignore[no-untyped-def]
+    """Write scale and zero point of each group of a row, float32."""
+    groups, bits, room, zeros = (
+        get(task, GROUPS),
+        get(task, BITS),
+        get(task, ROOM),
+        get(task, ZEROS),
+    )
+    zero, codes = s + ZERO * room, s + Q * room
+    scales, kind = get(task, SCALES) + 2 * row * groups, get(task, SCALE_KIND)
+    to_float(scales, kind, groups, s + SCALE * room)
+    if zeros:
+        unpack_range(bits, zeros, get(task, ALL_ROWS) * groups, row * groups, groups, codes)
+        for g in range(groups):
+            set_f32(zero + 4 * g, np.float32(u8(codes + g)))
+    else:
+        for g in range(groups):
+            set_f32(zero + 4 * g, np.float32(1 << (bits - 1)))
+
+
+def read_codes(task, row, s):  # type: ignore[no-untyped-def]
+    """Write the codes of a row and its grid."""
+    n, bits, room, codes = get(task, N), get(task, BITS), get(task, ROOM), get(task, CODES)
+    q, mask, kept = s + Q * room, s + MASK * room, s + KEPT_CODES * room
+    read_grid(task, row, s)
+    if get(task, SOURCE) == CODED:
+        unpack_row(bits, codes + row * get(task, WIDTH), n, q)
+        return
+    starts, groups = get(task, STARTS), get(task, GROUPS)
+    first, end = get(starts, row), get(starts, row + 1)
+    read_mask(task, row, mask, kept)
+    unpack_range(bits, codes, get(task, KEPT), first, end - first, kept)
+    size = n // groups
+    for g in range(groups):
+        none = np.int64(f32(s + ZERO * room + 4 * g))
+        for j in range(g * size, g * size + size):
+            is_kept = u8(mask + j)
+            set_u8(q + j, u8(kept) if is_kept else none)
+            kept += is_kept
+
+
+def weights_of(task, s):  # type: ignore[no-untyped-def]
+    """Write the weights of a row whose codes and grid are there."""
+    groups, room, size = get(task, GROUPS), get(task, ROOM), get(task, N) // get(task, GROUPS)
+    q, w = s + Q * room, s + W * room
+    for g in range(groups):
+        scale, zero = f32(s + SCALE * room + 4 * g), f32(s + ZERO * room + 4 * g)
+        for j in range(g * size, g * size + size):
+            set_f32(w + 4 * j, (np.float32(u8(q + j)) - zero) * scale)
+
+
+def read_weights(task, row, s):  # type: ignore[no-untyped-def]
+    """Write the weights of a row, float32: the numbers that decompress() gives."""
+    n, room, codes = get(task, N), get(task, ROOM), get(task, CODES)
+    source, kind = get(task, SOURCE), get(task, SCALE_KIND)
+    w = s + W * room
+    if source == FLOATS:
+        to_float(codes + 2 * row * n, kind, n, w)
+    elif source == SPARSE_FLOATS:
+        starts, mask, kept = get(task, STARTS), s + MASK * room, s + FLOAT_CODES * room
+        first, end = get(starts, row), get(starts, row + 1)
+        read_mask(task, row, mask, s + KEPT_CODES * room)
+        to_float(codes + 2 * first, kind, end - first, kept)
+        for j in range(n):
+            is_kept = u8(mask + j)
+            set_f32(w + 4 * j, f32(kept) if is_kept else np.float32(0.0))
+            kept += 4 * is_kept
+    else:
+        read_codes(task, row, s)
+        weights_of(task, s)
+
+
+def count_kept(task):  # type: ignore[no-untyped-def]
+    """Write before which kept weight each row begins, and where the last one ends."""
+    rows, width, starts = get(task, ALL_ROWS), get(task, PLACES_WIDTH), get(task, STARTS)
+    set_i64(starts, 0)
+    for row in range(rows):
+        total, mask = get(task, KEPT) // rows, get(task, PLACES) + row * width
+        if not get(task, TABLE):  # n:m masks keep as many in every row
+            total = 0
+            for i in range(width):
+                b = u8(mask + i)
+                b -= (b >> 1) & 0x55
+                b = (b & 0x33) + ((b >> 2) & 0x33)
+                total += (b + (b >> 4)) & 0x0F
+        set_i64(starts + 8 * row + 8, get(starts, row) + total)

@@ -1,0 +1,67 @@
+"""What a task holds: addresses and sizes, one int64 each, at these places of an array."""
+
+from __future__ import annotations
+
+NEXT = 0  # the next row to be taken
+ROWS = 1  # of the output
+STEP = 2  # rows that a thread takes at once
+TOKENS = 3
+N = 4  # inputs
+X = 5  # activations, 0 where weights are asked for
+X_KIND = 6
+X_FLOAT = 7  # activations as float32
+X_INT = 8  # as 16-bit integers
+X_SCALES = 9  # per token and chunk
+X_SUMS = 10  # per token and chunk
+CHUNK = 11  # inputs summed as integers, 0 for none
+HAS_FLOATS = 12  # some chunks are multiplied in float32
+Y = 13  # outputs
+Y_KIND = 14
+BIAS = 15  # 0 for none
+BIAS_KIND = 16
+START = 17  # float32 to add to the outputs, 0 for none
+SOURCE = 18  # how rows are stored
+BITS = 19
+CODES = 20  # or 16-bit floats
+WIDTH = 21  # bytes of a row of codes
+SCALES = 22
+SCALE_KIND = 23
+ZEROS = 24  # 0 where symmetric
+GROUPS = 25  # of a row
+ALL_ROWS = 26  # of the weight
+PLACES = 27  # mask, or numbers of n:m masks
+PLACES_WIDTH = 28  # bytes of a row
+TABLE = 29  # masks of n:m by number, 0 for any sparsity
+M = 30  # of n:m
+NUMBER_BITS = 31
+KEPT = 32  # weights
+STARTS = 33  # before which kept weight each row begins
+IDS = 34  # rows that are asked for, int64, 0 for all from `first` on
+FIRST = 35
+THREADS = 36
+PARALLEL = 37  # GOMP_parallel
+WORK = 38  # what each of its threads calls
+ROOM = 39  # bytes of a row of codes in the memory that a thread works in
+ROOMS = 40  # that memory, ROOM_SIZE * ROOM of each thread
+SEAT = 41  # the next thread's number
+SIZE = 42
+PLACE = {name.lower(): i for name, i in list(globals().items()) if type(i) is int and i < SIZE}
+
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # kinds of numbers
+CODED, SPARSE_CODES, SPARSE_FLOATS, FLOATS = 0, 1, 2, 3  # sources of a row
+
+# what lies where in a thread's memory, in ROOMs: codes, mask and kept codes of a row, one byte
+# each; float32: weights, kept weights, scales and zero points of groups, factors of chunks
+Q, MASK, KEPT_CODES, W, FLOAT_CODES, SCALE, ZERO, FACTOR, OFFSET, SCALED = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    11,
+    15,
+    19,
+    23,
+    27,
+)
+ROOM_SIZE = 31

@@ -1,0 +1,105 @@
+"""From the terms of a level to the matrices that its products read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...methods.base import Method, Shape
+from ...methods.lowrank import BITS as FACTOR_BITS
+from ...methods.lowrank import LowRank
+from ...methods.maths.codes import SCALE_DTYPES, CodedMethod, n_groups
+from ...methods.maths.packing import packed_bytes
+from ...methods.maths.sparse import ANY, FLOAT_BITS, SparseMethod, mask_table, n_kept, places_of
+from . import task as T
+from .compiled import chunk_of
+from .matrix import KINDS, Matrix
+
+Factors = tuple[Matrix, ...]  # of one term: W, or of a low-rank one A and B with W = B A
+
+
+def factors(part: Method, params: Mapping[str, Any], suffix: str, shape: Shape) -> Factors | None:
+    """Return the matrices of one term whose tensors' names end with `suffix`; None for others."""
+    if _reads_as(part, CodedMethod):
+        return (_coded(params, suffix, shape),)
+    if _reads_as(part, SparseMethod):
+        return (_sparse(params, suffix, shape),)
+    if _reads_as(part, LowRank):
+        rank = params["rank"]
+        sizes = {"A": (rank, shape[1]), "B": (shape[0], rank)}
+        return tuple(_thin(f"{n}{suffix}", s, params, suffix) for n, s in sizes.items())
+    return None
+
+
+def _reads_as(part: Method, base: Any) -> bool:
+    """Return whether a method's packed tensors mean what those of `base` mean."""
+    return isinstance(part, base) and all(
+        getattr(type(part), name) is getattr(base, name) for name in ("decompress", "operator")
+    )
+
+
+def _coded(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
+    bits = params["bits"]
+    return Matrix(
+        shape,
+        f"codes{suffix}",
+        chunk=chunk_of(shape[1] // n_groups(shape, params["group_size"])),
+        fixed={"bits": bits, "width": packed_bytes(shape[1], bits), **_grid(params, shape)},
+        **_grid_names(params, suffix),
+    )
+
+
+def _grid(params: Mapping[str, Any], shape: Shape) -> dict[str, int]:
+    return {
+        "groups": n_groups(shape, params["group_size"]),
+        "scale_kind": KINDS[SCALE_DTYPES[params["scales"]]],
+    }
+
+
+def _grid_names(params: Mapping[str, Any], suffix: str) -> dict[str, Any]:
+    names = {"scales": f"scales{suffix}"}
+    return names if params["symmetric"] else {**names, "zeros": f"zeros{suffix}"}
+
+
+def _sparse(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
+    name, width = places_of(shape, params)
+    fixed = {"places_width": width, "kept": n_kept(shape, params)}
+    masks = None if params["pattern"] == ANY else _masks(params["pattern"])
+    if masks is not None:
+        fixed["number_bits"] = (len(mask_table(params["pattern"])) - 1).bit_length()
+    places, bits = f"{name}{suffix}", params["bits"]
+    if bits == FLOAT_BITS:
+        fixed |= {"source": T.SPARSE_FLOATS, "scale_kind": KINDS[SCALE_DTYPES[params["values"]]]}
+        return Matrix(shape, f"values{suffix}", places=places, fixed=fixed, table=masks)
+    return Matrix(
+        shape,
+        f"codes{suffix}",
+        places=places,
+        chunk=chunk_of(shape[1] // n_groups(shape, params["group_size"])),
+        fixed={**fixed, "source": T.SPARSE_CODES, "bits": bits, **_grid(params, shape)},
+        table=masks,
+        **_grid_names(params, suffix),
+    )
+
+
+@lru_cache(maxsize=None)
+def _masks(pattern: str) -> Tensor:
+    """Return the masks (256, m) uint8 of an n:m pattern by number, with zeros at the end."""
+    known = torch.tensor(mask_table(pattern), dtype=torch.uint8, device="cpu")
+    made = torch.zeros(256, known.shape[1], dtype=torch.uint8, device="cpu")
+    made[: len(known)] = known
+    return made
+
+
+def _thin(name: str, shape: Shape, params: Mapping[str, Any], suffix: str) -> Matrix:
+    kind = params["factors"]
+    if kind in SCALE_DTYPES:
+        fixed = {"source": T.FLOATS, "scale_kind": KINDS[SCALE_DTYPES[kind]]}
+        return Matrix(shape, name, fixed=fixed)
+    bits, base = FACTOR_BITS[kind], name.removesuffix(suffix)
+    fixed = {"bits": bits, "width": packed_bytes(shape[1], bits), "scale_kind": T.FLOAT16}
+    return Matrix(shape, f"{base}_codes{suffix}", scales=f"{base}_scales{suffix}", fixed=fixed)

@@ -1,0 +1,287 @@
+"""CPU kernels compute what the reference path does, nearer to the exact product, at any level."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_evopress.loading.kernels import compiled, operators
+from hf_evopress.loading.kernels.layer import MOST_TOKENS, Kernel, kernel_of
+from hf_evopress.loading.layers import CompressedLinear
+from hf_evopress.loading.runtimes import KERNELS
+from hf_evopress.methods import compose
+from hf_evopress.methods.base import State
+
+CODES = [
+    *(f"rtn:bits={bits},group_size=64" for bits in (2, 3, 4, 5, 6, 7, 8)),
+    "rtn:bits=4,group_size=32",
+    "rtn:bits=3,group_size=128",
+    "rtn:bits=3,group_size=-1,symmetric=true",
+    "rtn:bits=4,group_size=24,scales=bfloat16",
+    "rtn:bits=6,group_size=8,symmetric=true",
+]
+SPARSE = [
+    "magnitude:sparsity=0.5",
+    "magnitude:pattern=4:8,values=bfloat16",
+    "magnitude:pattern=2:4,bits=4,group_size=32",
+    "magnitude:sparsity=0.7,bits=3,group_size=96",
+]
+SUMS = [
+    "lowrank:rank=8,metric=plain",
+    "lowrank:rank=7,metric=plain,factors=int8",
+    "lowrank:rank=5,metric=plain,factors=int4",
+    "rtn:bits=3,group_size=32 + lowrank:rank=5,metric=plain",
+    "rtn:bits=3,group_size=32 + magnitude:sparsity=0.95",
+    "rtn:bits=2,group_size=32 + rtn:bits=2,group_size=64 + lowrank:rank=3,metric=plain",
+]
+SHAPES = [(40, 384), (17, 192), (33, 48), (16, 13)]  # the last: no whole bytes, no groups
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(level: str, shape: tuple[int, int]) -> tuple[Kernel, State]:
+    """Return kernel and packed tensors of a random weight; skip what the level does not fit."""
+    known = compose.normalize(level)
+    try:
+        compose.check_shape(known, shape)
+    except ValueError as error:
+        pytest.skip(str(error))
+    torch.manual_seed(0)
+    W = torch.randn(shape) + 0.3 * torch.randn(shape[0], 1)  # zero points off the middle
+    kernel = kernel_of(known, shape)
+    assert kernel is not None
+    return kernel, compose.compress(known, W, None)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("level", CODES + SPARSE + SUMS)
+def test_products_are_nearer_to_the_exact_ones_than_those_of_a_dense_layer(
+    level: str, shape: tuple[int, int]
+) -> None:
+    kernel, state = make(level, shape)
+    W = compose.decompress(kernel.level, state, shape, torch.float32)
+    for dtype in DTYPES:
+        for tokens in (1, 3, MOST_TOKENS):
+            x, bias = torch.randn(tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+            exact = x.double() @ W.double().T + bias.double()
+            found = kernel.linear(x, state, bias)
+            dense = torch.nn.functional.linear(x, W.to(dtype), bias)
+            assert found.dtype == dtype and found.shape == dense.shape
+            # float32: the order of sums; 16 bits: only the result is rounded, and not the weight,
+            # unless that is 16 bits itself: then a dense layer differs by the order of sums only
+            most = 1e-6 if dtype == torch.float32 else 1.001 * error(dense, exact)
+            assert error(found, exact) <= most
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("level", CODES + SPARSE)
+def test_rows_are_those_of_the_reference_to_the_bit(level: str, shape: tuple[int, int]) -> None:
+    kernel, state = make(level, shape)
+    ids = torch.tensor([3, 0, 15, 3])
+    for dtype in (torch.float32, torch.bfloat16):
+        W = compose.decompress(kernel.level, state, shape, dtype)
+        assert torch.equal(kernel._terms[0][0].weights(state, dtype), W)
+        assert torch.equal(kernel.look_up(ids, state, dtype), W[ids])
+
+
+@pytest.mark.parametrize("level", CODES[:3] + SPARSE + SUMS)
+def test_prompts_and_gradients_are_those_of_the_reference(level: str) -> None:
+    kernel, state = make(level, (40, 384))
+    W = compose.decompress(kernel.level, state, (40, 384), torch.float32)
+    x, grad = torch.randn(MOST_TOKENS + 1, 384), torch.randn(5, 40)
+    assert torch.allclose(kernel.linear(x, state, None), x @ W.T, atol=1e-4)
+    assert torch.allclose(kernel.input_gradient(grad, state), grad @ W, atol=1e-4)
+
+
+def test_an_outlier_among_the_inputs_does_not_drown_the_others() -> None:
+    kernel, state = make("rtn:bits=4,group_size=64", (40, 384))
+    W = compose.decompress(kernel.level, state, (40, 384), torch.float32)
+    x = torch.randn(2, 384).bfloat16()
+    x[0, 3] = 3000.0
+    without = x.clone()
+    without[0, 3] = 0.0
+    one = kernel.linear(x, state, None).double() - 3000.0 * W[:, 3].double()
+    exact = x.double() @ W.double().T
+    assert error(kernel.linear(x, state, None), exact) < 2**-8
+    small = W[:, 3].abs() < W.abs().max() / 16  # rows where the others decide
+    found, wanted = one[0][small], (without.double() @ W.double().T)[0][small]
+    rounding = 2**-8 * exact[0][small].abs()
+    assert bool(((found - wanted).abs() <= rounding).all())
+
+
+def test_infinite_inputs_and_nan_stay_where_they_are() -> None:
+    kernel, state = make("rtn:bits=4,group_size=64", (40, 384))
+    x = torch.randn(3, 384).bfloat16()
+    x[0, 5], x[1, 7] = float("nan"), float("inf")
+    found = kernel.linear(x, state, None)
+    assert bool(found[0].isnan().all()) and not bool(found[1].isfinite().any())
+    assert bool(found[2].isfinite().all())
+
+
+def layer(level: str = "rtn:bits=3,group_size=32", **how: Any) -> CompressedLinear:
+    torch.manual_seed(0)
+    shape = (48, 96)
+    state = compose.compress(compose.normalize(level), torch.randn(shape), None)
+    made = CompressedLinear.from_state(level, state, torch.randn(48), shape, **how)
+    assert made.prepare("auto") == KERNELS
+    return made
+
+
+@pytest.fixture
+def reference_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any) -> None:
+        raise AssertionError("the weight was computed")
+
+    monkeypatch.setattr(compose, "decompress", never)
+    monkeypatch.setattr(compose, "operator", never)
+
+
+@pytest.mark.usefixtures("reference_is_not_used")
+def test_shapes_and_strides_of_inputs_are_kept() -> None:
+    made, x = layer(), torch.randn(2, 3, 96)
+    y = made(x)
+    assert torch.allclose(made(x.transpose(0, 1)), y.transpose(0, 1))
+    assert torch.allclose(made(torch.randn(2, 3, 192)[..., ::2].copy_(x)), y)
+    assert torch.allclose(made(x[0, 0]), y[0, 0])
+    assert made(x[:0]).shape == (0, 3, 48) and made(x[:, :0]).shape == (2, 0, 48)
+    with pytest.raises(RuntimeError, match="an input of shape .2, 95. for a layer of 96 inputs"):
+        made(torch.randn(2, 95))
+    assert not operators._failed
+
+
+def test_what_is_not_for_kernels_goes_the_reference_way() -> None:
+    made, x = layer(), torch.randn(3, 96)
+    wanted = made(x)
+    made.bias = None
+    assert made(x.double()).dtype == torch.float64
+    made = layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made(x).dtype == torch.bfloat16
+    made.scales.requires_grad_()
+    made(x).sum().backward()
+    assert made.scales.grad is not None
+    made.scales.requires_grad_(False)
+    assert torch.equal(made(x), wanted)
+
+
+def test_changed_packed_tensors_are_used_at_once() -> None:
+    made, x = layer(), torch.randn(3, 96)
+    before = made(x) - made.bias
+    with torch.no_grad():
+        made.scales.mul_(2)
+    assert torch.allclose(made(x) - made.bias, 2 * before, atol=1e-5)
+
+
+def test_copies_compute_the_same() -> None:
+    made, x = layer(), torch.randn(3, 96)
+    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert torch.equal(twin(x), made(x))
+
+
+@pytest.mark.usefixtures("reference_is_not_used")
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_inputs_and_bias_get_their_gradient_without_the_weight(tokens: int) -> None:
+    made, x = layer(), torch.randn(tokens, 96, requires_grad=True)
+    y = made(x)
+    y.square().sum().backward()
+    W = torch.cat([made(row[None]) - made.bias for row in torch.eye(96)]).detach()  # (in, out)
+    assert torch.allclose(x.grad, 2 * y.detach() @ W.T, atol=1e-3)
+    assert torch.allclose(made.bias.grad, 2 * y.detach().sum(0), atol=1e-3)
+
+
+def test_the_operators_keep_the_rules_of_pytorch() -> None:
+    made, x = layer(), torch.randn(3, 96, requires_grad=True)
+    state = [getattr(made, name) for name in made._state_names]
+    rest = (state, made.bias.detach(), made.level_text, 48)
+    torch.library.opcheck(torch.ops.evopress.linear.default, (x, *rest))
+    ids = torch.tensor([[1, 2], [40, 0]])
+    look_up = (ids, state, made.level_text, [48, 96], torch.float32)
+    torch.library.opcheck(torch.ops.evopress.look_up.default, look_up)
+
+
+@pytest.mark.parametrize("level", ["rtn:bits=3,group_size=32", "zero"])
+def test_a_compiled_layer_is_one_graph(level: str) -> None:
+    torch.manual_seed(0)
+    state = compose.compress(compose.normalize(level), torch.randn(48, 96), None)
+    made = CompressedLinear.from_state(level, state, torch.randn(48), (48, 96))
+    made.prepare("auto")
+    whole = torch.compile(made, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        assert torch.equal(whole(x), made(x))
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    whole(one).square().sum().backward()
+    made(two).square().sum().backward()
+    if level != "zero":
+        assert torch.allclose(one.grad, two.grad, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_graphs_for_others_hold_plain_operations() -> None:
+    made, x = layer(), torch.randn(3, 96)
+    traced = torch.jit.trace(made, x, check_trace=False)
+    other = torch.randn(3, 96)
+    assert torch.allclose(traced(other), made(other), atol=1e-5)
+    program = torch.export.export(made, (x,))
+    assert not [n for n in program.graph.nodes if "evopress" in str(n.target)]
+
+
+def test_kernels_that_fail_are_left_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, x = layer(), torch.randn(3, 96)
+    wanted = made(x)
+
+    def fails(*args: Any) -> None:
+        raise OSError("no such instruction")
+
+    monkeypatch.setattr(operators, "_failed", [])
+    monkeypatch.setattr(Kernel, "linear", fails)
+    with caplog.at_level("WARNING"):
+        found = [made(x) for _ in range(3)]
+    assert all(torch.allclose(y, wanted, atol=1e-5) for y in found)
+    assert [r.getMessage() for r in caplog.records] == [
+        "the CPU kernels of hf_evopress do not work here (OSError: no such instruction): layers "
+        "compute as with runtime 'packed', which is slower"
+    ]
+
+
+def test_a_processor_without_avx2_takes_the_float32_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "has_avx2", lambda: False)
+    assert compiled.chunk_of(64) == 0
+
+
+def test_rows_are_shared_by_threads() -> None:
+    kernel, state = make("rtn:bits=3,group_size=64", (700, 384))
+    x, before = torch.randn(2, 384), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(kernel.linear(x, state, None))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def test_token_ids_out_of_range_are_an_error() -> None:
+    from torch import nn
+
+    from hf_evopress.loading.embedding import compress_embedding
+
+    level = compose.normalize("rtn:bits=4,group_size=32")
+    state = compose.compress(level, torch.randn(20, 32), None)
+    made = compress_embedding(nn.Embedding(20, 32), level, state)
+    assert made.prepare("auto") == KERNELS
+    assert made(torch.tensor([[1, 19]])).shape == (1, 2, 32)
+    with pytest.raises(IndexError, match="token ids from 3 to 20 for an embedding of 20 tokens"):
+        made(torch.tensor([3, 20]))
