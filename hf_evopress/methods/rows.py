@@ -34,7 +34,7 @@ from .maths.linalg import DAMP, SINK, Stats
 from .maths.obs import MAX_VALUES, Rounding, solve
 from .maths.packing import pack, packed_bytes, unpack
 
-_TOP = "top_"  # how the tensors of the rows at more bits begin
+TOP = "top_"  # how the tensors of the rows at more bits begin
 
 
 class Rows(Method):
@@ -74,7 +74,7 @@ class Rows(Method):
         return True
 
     def cost_bits(self, shape: Shape, **params: Any) -> int:
-        parts = _parts(shape, params)
+        parts = parts_of(shape, params)
         return 8 * packed_bytes(shape[0], 1) + sum(code_bits(s, **p) for _, s, p in parts)
 
     def compress(self, W: Tensor, stats: Stats | None, **params: Any) -> State:
@@ -96,7 +96,7 @@ class Rows(Method):
         order = torch.argsort(_is_top(state, shape[0]).byte(), descending=True, stable=True)
         parts = [
             decode(_of(state, prefix), part, dtype, **p)
-            for prefix, part, p in _parts(shape, params)
+            for prefix, part, p in parts_of(shape, params)
         ]
         return torch.cat(parts)[torch.argsort(order)]
 
@@ -105,9 +105,9 @@ class Rows(Method):
     ) -> Tensor:
         is_top = _is_top(state, shape[0])
         before = is_top.long().cumsum(0)  # top rows up to and with this one
-        (_, top_shape, top_params), (_, rest_shape, rest_params) = _parts(shape, params)
+        (_, top_shape, top_params), (_, rest_shape, rest_params) = parts_of(shape, params)
         at = before[rows]
-        top = decode_rows(_of(state, _TOP), top_shape, (at - 1).clamp(min=0), dtype, **top_params)
+        top = decode_rows(_of(state, TOP), top_shape, (at - 1).clamp(min=0), dtype, **top_params)
         among = (rows - at).clamp(min=0, max=rest_shape[0] - 1)
         rest = decode_rows(_of(state, ""), rest_shape, among, dtype, **rest_params)
         return torch.where(is_top[rows].unsqueeze(-1), top, rest)
@@ -115,7 +115,7 @@ class Rows(Method):
     def empty(self, shape: Shape, dtype: torch.dtype, **params: Any) -> State:
         mask = torch.empty(packed_bytes(shape[0], 1), dtype=torch.uint8, device="meta")
         made = {"top_mask": mask}
-        for prefix, part, p in _parts(shape, params):
+        for prefix, part, p in parts_of(shape, params):
             made |= {f"{prefix}{name}": x for name, x in empty_codes(part, **p).items()}
         return made
 
@@ -154,18 +154,18 @@ def _rounded(W: Tensor, is_top: Tensor, stats: Stats, params: Mapping[str, Any])
         found.append((rounding.codes.T, scale.T, zero.T))
     q, scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
     state = {"top_mask": pack(is_top.to(torch.uint8), 1)}
-    for prefix, _, p in _parts((W.shape[0], W.shape[1]), params):
+    for prefix, _, p in parts_of((W.shape[0], W.shape[1]), params):
         some = is_top if prefix else ~is_top
         packed = pack_state(q[some], scale[some], zero[some], **p)
         state |= {f"{prefix}{name}": tensor for name, tensor in packed.items()}
     return state
 
 
-def _parts(shape: Shape, params: Mapping[str, Any]) -> list[tuple[str, Shape, dict[str, Any]]]:
+def parts_of(shape: Shape, params: Mapping[str, Any]) -> list[tuple[str, Shape, dict[str, Any]]]:
     """Return (prefix, shape, parameters of its codes) of the top rows and of the rest."""
     n = _n_top(shape[0], params["top"])
     return [
-        (_TOP, (n, shape[1]), {**params, "bits": params["top_bits"]}),
+        (TOP, (n, shape[1]), {**params, "bits": params["top_bits"]}),
         ("", (shape[0] - n, shape[1]), dict(params)),
     ]
 

@@ -16,6 +16,7 @@ from hf_evopress.loading.layers import CompressedLinear
 from hf_evopress.loading.runtimes import KERNELS
 from hf_evopress.methods import compose
 from hf_evopress.methods.base import State
+from hf_evopress.methods.maths.linalg import Stats
 
 CODES = [
     *(f"rtn:bits={bits},group_size=64" for bits in (2, 3, 4, 5, 6, 7, 8)),
@@ -24,6 +25,7 @@ CODES = [
     "rtn:bits=3,group_size=-1,symmetric=true",
     "rtn:bits=4,group_size=24,scales=bfloat16",
     "rtn:bits=6,group_size=8,symmetric=true",
+    "rows:bits=3,top_bits=6,top=0.2,group_size=48",
 ]
 SPARSE = [
     "magnitude:sparsity=0.5",
@@ -52,9 +54,11 @@ def make(level: str, shape: tuple[int, int]) -> tuple[Kernel, State]:
         pytest.skip(str(error))
     torch.manual_seed(0)
     W = torch.randn(shape) + 0.3 * torch.randn(shape[0], 1)  # zero points off the middle
+    X = torch.randn(2 * shape[1], shape[1])
+    stats = Stats(X.T @ X / len(X), None, X.mean(0), len(X))
     kernel = kernel_of(known, shape)
     assert kernel is not None
-    return kernel, compose.compress(known, W, None)
+    return kernel, compose.compress(known, W, stats)
 
 
 def error(found: Tensor, wanted: Tensor) -> float:

@@ -15,9 +15,11 @@ from ...methods.lowrank import LowRank
 from ...methods.maths.codes import SCALE_DTYPES, CodedMethod, n_groups
 from ...methods.maths.packing import packed_bytes
 from ...methods.maths.sparse import ANY, FLOAT_BITS, SparseMethod, mask_table, n_kept, places_of
+from ...methods.rows import Rows, parts_of
 from . import task as T
 from .compiled import chunk_of
 from .matrix import KINDS, Matrix
+from .stacked import Stacked
 
 Factors = tuple[Matrix, ...]  # of one term: W, or of a low-rank one A and B with W = B A
 
@@ -26,6 +28,9 @@ def factors(part: Method, params: Mapping[str, Any], suffix: str, shape: Shape) 
     """Return the matrices of one term whose tensors' names end with `suffix`; None for others."""
     if _reads_as(part, CodedMethod):
         return (_coded(params, suffix, shape),)
+    if _reads_as(part, Rows):
+        kinds = [_coded(p, suffix, own, prefix) for prefix, own, p in parts_of(shape, params)]
+        return (Stacked(shape, f"top_mask{suffix}", top=kinds[0], rest=kinds[1]),)
     if _reads_as(part, SparseMethod):
         return (_sparse(params, suffix, shape),)
     if _reads_as(part, LowRank):
@@ -42,14 +47,14 @@ def _reads_as(part: Method, base: Any) -> bool:
     )
 
 
-def _coded(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
+def _coded(params: Mapping[str, Any], suffix: str, shape: Shape, prefix: str = "") -> Matrix:
     bits = params["bits"]
     return Matrix(
         shape,
-        f"codes{suffix}",
+        f"{prefix}codes{suffix}",
         chunk=chunk_of(shape[1] // n_groups(shape, params["group_size"])),
         fixed={"bits": bits, "width": packed_bytes(shape[1], bits), **_grid(params, shape)},
-        **_grid_names(params, suffix),
+        **_grid_names(params, suffix, prefix),
     )
 
 
@@ -60,9 +65,9 @@ def _grid(params: Mapping[str, Any], shape: Shape) -> dict[str, int]:
     }
 
 
-def _grid_names(params: Mapping[str, Any], suffix: str) -> dict[str, Any]:
-    names = {"scales": f"scales{suffix}"}
-    return names if params["symmetric"] else {**names, "zeros": f"zeros{suffix}"}
+def _grid_names(params: Mapping[str, Any], suffix: str, prefix: str = "") -> dict[str, Any]:
+    names = {"scales": f"{prefix}scales{suffix}"}
+    return names if params["symmetric"] else {**names, "zeros": f"{prefix}zeros{suffix}"}
 
 
 def _sparse(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
