@@ -157,7 +157,7 @@ def decompress_rows(
 
 def looks_up_rows(level: Level) -> bool:
     """Return whether rows at `level` can be had without the whole weight."""
-    return all(part.looks_up_rows for part, _, _ in _parts(level))
+    return all(part.looks_up_rows for part, _, _ in parts(level))
 
 
 def bias_fix(level: Level, state: State) -> Tensor | None:
