@@ -64,7 +64,7 @@ def test_every_pattern_holds_in_every_group_and_every_place_comes_back(pattern):
 
 def test_every_mask_of_a_pattern_has_a_number_of_its_own():
     for pattern in sparse.PATTERNS:
-        table = sparse._table(pattern)
+        table = sparse.mask_table(pattern)
         assert len(set(table)) == len(table) <= 2 ** sparse._number_bits(pattern)
 
 
