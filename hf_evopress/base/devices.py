@@ -138,6 +138,19 @@ def let_cache_go(device: torch.device) -> None:
         empty()
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when what was asked of a device is done, so that a clock can be read."""
+    wait = getattr(_module(device.type), "synchronize", None)
+    if device.type != "cpu" and wait is not None:
+        wait(device)
+
+
+def name_of(device: torch.device) -> str:
+    """Return what a device calls itself, or its kind where it does not say."""
+    name = getattr(_module(device.type), "get_device_name", None)
+    return str(device) if device.type == "cpu" or name is None else str(name(device))
+
+
 def take_own_card() -> None:
     """Make the GPU of LOCAL_RANK this process's current one, where there are GPUs."""
     device = find_device()

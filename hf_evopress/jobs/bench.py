@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.devices import find_device, on_device, peak_bytes, reset_peak
+from ..base.devices import find_device, name_of, on_device, peak_bytes, reset_peak, wait_for
 from ..base.progress import Progress
 from ..loading.layers import prepare_layers
 from ..loading.packed import PackedWeight
@@ -133,10 +133,10 @@ def best(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[st
         function()
     for _ in range(repeats):
         for name, function in functions.items():
-            _wait()
+            wait_for(find_device())
             start = time.perf_counter()
             function()
-            _wait()
+            wait_for(find_device())
             seconds[name] = min(seconds[name], time.perf_counter() - start)
     return seconds
 
@@ -196,9 +196,8 @@ def read_bandwidth() -> float:
 def machine() -> str:
     """Return processor or card, threads and version of PyTorch."""
     device = find_device()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
+    name = name_of(device)
+    if device.type == "cpu":
         name = f"{_processor()}, {torch.get_num_threads()} threads"
     return f"{name}, PyTorch {torch.__version__}"
 
@@ -211,12 +210,6 @@ def _processor() -> str:
 
         return platform.processor() or platform.machine()
     return next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "CPU")
-
-
-def _wait() -> None:
-    device = find_device()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _reset(device: torch.device) -> int | None:
