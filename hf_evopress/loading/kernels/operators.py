@@ -21,7 +21,6 @@ from torch import Tensor
 from ...methods import compose
 from ...methods.base import Shape, State
 from ...plans.level import Level
-from .compiled import compiled
 from .layer import DTYPES, Kernel, kernel_of
 
 logger = logging.getLogger(__name__)
@@ -30,16 +29,11 @@ _failed: list[Exception] = []  # the kernels' own failure, which switches them o
 
 
 def usable(level: Level, shape: Shape) -> Kernel | None:
-    """Return the kernel for a layer on this machine's CPU, compiled, or None."""
-    kernel = kernel_of(level, shape)
-    if kernel is None or _failed:
-        return None
-    try:
-        compiled()
-    except failures() as error:
-        _give_up(error)
-        return None
-    return kernel
+    """Return the kernel of a layer, None where there is none or kernels have failed here.
+
+    They are compiled at the first product: a model that is only looked at does not wait for it.
+    """
+    return None if _failed else kernel_of(level, shape)
 
 
 @lru_cache(maxsize=None)
