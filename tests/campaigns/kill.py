@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -78,7 +79,12 @@ def forked(folder: Path, words: list[str]) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        from tqdm import tqdm
+
         from hf_evopress.cli import main
+
+        # tqdm's own lock is shared by forks: one that is killed holding it would stop all others
+        tqdm.set_lock(threading.RLock())
 
         main(words)
     except SystemExit as end:
