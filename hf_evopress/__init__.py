@@ -3,8 +3,9 @@
     import hf_evopress  # teaches transformers the format; costs milliseconds
     model = AutoModelForCausalLM.from_pretrained("me/smol-3.3bit")
 
-Importing the package imports neither torch nor transformers: public names load on first use,
-and the format is registered as soon as transformers imports its quantizers.
+The import is needed only where HF_EVOPRESS_AUTOLOAD=0: else `import torch` does it, where the
+package is installed. It imports neither torch nor transformers: public names load on first use,
+and the format is registered as soon as transformers looks for it.
 
 The rooms, in the order of the pipeline; each imports only from rooms above it:
 
@@ -61,6 +62,10 @@ def register() -> None:
     import_module(".loading.quantizer", __name__)  # registers when it is first imported
 
 
+def _offer() -> None:
+    import_module(".loading.offer", __name__).offer()
+
+
 def _teach_peft() -> None:
     import_module(".adapters.peft_layers", __name__).register_with_peft()
 
@@ -77,5 +82,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
 
 
-after_import("transformers.quantizers.auto", register)
-after_import("peft.tuners.lora.model", _teach_peft)
+after_import("transformers.quantizers.auto", _offer)
+# only who has compressed layers needs a PEFT that knows them
+after_import(
+    f"{__name__}.loading.layers", lambda: after_import("peft.tuners.lora.model", _teach_peft)
+)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter
-from transformers.quantizers.base import HfQuantizer
 
 from ..methods import compose
 from ..models.dropped import replace_dropped, restore_zero, sentinel_keys
@@ -27,11 +26,12 @@ from .embedding import finish_loading
 from .layers import compressed_layers, planned_levels, prepare_layers, resolve_units
 from .replace import replace, restore_linears
 from .runtimes import check_runtime
+from .versions import AnyHfQuantizer
 
 logger = logging.getLogger(__name__)
 
 
-class EvoPressQuantizer(HfQuantizer):
+class EvoPressQuantizer(AnyHfQuantizer):
     """The bridge that transformers calls; users meet it as `model.hf_quantizer`.
 
     A compressed checkpoint: planned linear layers are replaced on the meta device, so that the
@@ -47,6 +47,7 @@ class EvoPressQuantizer(HfQuantizer):
         self._on_load: dict[str, Level] = {}  # parameter name -> level, of a dense checkpoint
         self._compresses_after = False  # a dense checkpoint: not on load but once it is there
         self._tokens: Tensor | None = None
+        self._splits_experts = False  # the model has experts whose layers are apart
 
     # -- before the weights --------------------------------------------------------------------
 
@@ -77,9 +78,9 @@ class EvoPressQuantizer(HfQuantizer):
                 "EvoPressConfig(plan=..., data='text.txt'), or a plan with levels such as rtn"
             )
 
-    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+    def check_parallel(self, config: Any) -> None:
         """Refuse tensor parallelism: packed tensors cannot be cut along their rows yet."""
-        settings = getattr(model.config, "distributed_config", None)
+        settings = getattr(config, "distributed_config", None)
         for key in ("tp_size", "ep_size"):
             size = getattr(settings, key, None) or 1
             if size > 1:
@@ -100,6 +101,7 @@ class EvoPressQuantizer(HfQuantizer):
             if plan.base_model != model.config.name_or_path:
                 plan.check_depth(n for n, m in model.named_modules() if isinstance(m, nn.Linear))
             self._prepare_compression(model, plan, levels)
+            self.look_at(model)
             return
         _ignore_keys(model, [f"{path}." for path in replace_dropped(model, plan)])
         files = [str(f) for f in checkpoint_files or () if str(f).endswith(".safetensors")]
@@ -108,7 +110,12 @@ class EvoPressQuantizer(HfQuantizer):
         for name, level in levels.items():
             replace(model, name, level)
         check_shapes(model, files)
+        self.look_at(model)
         _ignore_keys(model, [f"{name}.weight" for name in levels])
+
+    def look_at(self, model: nn.Module) -> None:
+        """Note what `conversions` has to know of the model, which early versions do not pass."""
+        self._splits_experts = any(isinstance(module, SplitExperts) for module in model.modules())
 
     def _prepare_compression(self, model: Any, plan: Plan, levels: dict[str, Level]) -> None:
         was_plain = make_stock(model)  # as the dense checkpoint is
@@ -150,18 +157,18 @@ class EvoPressQuantizer(HfQuantizer):
             return compose.cost_bits(self._on_load[param_name], shape) / 8 / param.numel()
         return float(param.element_size())
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Leave out what merges experts into one tensor: here they are apart."""
-        if any(isinstance(module, SplitExperts) for module in model.modules()):
-            weight_conversions = [
-                conversion
-                for conversion in weight_conversions
-                if not (
-                    isinstance(conversion, WeightConverter)
-                    and any("experts" in target for target in conversion.target_patterns)
-                )
-            ]
-        return super().update_weight_conversions(weight_conversions, model)
+    def conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Leave out what merges experts into one tensor where they are apart."""
+        if not self._splits_experts:
+            return weight_conversions
+        return [
+            conversion
+            for conversion in weight_conversions
+            if not (
+                isinstance(conversion, WeightConverter)
+                and any("experts" in target for target in conversion.target_patterns)
+            )
+        ]
 
     def get_quantize_ops(self) -> Any:
         """Return the operation that compresses one dense weight."""
@@ -181,6 +188,7 @@ class EvoPressQuantizer(HfQuantizer):
             stitch = import_module("hf_evopress.loading.stitch")
             stitch.compress_model(model, _plan_of(config), self._tokens)
             self._tokens = None
+        self.look_at(model)
         finish_loading(model)
         check_loaded(model, _plan_of(config))
         for layer in compressed_layers(model).values():
@@ -267,6 +275,7 @@ def attach(model: Any, plan: Plan) -> EvoPressQuantizer:
     check_levels_match(model, plan)
     config = EvoPressConfig(plan)
     quantizer = EvoPressQuantizer(config, pre_quantized=True)
+    quantizer.look_at(model)
     model.config.quantization_config = config
     model.hf_quantizer = quantizer
     model.is_quantized = True

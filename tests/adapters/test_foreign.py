@@ -19,7 +19,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
-from transformers.integrations.gguf.utils import GgufLinear
 
 from hf_evopress.adapters import repair
 from hf_evopress.adapters.eora import eora
@@ -198,12 +197,13 @@ def test_compressed_tensors_say_the_same_before_and_after_they_unpack(
         assert torch.allclose(module.weight, W, atol=1e-6)
 
 
-def gguf_linear(*, permutation: Tensor | None = None) -> tuple[GgufLinear, Tensor]:
+def gguf_linear(*, permutation: Tensor | None = None) -> tuple[Any, Tensor]:
     """A layer of Q8_0 blocks (half a scale, 32 codes), and the weight that they stand for."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-127, 128, (16, 2, 32), generator=generator, dtype=torch.int8)
     scale = torch.rand(16, 2, 1, generator=generator).half()
-    layer = GgufLinear(64, 16, Q8_0)
+    gguf = pytest.importorskip("transformers.integrations.gguf.utils", reason="transformers 5.21")
+    layer = gguf.GgufLinear(64, 16, Q8_0)
     layer.weight.data = torch.cat([scale.view(torch.uint8), codes.view(torch.uint8)], 2).flatten(1)
     layer.input_permutation = permutation
     return layer, (scale.float() * codes).flatten(1)
