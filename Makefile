@@ -10,6 +10,9 @@ DATA   ?= .cache/demo.txt
 # Another text for the final table; by default windows of DATA that nothing else has seen.
 TEST   ?=
 JOBS   ?= 2
+LOWEST ?= .venv-lowest
+LOWEST_TORCH ?= 2.11.0+cpu
+LOWEST_TESTS ?= tests
 # Used for torch alone: elsewhere than on Linux, and offline, pip falls back to its usual index.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -20,12 +23,14 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo-model demo test test-fast lint format clean
+.PHONY: help venv demo-model demo test test-fast test-lowest test-clients lint format clean
 
 help:
 	@echo "make demo       compress SmolLM2-135M to a file of $(SIZE) and measure it"
 	@echo "make test       all tests, with those on the real model"
 	@echo "make test-fast  without the real model, under three minutes"
+	@echo "make test-lowest  the same in the lowest versions of all requirements"
+	@echo "make test-clients lm-eval, TRL, serve and others, each in an environment of its own"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove what the above made, but not $(VENV) and .cache"
 
@@ -58,6 +63,22 @@ test: venv demo-model
 test-fast: venv
 	$(PYTEST) -n $(JOBS) -m 'not model and not slow'
 
+# In the lowest versions that pyproject.toml allows, in an environment of its own.
+test-lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(LOWEST)/bin/python -m pytest -n $(JOBS) \
+	    -m 'not model and not slow' $(LOWEST_TESTS)
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q --retries 1 --no-deps \
+	    --extra-index-url $(TORCH_INDEX) torch==$(LOWEST_TORCH) || \
+	    $(LOWEST)/bin/python -m pip install -q -c constraints.txt --no-deps torch
+	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e '.[dev,gguf]'
+	touch $@
+
+test-clients: venv demo-model
+	$(PY) tests/clients/run
+
 lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -68,5 +89,5 @@ format: venv
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf demo build dist .ci-venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo build dist .ci-venv .ci-venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find hf_evopress tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,7 +17,7 @@ from torch import nn
 from ..base.patterns import matches
 from ..methods import compose
 from ..methods.menu import menus
-from ..models.size import header_bytes
+from ..models.size import NOTICE, header_bytes
 from ..models.sub_blocks import KINDS, Droppable, SubBlock, droppable, find_sub_blocks
 from ..models.units import Unit, find_units
 from ..plans.level import DENSE, DROP, Level
@@ -177,7 +177,7 @@ def _fixed_bits(
         for key in {"weight", *(k for x in offered[unit.name] for k in _keys(x, unit.shape))}
     ]
     dense = rest + 16 * sum(unit.n_weights for unit in units)
-    return rest + 8 * header_bytes([*others, *packed]), dense
+    return rest + 8 * header_bytes([NOTICE, *others, *packed]), dense
 
 
 @lru_cache(maxsize=None)

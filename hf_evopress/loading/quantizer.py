@@ -17,6 +17,7 @@ from ..models.dropped import replace_dropped, restore_zero, sentinel_keys
 from ..models.ends import find_ends
 from ..models.experts import SplitExperts
 from ..models.plain import make_stock, match_plan
+from ..models.size import NOTICE
 from ..plans.level import DENSE, Level
 from ..plans.plan import Plan
 from ..store.checksums import checksum, verify_files
@@ -26,7 +27,7 @@ from .embedding import finish_loading
 from .layers import compressed_layers, planned_levels, prepare_layers, resolve_units
 from .replace import replace, restore_linears
 from .runtimes import check_runtime
-from .versions import AnyHfQuantizer
+from .versions import AnyHfQuantizer, Dtypes, dtypes_of, settle_dtypes
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
         self._on_load: dict[str, Level] = {}  # parameter name -> level, of a dense checkpoint
         self._compresses_after = False  # a dense checkpoint: not on load but once it is there
         self._tokens: Tensor | None = None
+        self._dtypes: Dtypes = {}
         self._splits_experts = False  # the model has experts whose layers are apart
 
     # -- before the weights --------------------------------------------------------------------
@@ -103,7 +105,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
             self._prepare_compression(model, plan, levels)
             self.look_at(model)
             return
-        _ignore_keys(model, [f"{path}." for path in replace_dropped(model, plan)])
+        _ignore_keys(model, [NOTICE, *(f"{path}." for path in replace_dropped(model, plan))])
         files = [str(f) for f in checkpoint_files or () if str(f).endswith(".safetensors")]
         if config.verify and config.checksums and files:
             verify_files(files, config.checksums)
@@ -111,6 +113,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
             replace(model, name, level)
         check_shapes(model, files)
         self.look_at(model)
+        self._dtypes = dtypes_of(model)
         _ignore_keys(model, [f"{name}.weight" for name in levels])
 
     def look_at(self, model: nn.Module) -> None:
@@ -189,6 +192,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
             stitch.compress_model(model, _plan_of(config), self._tokens)
             self._tokens = None
         self.look_at(model)
+        settle_dtypes(model, self._dtypes)
         finish_loading(model)
         check_loaded(model, _plan_of(config))
         for layer in compressed_layers(model).values():
@@ -226,7 +230,8 @@ class EvoPressQuantizer(AnyHfQuantizer):
 
         For each compressed layer there is an empty tensor `<layer>.weight`, about 100 bytes of
         header: without hf_evopress, transformers would load the folder with random weights and
-        a mere warning; a weight of the wrong shape makes it an error.
+        a mere warning; a weight of the wrong shape makes it an error. NOTICE is one more, whose
+        name is among those that transformers prints with the error.
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is written
@@ -241,7 +246,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
         for name, tensor in state.items():
             if not tensor.numel():  # all alike, or shards would be cut by where they came from
                 state[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        for key in (*(f"{n}.weight" for n in compressed_layers(model)), *sentinel_keys(model)):
+        for key in (NOTICE, *(f"{n}.weight" for n in compressed_layers(model)), *sentinel_keys(model)):
             state[key] = torch.empty(0, dtype=torch.uint8)
         # in the order of a model that was loaded, so that shards are cut at the same places
         from transformers.core_model_loading import dot_natural_key

@@ -1,9 +1,12 @@
-"""HfQuantizer with one interface, whichever version of transformers it is from: 5.16 or later.
+"""What differs between versions of transformers, 5.16 to 5.24: one interface for all of them.
 
-    5.16 - 5.20   update_weight_conversions(conversions), update_tp_plan(config)
-    from 5.21     update_weight_conversions(conversions, model), update_parallel_plan(model, plan)
+    5.16 - 5.20   update_weight_conversions(conversions), update_tp_plan(config); a tensor that is
+                  renamed while it is loaded keeps the dtype of its file
+    from 5.21     update_weight_conversions(conversions, model), update_parallel_plan(model, plan);
+                  every tensor takes the dtype of the module
+    from 5.24     activation_checkpointing, which was gradient_checkpointing
 
-5.15 is not supported: its tokenizers are capped at 0.23.0, and nothing was run there.
+Nothing was run with versions before 5.16.
 """
 
 from __future__ import annotations
@@ -11,9 +14,14 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
+from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 HAS_MODEL = "model" in inspect.signature(HfQuantizer.update_weight_conversions).parameters
+
+
+Dtypes = dict[str, torch.dtype]
 
 
 class AnyHfQuantizer(HfQuantizer):
@@ -44,3 +52,26 @@ class AnyHfQuantizer(HfQuantizer):
         """Called up to 5.20."""
         self.check_parallel(config)
         return config
+
+
+def dtypes_of(model: nn.Module) -> Dtypes:
+    """Return the dtypes of a model's float parameters, by name."""
+    return {n: p.dtype for n, p in model.named_parameters() if p.is_floating_point()}
+
+
+@torch.no_grad()
+def settle_dtypes(model: nn.Module, dtypes: Dtypes) -> None:
+    """Give loaded float parameters the dtypes that the model was made with."""
+    for name, parameter in model.named_parameters():
+        wanted = dtypes.get(name, parameter.dtype)
+        if parameter.dtype != wanted and not parameter.is_meta:
+            parameter.data = parameter.data.to(wanted)
+
+
+def training_words(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """Return settings of TrainingArguments by the names that are `known` to this version."""
+    old = {
+        "activation_checkpointing": "gradient_checkpointing",
+        "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+    }
+    return {k if k in known else old.get(k, k): v for k, v in settings.items()}

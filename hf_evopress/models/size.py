@@ -10,6 +10,10 @@ from torch import nn
 
 from .units import find_units
 
+# The name of an empty tensor in each compressed checkpoint. Without the plugin transformers lists
+# it among the keys that it did not expect, above an error that does not say what to do.
+NOTICE = "this model is compressed: pip install hf-evopress"
+
 
 @dataclass(frozen=True)
 class Size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..base.devices import KINDS, find_device
+from ..loading.versions import training_words
 
 
 def training_arguments(**settings: Any) -> TrainingArguments:
@@ -20,7 +22,7 @@ def training_arguments(**settings: Any) -> TrainingArguments:
     """
     device = find_device()
     return _OnOneDevice(
-        **settings,
+        **training_words(settings, {f.name for f in fields(TrainingArguments)}),
         use_cpu=device.type not in KINDS,  # else bf16 is refused on a CPU
         dataloader_pin_memory=device.type == "cuda",
     )

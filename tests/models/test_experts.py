@@ -36,6 +36,8 @@ from hf_evopress.refine.blockwise import Settings, refine
 from hf_evopress.refine.states import read_notes
 from hf_evopress.store.level_store import LevelStore, Source
 
+from ..versions import is_older
+
 ARCHITECTURES = ("mixtral", "qwen3_moe", "gpt_oss")  # the last: biases, transposed, gates woven in
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -110,6 +112,8 @@ def test_so_do_those_of_their_kin(arch: str) -> None:
         nn.init.normal_(parameter, std=0.05)
     model.set_experts_implementation("eager")
     before = logits(model)
+    if arch == "aria_text" and is_older("transformers", "5.21"):
+        pytest.skip("Aria's experts are no common class before transformers 5.21")
     assert split_experts(model)
     assert torch.allclose(logits(model), before, atol=1e-5)
     fuse_experts(model)
