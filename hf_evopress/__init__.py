@@ -30,6 +30,7 @@ The rooms, in the order of the pipeline; each imports only from rooms above it:
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,13 @@ def _teach_peft() -> None:
     import_module(".adapters.peft_layers", __name__).register_with_peft()
 
 
+def _count_weights() -> None:
+    counting = import_module(".loading.counting", __name__)
+    counting.count_in_transformers()
+    for name in ("peft.peft_model", "peft.mixed_model"):
+        after_import(name, partial(counting.count_in_peft, name))
+
+
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -87,3 +95,4 @@ after_import("transformers.quantizers.auto", _offer)
 after_import(
     f"{__name__}.loading.layers", lambda: after_import("peft.tuners.lora.model", _teach_peft)
 )
+after_import(f"{__name__}.loading.layers", _count_weights)
