@@ -33,7 +33,9 @@ def main() -> None:
     env = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONPATH": root}
     found = []
     for _ in range(runs):
-        made = subprocess.run([sys.executable, "-c", TIMED], env=env, capture_output=True, text=True)
+        made = subprocess.run(
+            [sys.executable, "-c", TIMED], env=env, capture_output=True, text=True
+        )
         made.check_returncode()
         found.append([float(word) for word in made.stdout.split()])
     wall, cpu = (statistics.median(column) for column in zip(*found, strict=True))
