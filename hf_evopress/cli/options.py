@@ -197,6 +197,10 @@ Written = Annotated[
 ]
 SearchPool = Annotated[int, typer.Option(help="Search sequences to draw from.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the code that the model brings: read it first."),
+]
 
 
 def bits_of(text: str) -> float:
@@ -236,6 +240,7 @@ def recipe_of(**words: Any) -> Recipe:
                 "out",
                 "work",
                 "revision",
+                "trust_remote_code",
                 "ends",
                 "skip",
                 "refine",

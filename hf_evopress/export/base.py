@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ..base.target import whole_folder
 from ..methods.base import State
+from ..models.classes import call, class_of
 from ..models.plain import make_plain
 from ..plans.level import Level
 from ..plans.plan import Plan
+from .source_files import copy_source_files
 
 States = Callable[[str, Level], State]  # the packed tensors of (unit, level)
 
@@ -55,9 +56,14 @@ class Export(ABC):
         folder: str | Path,
         *,
         tokenizer: Any = None,
+        source: str | None = None,
+        revision: str | None = None,
+        with_code: bool = False,
     ) -> Path:
         """Write model, plan and tokenizer to `folder`, whole or not at all; return the folder.
 
+        source, revision: where the model comes from; what lies there besides its weights comes
+        along (`source_files`), Python files `with_code`.
         Of a folder that exists only what an earlier result wrote is replaced.
         """
         folder, self.tokenizer = Path(folder), tokenizer
@@ -67,6 +73,8 @@ class Export(ABC):
             self.shipped(plan).save(temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
+            if source is not None:
+                copy_source_files(source, temporary, revision=revision, with_code=with_code)
         return folder
 
 
@@ -77,9 +85,8 @@ def check_loads(folder: Path, model: Any, *, dtype: torch.dtype) -> None:
     model: in the plain form, in `dtype`. What was loaded runs as it is, and then in the plain
     form too, where both are the same computation and their logits have to be equal to the bit.
     """
-    loaded, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True
-    )
+    loader = class_of(model).loader
+    loaded, info = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     lost = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     if lost:
         raise RuntimeError(
@@ -105,4 +112,4 @@ def check_loads(folder: Path, model: Any, *, dtype: torch.dtype) -> None:
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, use_cache=False).logits
+    return call(model, ids)

@@ -189,6 +189,7 @@ class Recipe:
     out: str | None = None
     work: str | None = None  # statistics, levels and search state; default: OUT.work
     revision: str | None = None
+    trust_remote_code: bool = False  # run the model's own code, if it brings some
     dtype: str = "auto"  # of what is shipped uncompressed; auto: the model's own, 16 bit
     device: str = "auto"  # to compute on: cpu, cuda, cuda:1, ...; auto: a GPU where there is one
     offload: str = "auto"  # none; cpu, disk: blocks visit the device, hidden states wait there

@@ -1,0 +1,77 @@
+"""Models with code of their own: refused at once, or compressed with it where it is trusted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.pipeline import compress
+from hf_evopress.recipes.recipe import Recipe
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture(scope="module")
+def home(
+    tiny_model: Callable[..., nn.Module],
+    write_model: Any,
+    structured_text: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A folder with text.txt and dense/, a model whose classes are in modeling_own.py."""
+    folder: Path = write_model(tmp_path_factory.mktemp("own"), tiny_model("llama").bfloat16())
+    (folder / "text.txt").write_text(structured_text(200))
+    dense = folder / "dense"
+    (dense / "modeling_own.py").write_text(CODE)
+    config = json.loads((dense / "config.json").read_text())
+    names = {"AutoConfig": "OwnConfig", "AutoModelForCausalLM": "OwnForCausalLM"}
+    config |= {
+        "model_type": "own_llama",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {auto: f"modeling_own.{name}" for auto, name in names.items()},
+    }
+    (dense / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def recipe(home: Path, *, trust: bool) -> Recipe:
+    counts = {"seq_len": 32, "calibration": 4, "search": 2, "heldout": 1, "test": 2}
+    return Recipe.from_dict(
+        {
+            "model": str(home / "dense"),
+            "out": str(home / "out"),
+            "trust_remote_code": trust,
+            "budget": {"bits": 4.0},
+            "levels": [f"rtn:bits={b},group_size=32" for b in (3, 4)],
+            "data": {"sources": [str(home / "text.txt")], **counts},
+            "search": {"strategy": "knapsack", "sensitivity_tokens": 64},
+        }
+    )
+
+
+def test_code_that_was_not_trusted_is_not_run(home: Path) -> None:
+    with pytest.raises(ValueError, match=r"code of its own.*--trust-remote-code"):
+        Job(recipe(home, trust=False))
+
+
+def test_trusted_code_comes_along_and_loads_the_result(home: Path) -> None:
+    folder = compress(recipe(home, trust=True)).folder
+    assert (folder / "modeling_own.py").read_text() == CODE
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__name__ == "OwnForCausalLM"
+    assert type(model.hf_quantizer).__name__ == "EvoPressQuantizer"
