@@ -209,7 +209,7 @@ def tokenizer_of(name: str) -> Any:
     return read_tokenizer(where, **file)
 
 
-def _gguf_file(name: str) -> tuple[str, dict[str, str]] | None:
+def _gguf_file(name: str) -> tuple[str, dict[str, Any]] | None:
     """Return where transformers finds a GGUF file, and the file; None for another name."""
     if not name.endswith(".gguf"):
         return None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .text import Documents, Source, bos_of, check_source
+from .text import Documents, Source, bos_of, check_source, wrapping_of
 
 DEFAULT_SOURCE = "HuggingFaceFW/fineweb-edu:sample-10BT"
 
@@ -37,12 +37,14 @@ def load_tokens(
     split: str = "train",
     column: str = "text",
     writers: Mapping[str, Writer] | None = None,
+    is_wrapped: bool = False,
 ) -> Tensor:
     """Return (n_sequences, seq_len) int64 token windows, no two of which overlap.
 
     Every source gives an equal share. `split` and `column` say where a dataset keeps its text.
     Without sources, text is streamed from the Hub (fineweb-edu). writers: name of a source ->
-    what makes n of its windows, where it is no text. Raises ValueError for a source that is too
+    what makes n of its windows, where it is no text. is_wrapped: each window is begun and ended as
+    the tokenizer does a text, not only begun with BOS. Raises ValueError for a source that is too
     short, with the tokens found and needed.
     """
     if n_sequences < 1 or seq_len < 2:
@@ -55,7 +57,7 @@ def load_tokens(
     for source, write in zip(named, writing, strict=True):
         if write is None:
             check_source(source)
-    bos = bos_of(tokenizer)
+    bos, end = wrapping_of(tokenizer) if is_wrapped else (bos_of(tokenizer), [])
     shares = [n_sequences // len(named) + (i < n_sequences % len(named)) for i in range(len(named))]
     windows: list[list[int]] = []
     for source, share, write in zip(named, shares, writing, strict=True):
@@ -63,11 +65,11 @@ def load_tokens(
             windows += write(share).tolist() if share else []
             continue
         documents = Documents(source, tokenizer, split=split, column=column)
-        cut, n_found = _windows(documents, tokenizer, seq_len - len(bos), share * _POOL)
+        cut, n_found = _windows(documents, tokenizer, seq_len - len(bos) - len(end), share * _POOL)
         if len(cut) < share:
             raise ValueError(_too_short(documents, n_found, share, seq_len))
         documents.warn()
-        windows += [bos + window for window in rng.sample(cut, share)]
+        windows += [bos + window + end for window in rng.sample(cut, share)]
     rng.shuffle(windows)
     return torch.tensor(windows, dtype=torch.long)
 
@@ -82,6 +84,7 @@ def load_splits(
     split: str = "train",
     column: str = "text",
     writers: Mapping[str, Writer] | None = None,
+    is_wrapped: bool = False,
 ) -> dict[str, Tensor]:
     """Return disjoint sets of token windows by name, e.g. {"calibration": 56, "search": 32}."""
     tokens = load_tokens(
@@ -93,6 +96,7 @@ def load_splits(
         split=split,
         column=column,
         writers=writers,
+        is_wrapped=is_wrapped,
     )
     return split_tokens(tokens, sizes, seed=seed)
 

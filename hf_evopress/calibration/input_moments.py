@@ -33,6 +33,7 @@ from ..methods.maths.linalg import Stats
 from ..models.ends import output_head
 from ..models.experts import others
 from ..models.head import head_inputs
+from ..models.source import sees_ahead
 from ..models.stream import BlockStream
 from ..models.units import Unit, find_units
 from .end_moments import HEAD_FILE, STATS
@@ -63,9 +64,10 @@ def calibrate(
 
     tokens, heldout_tokens (n_sequences, seq_len) int64; the latter give a second Gram, to score
     levels on text that did not make them. prefix: token ids with which every use of the model
-    starts (a chat template): the sink moment is then taken over all its positions, otherwise
-    over position 0 of `n_sink` likely first tokens. accumulate: dtype of the sums. ranks:
-    processes that share the folder; each takes the moments of its blocks.
+    starts (a chat template): the sink moment is then taken over all its positions, otherwise over
+    position 0 of `n_sink` likely first tokens, and not at all where tokens see those behind.
+    accumulate: dtype of the sums. ranks: processes that share the folder; each takes the moments of
+    its blocks.
     Raises ValueError where the folder holds moments made from something else.
     """
     units = list(units) if units is not None else find_units(model)
@@ -279,7 +281,7 @@ def _token_sets(
     sets = {"gram": tokens}
     if prefix is not None and len(prefix):
         sets["sink"] = torch.tensor([list(prefix)], dtype=torch.long)
-    elif n_sink:
+    elif n_sink and not sees_ahead(model):
         sets["sink"] = first_tokens(tokens, n_sink)[:, None]
     if heldout is not None and len(heldout):
         sets["heldout"] = heldout

@@ -33,6 +33,7 @@ from ..base.progress import Progress
 from ..base.ranks import ALONE, Ranks
 from ..base.reading import ANEW, reading
 from ..base.resources import atomic_path
+from ..models.classes import class_of
 from ..models.experts import others
 from ..models.stream import BlockStream
 from ..models.units import Unit, find_units
@@ -99,7 +100,9 @@ def output_moments(
         first = 0 if lacks_ends else min(missing)
         for block in reversed(range(first, backward.stream.n_blocks)):
             names = by_block[block] if block in missing else []
-            moments = _block_moments(backward, block, names, tokens.numel())
+            # a loss per token, or where there is one output per text, per text
+            n = len(tokens) if backward.kind.is_pooled else tokens.numel()
+            moments = _block_moments(backward, block, names, n)
             if names:
                 _write(_file(root, block), moments, names)
             if progress:
@@ -209,6 +212,7 @@ class _Backward:
     ) -> None:
         self.model, self._recorder = model, recorder
         self.stream = BlockStream(model)
+        self.kind = class_of(model)
         self.batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
         self._scratch = TemporaryDirectory(dir=folder, prefix=".inputs.")
         self._generator = torch.Generator().manual_seed(seed)
@@ -279,6 +283,8 @@ class _Backward:
         with torch.enable_grad(), watching:
             hidden = self.stream.place.on_device(hidden.detach()).requires_grad_()
             logits = self.stream.head(ids, hidden).flatten(0, 1).float()
+            if self.kind.is_vector:
+                return self._vector_gradient(logits, hidden)
             with torch.no_grad():
                 # on the CPU, in order of tokens: the same labels on any device and batch size
                 p = logits.softmax(-1).cpu()
@@ -287,6 +293,12 @@ class _Backward:
                 self._recorder.head(logits, p)
             loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
             (gradient,) = torch.autograd.grad(loss * self._scale, hidden)
+        return gradient
+
+    def _vector_gradient(self, vectors: Tensor, hidden: Tensor) -> Tensor:
+        """Return the gradient of r . v, r a normal vector: 1 - cos grows by half its square."""
+        r = torch.randn(vectors.shape, generator=self._generator).to(vectors.device)
+        (gradient,) = torch.autograd.grad((vectors * r).sum() * self._scale, hidden)
         return gradient
 
     def _inputs(self, block: int) -> Path:

@@ -165,6 +165,16 @@ def bos_of(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
+def wrapping_of(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the special tokens that a tokenizer puts before and behind a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return bos_of(tokenizer), []
+
+
 def check_source(source: Source) -> None:
     """Raise FileNotFoundError or ValueError at once for a source that cannot be one."""
     if not isinstance(source, (str, os.PathLike)):

@@ -52,6 +52,7 @@ from .options import (
     Test,
     Texts,
     Tie,
+    TrustRemoteCode,
     Window,
     Work,
     Written,
@@ -106,6 +107,7 @@ def compress(
     calibration: Calibration = 56,
     search_pool: SearchPool = 32,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     window: Window = None,
 ) -> None:
@@ -161,6 +163,7 @@ def levels(
     calibration: Calibration = 56,
     search_pool: SearchPool = 32,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     diagnose: Annotated[
         str | None,
         typer.Option(help="A level to look at token by token: does it break attention sinks?"),
@@ -221,6 +224,7 @@ def search(
     calibration: Calibration = 56,
     search_pool: SearchPool = 32,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Find a plan for a budget and write it, a few kilobytes; levels are made if not there.
@@ -308,9 +312,12 @@ def show_result(result: Result) -> None:
             "perplexity": row.report.perplexity,
             "KL (nats)": row.report.kl_nats,
             "same top-1": row.report.top1_agreement,
+            "1 - cosine": row.report.cosine_distance,
         }
         for row in result.rows
     ]
+    unused = [k for k in (rows[0] if rows else {}) if not any(_is_there(row[k]) for row in rows)]
+    rows = [{k: v for k, v in row.items() if k not in unused} for row in rows]
     if rows:
         console.print("\n" + results_table(rows), markup=False, soft_wrap=True)
     if told := ends_line(result.plan):
@@ -322,7 +329,8 @@ def show_result(result: Result) -> None:
             f"{notes['before']:.4f} -> {notes['after']:.4f}{kept}",
             markup=False,
         )
-    console.print(f"\nIt says: {result.sample}", markup=False)
+    if result.sample:
+        console.print(f"\nIt says: {result.sample}", markup=False)
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
     if result.gguf is not None:
         from ..models.size import stored_bytes
@@ -332,6 +340,10 @@ def show_result(result: Result) -> None:
         console.print(told, markup=False, soft_wrap=True)
     where = f"\nModel, plan, recipe and heat map are in {result.folder}"
     console.print(where + (f" ({spent})" if spent else ""), markup=False)
+
+
+def _is_there(value: Any) -> bool:
+    return value is not None and value == value  # NaN: of a model that writes no text
 
 
 def _level_errors(store: LevelStore) -> Any:

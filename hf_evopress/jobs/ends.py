@@ -1,6 +1,7 @@
 """What a recipe leaves open of a model's ends: searched within the budget, at one level, or dense.
 
-auto     budgets of size and ratio: searched, for they are of the whole file;
+auto     heads of models that write no text: dense;
+         budgets of size and ratio: searched, for they are of the whole file;
          budgets of bits: 8 bits, outside the budget, which is of the decoder's weights;
          budgets of sparsity and of drops: dense
 budget   searched, and a budget of bits counts the weights of the ends as well
@@ -19,6 +20,7 @@ from torch import nn
 from ..base.patterns import matches
 from ..methods import compose
 from ..methods.menu import family_menu, fits
+from ..models.classes import class_of
 from ..models.ends import find_ends
 from ..models.units import Unit
 from ..plans.level import DENSE, Level
@@ -72,6 +74,8 @@ def choose_ends(skeleton: nn.Module, recipe: Recipe) -> Ends:
     if said == "dense":
         return Ends(every=every)
     units = find_ends(skeleton, skip=recipe.skip)
+    if said == "auto" and not class_of(skeleton).generates:
+        units = [unit for unit in units if unit.role == "embedding"]
     if in_budget:
         offered = {u.name: _menu(u, recipe) for u in units}
         return Ends(tuple(units), offered, every=every)

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ..base.devices import find_device, has_bfloat16
 from ..base.fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
@@ -37,9 +36,18 @@ from ..calibration.data import Writer
 from ..calibration.own_text import write_self, write_sequences
 from ..calibration.text import OWN, bos_of
 from ..calibration.token_cache import cached_splits
+from ..models.classes import set_pooling
 from ..models.experts import warn_of_experts
 from ..models.plain import make_plain
-from ..models.source import check_class, check_context, load_checked, read_config, read_tokenizer
+from ..models.source import (
+    check_context,
+    check_head,
+    is_decoder,
+    kind_of,
+    load_checked,
+    read_config,
+    read_tokenizer,
+)
 from ..models.stream import check_streamable
 from ..plans.level import Level
 from ..plans.plan import Plan
@@ -50,6 +58,7 @@ from ..scoring.fitness.base import Fitness
 from ..scoring.objective import fitness_of
 from ..search.space import Genome
 from ..store.level_store import LevelStore
+from .class_rules import fitted, masked, pooling_said
 from .problem import pose
 from .reporting import Reports
 
@@ -74,19 +83,24 @@ class Job:
         progress: Progress | None = None,
     ) -> None:
         self.device = find_device(recipe.device)
+        self.config = _dense_config(recipe)
+        self.kind = kind_of(self.config, recipe.model)
+        recipe = fitted(recipe, self.kind)
         self.recipe, self.ranks = recipe, start()
         self.fitness = fitness if fitness is not None else fitness_of(recipe.search.fitness)
         self.fitness_words = recipe.search.fitness if fitness is None else repr(fitness)
         self.progress = progress if self.ranks.is_first else None
         self.reports = Reports(report_to if self.ranks.is_first else (), self.work)
-        self.config = _dense_config(recipe)
         if recipe.search.dtype == "bfloat16" and self.dtype != torch.bfloat16:
             raise ValueError(
                 f"search.dtype is bfloat16, and the model ships in {self.dtype}, of which "
                 "bfloat16 keeps a part only: leave search.dtype out"
             )
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+            skeleton = self.kind.loader.from_config(
+                self.config, dtype=self.dtype, trust_remote_code=recipe.trust_remote_code
+            )
+        check_head(recipe.model, skeleton)
         make_plain(skeleton)
         check_streamable(skeleton)
         warn_of_experts(skeleton)
@@ -142,14 +156,18 @@ class Job:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return read_tokenizer(self.recipe.model, revision=self.recipe.revision)
+        return read_tokenizer(
+            self.recipe.model,
+            revision=self.recipe.revision,
+            trust_remote_code=self.recipe.trust_remote_code,
+        )
 
     @cached_property
     def tokens(self) -> Mapping[str, Tensor]:
         """Disjoint calibration, search, held-out and test sequences, (n, seq_len) each."""
         data = self.recipe.data
         counts = {k: getattr(data, k) for k in ("calibration", "search", "heldout", "test")}
-        return cached_splits(
+        found = cached_splits(
             self.work / "tokens",
             data.sources,
             self.tokenizer,
@@ -159,7 +177,13 @@ class Job:
             split=data.split,
             column=data.column,
             writers={kind: self._writer(kind) for kind in data.sources if kind in OWN},
+            is_wrapped=not self.kind.generates,
         )
+        return {name: self.masked(part) for name, part in found.items()}
+
+    def masked(self, tokens: Tensor) -> Tensor:
+        """Return `tokens` as the model is asked: with masks where it fills those in."""
+        return masked(tokens, self.tokenizer, self.kind, seed=self.recipe.data.seed)
 
     def _writer(self, kind: str) -> tuple[str, Writer]:
         """Return a fingerprint of text that the dense model writes itself, and what writes it."""
@@ -207,9 +231,21 @@ class Job:
 
     def load_model(self) -> Any:
         """Return the dense model in the dtype to ship."""
-        model = load_checked(self.recipe.model, revision=self.recipe.revision, dtype=self.dtype)
+        model = load_checked(
+            self.recipe.model,
+            kind=self.kind,
+            revision=self.recipe.revision,
+            dtype=self.dtype,
+            trust_remote_code=self.recipe.trust_remote_code,
+        )
+        self.pool(model)
         make_plain(model)
         return model.eval().requires_grad_(False)
+
+    def pool(self, model: Any) -> None:
+        """Say how the states of an embedding model become a vector."""
+        if self.kind.is_vector:
+            set_pooling(model, pooling_said(self.recipe.model, is_decoder(self.config)))
 
     @cached_property
     def model(self) -> Any:
@@ -256,7 +292,9 @@ class Job:
 
 
 def _dense_config(recipe: Recipe) -> Any:
-    config = read_config(recipe.model, revision=recipe.revision)
+    config = read_config(
+        recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
+    )
     quantized = getattr(config, "quantization_config", None)
     if quantized:
         kind = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
@@ -264,6 +302,5 @@ def _dense_config(recipe: Recipe) -> Any:
             f"{recipe.model} is already compressed ({kind}); start from the dense model, "
             "or dequantize() it and save that first"
         )
-    check_class(config, recipe.model)
     check_context(config, recipe.data.seq_len, "data.seq_len (--seq-len)")
     return config

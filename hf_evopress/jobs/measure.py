@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ..base.placement import dtype_of
 from ..calibration.data import tokenize_file
 from ..loading.layers import prepare_layers
 from ..loading.quantizer import register_with_transformers
 from ..loading.runtimes import PACKED
+from ..models.classes import call
 from ..models.plain import make_plain
 from ..models.size import stored_bytes
 from ..models.source import window_of
 from ..plans.level import Level
 from ..plans.plan import Plan
+from ..scoring.compare_outputs import compare_outputs
 from ..scoring.evaluate import Report, compare_many
 from ..scoring.evaluator import Evaluator
 from ..search.space import Genome
@@ -89,16 +90,23 @@ def measure(
     if is_refined:
         models[UNREFINED] = partial(_logits, evaluator, plan.levels)
         sizes[UNREFINED] = sizes["searched"]
-    reports = compare_many(
-        models, dense, tokens, window=window, max_windows=max_windows, progress=job.progress
-    )
+    if job.kind.generates:
+        reports = compare_many(
+            models, dense, tokens, window=window, max_windows=max_windows, progress=job.progress
+        )
+    else:
+        windows = tokens[: len(tokens) // window * window].view(-1, window)[:max_windows]
+        vector = job.kind.is_vector
+        reports = compare_outputs(models, dense, windows, is_vector=vector, progress=job.progress)
     rows = tuple(Row(name, *sizes[name], reports[name]) for name in models)
-    return rows, generate(job.tokenizer, reloaded)
+    return rows, generate(job.tokenizer, reloaded) if job.kind.generates else ""
 
 
 def _reload(job: Job, folder: Path) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(job.model))
+    trust = {"trust_remote_code": True} if job.recipe.trust_remote_code else {}
+    model = job.kind.loader.from_pretrained(folder, dtype=dtype_of(job.model), **trust)
     prepare_layers(model, PACKED)  # the reference that plans were scored with
+    job.pool(model)
     return model.eval().to(job.device)
 
 
@@ -112,7 +120,7 @@ def check_reloaded(evaluator: Evaluator, plan: Plan, reloaded: Any) -> None:
     """
     ids = evaluator.tokens[:1].to(evaluator.device)
     scored = evaluator.logits(plan.levels, ids)
-    loaded = reloaded(input_ids=ids, use_cache=False).logits
+    loaded = call(reloaded, ids)
     difference, allowed = _largest(scored, loaded), 0.0
     if difference > 0 and torch.device(evaluator.device).type != "cpu":
         in_two = evaluator.logits(plan.levels, ids.repeat(2, 1))[:1]
@@ -187,7 +195,7 @@ def unseen_tokens(job: Job, test: str | None, window: int | None) -> tuple[Tenso
         tokens = tokenize_file(test, job.tokenizer)
         if len(tokens) < window:
             raise ValueError(f"{test} has {len(tokens)} tokens, one window needs {window}")
-        return tokens, window
+        return job.masked(tokens), window
     return job.tokens["test"].flatten(), job.recipe.data.seq_len
 
 
@@ -202,6 +210,11 @@ def figures(rows: tuple[Row, ...]) -> dict[str, Any]:
                 "perplexity": perplexity if math.isfinite(perplexity) else None,
                 "kl_nats": row.report.kl_nats,
                 "top1_agreement": row.report.top1_agreement,
+                **(
+                    {"cosine_distance": row.report.cosine_distance}
+                    if row.report.cosine_windows
+                    else {}
+                ),
                 "window": row.report.window,
                 "n_tokens": row.report.n_tokens,
             }

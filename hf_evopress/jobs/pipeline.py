@@ -134,7 +134,16 @@ def export(job: Job, store: LevelStore, plan: Plan, *, format: str = "evopress")
     """Return the folder that `plan` was written to in `format`."""
     exporter, out = load("export", format)(), str(job.recipe.out)
     folder = folder_of(out) if format == "gguf" else out
-    return exporter.save(job.load_model(), plan, store.state, folder, tokenizer=job.tokenizer)
+    return exporter.save(
+        job.load_model(),
+        plan,
+        store.state,
+        folder,
+        tokenizer=job.tokenizer,
+        source=job.recipe.model if format != "gguf" else None,
+        revision=job.recipe.revision,
+        with_code=job.recipe.trust_remote_code,
+    )
 
 
 def _unseen_name(recipe: Recipe) -> str:

@@ -46,4 +46,4 @@ class _Asking(dict[str, Any]):
         return super().__getitem__(method)
 
     def get(self, method: str, default: Any = None) -> Any:
-        return self[method] if method in self else default
+        return self[method] if method in self else default  # noqa: SIM401  that would come back here

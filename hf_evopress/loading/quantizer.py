@@ -246,7 +246,11 @@ class EvoPressQuantizer(AnyHfQuantizer):
         for name, tensor in state.items():
             if not tensor.numel():  # all alike, or shards would be cut by where they came from
                 state[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        for key in (NOTICE, *(f"{n}.weight" for n in compressed_layers(model)), *sentinel_keys(model)):
+        for key in (
+            NOTICE,
+            *(f"{n}.weight" for n in compressed_layers(model)),
+            *sentinel_keys(model),
+        ):
             state[key] = torch.empty(0, dtype=torch.uint8)
         # in the order of a model that was loaded, so that shards are cut at the same places
         from transformers.core_model_loading import dot_natural_key

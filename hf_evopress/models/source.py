@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..base.reading import read_object, reading
 from ..plans.repo import is_repo_id
+from .classes import CAUSAL, CLASSES, MASKED, ModelClass, class_of, find_class
 from .units import SUPPORTED
 
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -28,7 +29,9 @@ _COUNT = re.compile(r"(num|n)_\w*(layer|head|expert)")
 MOST = 2**20  # layers, heads or experts; building more would take hours before the first error
 
 
-def read_config(name: str | Path, *, revision: str | None = None) -> Any:
+def read_config(
+    name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
     """Return the config of a model, a folder or a Hub name; errors name the way out."""
     _check_place(name)
     if (file := Path(name) / "config.json").is_file():
@@ -38,12 +41,23 @@ def read_config(name: str | Path, *, revision: str | None = None) -> Any:
             raise type(error)(f"the config of {name} cannot be read: {error}") from error
     try:
         with reading(file):
-            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+            return AutoConfig.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code
+            )
     except OSError as error:
         raise type(error)(_no_model(name, error)) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} brings code of its own, which would run here: read it, then say "
+            "--trust-remote-code (trust_remote_code: true in a recipe)"
+        ) from error
 
 
-def read_tokenizer(name: str | Path, *, revision: str | None = None, **file: str) -> Any:
+def read_tokenizer(
+    name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, **file: Any
+) -> Any:
     """Return the tokenizer of a model; ValueError where its folder has none."""
     if not file:
         _check_place(name)
@@ -53,26 +67,85 @@ def read_tokenizer(name: str | Path, *, revision: str | None = None, **file: str
             f"{name} holds a model and no tokenizer: copy tokenizer.json and "
             "tokenizer_config.json of the model that it comes from into it"
         )
-    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False, **file)
+    return AutoTokenizer.from_pretrained(
+        name, revision=revision, trust_remote_code=trust_remote_code, **file
+    )
 
 
-def load_checked(name: str | Path, **options: Any) -> Any:
-    """Return the causal language model called `name`, after checking class, keys and values.
+def load_checked(name: str | Path, *, kind: ModelClass | None = None, **options: Any) -> Any:
+    """Return the model called `name`, after checking class, keys and values.
 
-    options: as of from_pretrained. Checkpoints of other quantizers are left to them.
+    kind: its class; a causal language model where none is given. options: as of from_pretrained.
+    Checkpoints of other quantizers are left to them.
     """
-    if "gguf_file" not in options:
+    if kind is None and "gguf_file" not in options:
         check_class(read_config(name, revision=options.get("revision")), name)
+    if "gguf_file" not in options:
         _check_index(Path(name) / "model.safetensors.index.json")
     options = {"output_loading_info": True, "trust_remote_code": False, **options}
     with reading(name):
-        loaded = AutoModelForCausalLM.from_pretrained(name, **options)
+        loaded = (kind or CAUSAL).loader.from_pretrained(name, **options)
     model, info = loaded
     method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if getattr(method, "quant_method", _OURS) == _OURS:
         _check_keys(name, type(model).__name__, info)
         check_finite(model, str(name))
     return model
+
+
+def kind_of(config: Any, name: str | Path) -> ModelClass:
+    """Return the class of a checkpoint; ValueError names what is supported nearest."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is a {_said(config)}, an encoder-decoder, whose two stacks exchange more than "
+            f"hidden states; supported: {SUPPORTED}, and encoders such as BERT and ModernBERT"
+        )
+    auto_map = getattr(config, "auto_map", None) or {}
+    for kind in CLASSES:
+        if kind.auto in auto_map:
+            return kind
+    for architecture in getattr(config, "architectures", None) or ():
+        if (found := find_class(architecture)) is not None:
+            if found is CAUSAL:
+                check_class(config, name)
+            return found
+    check_class(config, name)
+    return CAUSAL
+
+
+def check_head(name: str | Path, skeleton: Any) -> None:
+    """Raise ValueError where a folder's weights lack the head of the model: it would be random."""
+    keys = _stored_keys(Path(name))
+    prefix, tied = f"{skeleton.base_model_prefix}.", getattr(skeleton, "all_tied_weights_keys", {})
+    if not keys or not any(key.startswith(prefix) for key in skeleton.state_dict()):
+        return
+    for key in skeleton.state_dict():
+        part = key.partition(".")[0]
+        # anywhere in a name: some checkpoints are stored by other paths than they have in memory
+        if key.startswith(prefix) or key in tied or any(f".{part}." in f".{k}" for k in keys):
+            continue
+        raise ValueError(
+            f"{name} has no {key}: its {type(skeleton).__name__} would get a random head; give the "
+            "fine-tuned checkpoint, or correct architectures in its config.json"
+        )
+
+
+def sees_ahead(model: Any) -> bool:
+    """Return whether a position depends on those behind it, as in an encoder."""
+    kind = class_of(model)
+    return not kind.generates and (kind is MASKED or not is_decoder(model.config))
+
+
+def is_decoder(config: Any) -> bool:
+    """Return whether a config is of a model whose tokens see only those before them."""
+    text = config.get_text_config(decoder=True)
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    known = next((kind for kind in type(text).__mro__ if kind in mapping), None)
+    if known is None or getattr(text, "use_bidirectional_attention", False):
+        return False
+    made = mapping[known]
+    is_encoder = _is_encoder(made[0] if isinstance(made, (list, tuple)) else made)
+    return bool(getattr(text, "is_decoder", False)) or not is_encoder
 
 
 def check_class(config: Any, name: str | Path) -> None:
@@ -123,6 +196,8 @@ def context_of(config: Any) -> int | None:
     """Return the most tokens that a model takes, None where its config does not say."""
     text = config.get_text_config(decoder=True)
     longest = getattr(text, "max_position_embeddings", None)
+    if "roberta" in config.model_type and isinstance(longest, int):
+        longest -= (config.pad_token_id or 0) + 1  # its positions begin behind the padding's
     return longest if isinstance(longest, int) and longest > 0 else None
 
 
@@ -198,6 +273,20 @@ def _check_keys(name: str | Path, kind: str, info: Any) -> None:
                 f"{name} does not fit {kind}: the checkpoint {what} "
                 f"{', '.join(sorted(keys)[:6])}{more}; supported: {SUPPORTED}"
             )
+
+
+def _stored_keys(folder: Path) -> set[str]:
+    """Return the names of the tensors in a folder's safetensors files, none of other files."""
+    from safetensors import SafetensorError, safe_open
+
+    keys: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        try:
+            with safe_open(file, framework="pt") as opened:
+                keys.update(opened.keys())
+        except (SafetensorError, OSError):  # loading will say what is wrong with it
+            return set()
+    return keys
 
 
 def _said(config: Any) -> str:

@@ -1,4 +1,4 @@
-"""Run any causal language model of transformers block by block.
+"""Run any model of transformers with one stack of blocks block by block.
 
 The model's own forward is run with the forwards of its decoder blocks replaced for a moment,
 so that embeddings, masks, rotary tables, final norm and head are the model's own code and the
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.placement import Place, Visit, place_of, visiting
+from .classes import call
 from .units import find_blocks
 
 # keys of a config, and what blocks get from elsewhere than the block before them (Gemma 3n and 4)
@@ -45,7 +46,7 @@ class _Reached(Exception):
 
 
 class BlockStream:
-    """A causal language model as embed -> block 0 ... block n-1 -> head.
+    """A model as embed -> block 0 ... block n-1 -> head.
 
         stream = BlockStream(model)
         hidden = stream.embed(input_ids)
@@ -55,7 +56,8 @@ class BlockStream:
 
     input_ids are LongTensors (batch, seq) without padding; hidden (batch, seq, dim). Works with
     and without autograd. What blocks get besides hidden states (masks, rotary tables) is
-    captured once per (batch, seq) and reused.
+    captured once per (batch, seq) and reused. What is called logits here is what the class of the
+    model puts out (see `classes`); where that is pooled, the head needs whole sequences.
 
     Where the model computes elsewhere than it lies (`base.placement`), the block that runs is
     brought there and stays until another runs; embeddings and head are brought when they run, and
@@ -191,8 +193,7 @@ class BlockStream:
     def _forward(self, input_ids: Tensor) -> Tensor:
         self._bring("ends", 0, self._outside)
         device = next(self.model.get_input_embeddings().parameters()).device  # type: ignore[operator]
-        out = self.model(input_ids=input_ids.to(device), use_cache=False)
-        return out.logits if hasattr(out, "logits") else out[0]  # a base model has no head
+        return call(self.model, input_ids.to(device))
 
     def _give(self, i: int, hidden: Tensor) -> Callable[..., Any]:
         """Return a forward for block i that ignores its input and gives `hidden`."""

@@ -75,6 +75,7 @@ def results_rows(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list
         "perplexity": ("perplexity", "{:.2f}"),
         "kl_nats": ("KL to dense (nats)", "{:.4f}"),
         "top1_agreement": ("same top-1", "{:.1%}"),
+        "cosine_distance": ("1 - cosine to dense", "{:.5f}"),
     }
     used = [key for key in columns if any(_is_number(row.get(key)) for row in rows.values())]
     headers = ["", *(columns[key][0] for key in used)]

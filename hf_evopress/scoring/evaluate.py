@@ -33,7 +33,9 @@ class Report:
     nll_windows: mean negative log-likelihood in nats, dense_nll_windows that of the dense model.
     kl_windows: mean KL(dense || model) in nats per token. agreement_windows: share of
     predictions in which both models rank the same token first.
-    The last three are empty where there was no dense model to compare with.
+    cosine_windows: 1 - cosine between the vectors of an embedding model and of the dense one.
+    Of a model that writes no text nll_windows is empty, and there is no perplexity (NaN); without
+    a dense model to compare with the others are.
     """
 
     window: int
@@ -41,15 +43,18 @@ class Report:
     dense_nll_windows: tuple[float, ...] = ()
     kl_windows: tuple[float, ...] = ()
     agreement_windows: tuple[float, ...] = ()
+    cosine_windows: tuple[float, ...] = ()
 
     @property
     def n_tokens(self) -> int:
         """How many predictions were scored."""
+        if not self.nll_windows:
+            return (len(self.kl_windows) + len(self.cosine_windows)) * self.window
         return len(self.nll_windows) * (self.window - 1)
 
     @property
     def perplexity(self) -> float:
-        return _exp(_mean(self.nll_windows))
+        return _exp(_mean(self.nll_windows)) if self.nll_windows else math.nan
 
     @property
     def dense_perplexity(self) -> float | None:
@@ -58,6 +63,10 @@ class Report:
     @property
     def kl_nats(self) -> float | None:
         return _mean(self.kl_windows) if self.kl_windows else None
+
+    @property
+    def cosine_distance(self) -> float | None:
+        return _mean(self.cosine_windows) if self.cosine_windows else None
 
     @property
     def kl_standard_error(self) -> float | None:

@@ -24,6 +24,7 @@ from ..base.placement import device_of, place_of
 from ..base.progress import Progress
 from ..base.ranks import ALONE, Ranks
 from ..methods.base import Operator
+from ..models.classes import class_of
 from ..models.dropped import dropped_forward
 from ..models.head import SomeColumns
 from ..models.patching import unit_operators
@@ -64,6 +65,7 @@ class Evaluator:
     ) -> None:
         self.model, self.store, self.tokens, self.fitness = model, store, tokens, fitness
         self.stream = BlockStream(model)
+        self.is_pooled = class_of(model).is_pooled
         self.device = device_of(model)
         self.hidden_bytes = hidden_bytes
         self.batch_tokens = BATCH_TOKENS
@@ -231,13 +233,19 @@ class Evaluator:
     def _loss(self, number: int, ids: Tensor, hidden: Tensor, weight: Tensor | None) -> float:
         targets = self._targets[number]
         return sum(
-            self._share(ids, hidden, targets, part, weight)
-            for part in self.fitness.parts(ids.shape[1])
+            self._share(ids, hidden, targets, part, weight) for part in self._parts(ids.shape[1])
         )
+
+    def _parts(self, n_tokens: int) -> list[slice]:
+        """Return the slices of positions that the head is run on; pooled outputs need them all."""
+        return [slice(0, n_tokens)] if self.is_pooled else self.fitness.parts(n_tokens)
 
     def _share(
         self, ids: Tensor, hidden: Tensor, targets: Targets, part: slice, weight: Tensor | None
     ) -> float:
+        if self.is_pooled:
+            rows = self._head(ids, hidden, part)
+            return self.fitness.share(rows, ids[0, : len(rows)], targets, slice(0, len(rows)))
         if self._some is None:
             return self.fitness.share(self._head(ids, hidden, part), ids[0], targets, part)
         x = self._some.inputs(ids[:, part], hidden[:, part])
@@ -276,7 +284,7 @@ class Evaluator:
             self._some.check(ids[:, first], hidden[:, first], logits)
         made = [
             self.fitness.targets(self._head(ids, hidden, part), ids[0, part])
-            for part in self.fitness.parts(ids.shape[1])
+            for part in self._parts(ids.shape[1])
         ]
         return {key: torch.cat([t[key] for t in made]) for key in made[0]}
 

@@ -85,18 +85,19 @@ def model_card(folder: Path, plan: Plan, recipe: Recipe | None, *, name: str) ->
     bits, measured = exact_bits(plan), plan_rows(plan.to_dict())
     rows = {"this model" if row == "searched" else row: found for row, found in measured.items()}
     headers, cells = results_rows(rows)
-    base, stored = hub_base(plan.base_model), stored_bytes(folder)
+    base, stored, kind = hub_base(plan.base_model), stored_bytes(folder), _class_of(folder)
     metadata = {
         "library_name": "transformers",
         "base_model": base,
         "base_model_relation": "quantized" if base else None,
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": kind.task,
         "tags": ["evopress", TAG],
     }
     return render(
         "model.md",
         metadata,
         name=name,
+        kind=kind,
         base_model=base,
         revision=plan.revision,
         bits=mean_bits(plan, bits),
@@ -116,6 +117,21 @@ def model_card(folder: Path, plan: Plan, recipe: Recipe | None, *, name: str) ->
         versions=_versions(plan.search),
         **_pictures(folder, plan, bits),
     )
+
+
+def _class_of(folder: Path) -> Any:
+    """Return the class of the model in a folder, a causal language model where it does not say."""
+    from ..models.classes import CAUSAL, find_class
+
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        config = {}
+    for name in config.get("architectures") or () if isinstance(config, Mapping) else ():
+        if (found := find_class(str(name))) is not None:
+            return found
+    return CAUSAL
 
 
 def adapter_card(folder: Path, name: str) -> str:

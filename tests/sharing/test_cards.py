@@ -65,9 +65,9 @@ def test_a_local_base_model_is_not_told_to_the_hub(folder: Path, tmp_path: Path)
     assert str(tmp_path) not in text
 
 
-def test_the_first_code_imports_the_package_before_it_loads(folder: Path) -> None:
+def test_the_first_code_says_what_to_install_before_it_loads(folder: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", card(folder, plan()), re.DOTALL)
-    assert code[0].startswith("import hf_evopress")
+    assert code[0].startswith("# pip install hf-evopress\nfrom transformers import")
     for block in code:
         compile(block, "card", "exec")
 

@@ -1,0 +1,80 @@
+"""What a job does differently for models that write no text: fitness, tokens, what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration.text import OWN
+from ..models.classes import MASKED, ModelClass
+from ..recipes.mixture import parse
+from ..recipes.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+MASKED_SHARE = 0.15  # of the tokens, as BERT was trained
+_POOLING = "1_Pooling/config.json"  # of sentence-transformers
+
+
+def fitted(recipe: Recipe, kind: ModelClass) -> Recipe:
+    """Return `recipe` with what suits the class of its model; ValueError for what does not."""
+    if kind.generates:
+        return recipe
+    names = [term.name for term in parse(recipe.search.fitness)]
+    fitting = ("cosine",) if kind.is_vector else ("kl",)
+    if kind.is_vector and names == ["kl"]:
+        recipe = dataclasses.replace(
+            recipe, search=dataclasses.replace(recipe.search, fitness="cosine")
+        )
+    elif wrong := [name for name in names if name not in fitting]:
+        raise ValueError(
+            f"fitness {wrong[0]} is of models that write text; {recipe.model} is of class "
+            f"{kind.name}, which is compared by {fitting[0]}"
+        )
+    own = [source for source in recipe.data.sources if source in OWN]
+    if own or recipe.data.written:
+        raise ValueError(
+            f"{recipe.model} is of class {kind.name} and writes no text: give text with --data "
+            f"FILE instead of {own[0] if own else '--written'}"
+        )
+    if recipe.refine != "none" or recipe.refine_levels:
+        raise ValueError(
+            f"refinement learns from what a model writes next; {recipe.model} is of class "
+            f"{kind.name}: leave out refine"
+        )
+    return recipe
+
+
+def masked(tokens: Tensor, tokenizer: Any, kind: ModelClass, *, seed: int) -> Tensor:
+    """Return `tokens` (n, seq) with some of them masked, for models that fill masks in."""
+    if kind is not MASKED:
+        return tokens
+    mask = getattr(tokenizer, "mask_token_id", None)
+    if mask is None:
+        raise ValueError(f"{type(tokenizer).__name__} has no mask token, which this model fills in")
+    special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
+    drawn = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed)) < MASKED_SHARE
+    return torch.where(drawn & ~torch.isin(tokens, special), mask, tokens)
+
+
+def pooling_said(model: str, architecture_is_causal: bool) -> str:
+    """Return how a folder of sentence-transformers pools, else what its kind of model does."""
+    path = Path(model) / _POOLING
+    said: Mapping[str, Any] = {}
+    if path.is_file():
+        said = json.loads(path.read_text(encoding="utf-8"))
+    word = str(said.get("pooling_mode", ""))
+    known = {"cls": "first", "lasttoken": "last", "mean": "mean"}
+    for key, pooling in known.items():
+        if word == key or any(said.get(f"pooling_mode_{k}") for k in (key, f"{key}_token")):
+            return pooling
+    if said and not said.get("pooling_mode_mean_tokens"):
+        logger.warning("%s pools in a way that is not known here; the mean is compared", path)
+    return "mean" if said or not architecture_is_causal else "last"

@@ -1,0 +1,140 @@
+"""Which class of model a checkpoint is of: the Auto class that loads it, and what it puts out.
+
+The class comes from the checkpoint's own `architectures`, so that a head is never lost or made up.
+What a model puts out is brought to one form, (batch, rows, columns), whose rows are what a fitness
+compares: next tokens, masked tokens, labels of tokens, labels of a text, the places where an answer
+starts and ends, or one vector per text.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ModelClass:
+    """One kind of model. The columns of its outputs are log-odds, but those of a vector."""
+
+    name: str  # as the library's tasks are called
+    auto: str  # class of transformers
+    what: str  # in a sentence of the card
+    task: str  # pipeline tag of the Hub
+    generates: bool = False
+    is_pooled: bool = False  # a few rows per text instead of one per token
+    is_vector: bool = False
+
+    @property
+    def loader(self) -> Any:
+        """The Auto class."""
+        return getattr(transformers, self.auto)
+
+
+CAUSAL = ModelClass(
+    "causal", "AutoModelForCausalLM", "A language model", "text-generation", generates=True
+)
+IMAGE_TEXT = ModelClass(
+    "image-text", "AutoModelForImageTextToText", "A vision-language model, its text part",
+    "image-text-to-text", generates=True,
+)  # fmt: skip
+MASKED = ModelClass("masked", "AutoModelForMaskedLM", "A masked language model", "fill-mask")
+TOKENS = ModelClass(
+    "tokens", "AutoModelForTokenClassification", "A classifier of tokens", "token-classification"
+)
+SEQUENCE = ModelClass(
+    "sequence", "AutoModelForSequenceClassification", "A classifier of texts",
+    "text-classification", is_pooled=True,
+)  # fmt: skip
+ANSWERS = ModelClass(
+    "answers", "AutoModelForQuestionAnswering", "A model that finds answers in a text",
+    "question-answering", is_pooled=True,
+)  # fmt: skip
+HEADLESS = ModelClass(
+    "headless", "AutoModel", "An embedding model", "feature-extraction",
+    is_pooled=True, is_vector=True,
+)  # fmt: skip
+
+CLASSES = (CAUSAL, IMAGE_TEXT, MASKED, TOKENS, SEQUENCE, ANSWERS, HEADLESS)
+BY_NAME: Mapping[str, ModelClass] = MappingProxyType({kind.name: kind for kind in CLASSES})
+POOLINGS = ("mean", "first", "last")
+
+
+def find_class(architecture: str) -> ModelClass | None:
+    """Return the class of a model called such as BertForMaskedLM, None where there is none here."""
+    for kind in CLASSES:
+        mapping: Any = kind.loader._model_mapping
+        for made in mapping._model_mapping.values():
+            if architecture == made or (isinstance(made, tuple) and architecture in made):
+                return kind
+    return None
+
+
+def class_of(model: Any) -> ModelClass:
+    """Return the class of a model that is there: causal, where transformers does not know it."""
+    return find_class(type(model).__name__) or find_class(_stock_name(model)) or CAUSAL
+
+
+def _stock_name(model: Any) -> str:
+    return next((c.__name__ for c in type(model).__mro__ if find_class(c.__name__)), "")
+
+
+def outputs(model: Any, out: Any, ids: Tensor, *, pooling: str = "mean") -> Tensor:
+    """Return what a forward put out as (batch, rows, columns).
+
+    pooling: how a headless model's states become one vector per text: mean, first or last.
+    """
+    kind = class_of(model)
+    if kind is ANSWERS:
+        return torch.stack([out.start_logits, out.end_logits], dim=1)
+    if kind is HEADLESS:
+        return pooled(out[0], pooling)
+    logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
+    return logits[:, None] if kind is SEQUENCE else logits
+
+
+def pooled(states: Tensor, pooling: str) -> Tensor:
+    """Return one vector of length 1 per text (batch, 1, dim), of states (batch, seq, dim)."""
+    if pooling == "mean":
+        states = states.mean(1, keepdim=True)
+    else:
+        states = states[:, :1] if pooling == "first" else states[:, -1:]
+    return F.normalize(states, dim=-1)
+
+
+def call(model: Any, ids: Tensor) -> Tensor:
+    """Return the outputs of a model for token ids (batch, seq) without padding."""
+    return outputs(model, forward(model, ids), ids, pooling=pooling_of(model))
+
+
+def forward(model: Any, ids: Tensor) -> Any:
+    """Return what a model's forward returns, with no cache made where it would make one."""
+    options = {"use_cache": False} if _takes_cache(model) else {}
+    return model(input_ids=ids, **options)
+
+
+def pooling_of(model: Any) -> str:
+    """Return how the states of a headless model are pooled: as `set_pooling` said, else mean."""
+    return str(model.__dict__.get("_evopress_pooling", "mean"))
+
+
+def set_pooling(model: Any, pooling: str) -> None:
+    """Say how the states of a headless model become one vector: mean, first or last."""
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling is {', '.join(POOLINGS)}, got {pooling!r}")
+    model.__dict__["_evopress_pooling"] = pooling
+
+
+def _takes_cache(model: Any) -> bool:
+    """Return whether a forward takes use_cache, by name or for a decoder inside it."""
+    parameters = inspect.signature(type(model).forward).parameters
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    text = model.config.get_text_config(decoder=True)
+    return "use_cache" in parameters or (passes_on and hasattr(text, "use_cache"))

@@ -1,0 +1,229 @@
+"""Every class of model: compressed, reloaded without our import, the same outputs, its card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.pipeline import compress
+from hf_evopress.models.classes import call, find_class, set_pooling
+from hf_evopress.models.source import sees_ahead
+from hf_evopress.models.units import find_blocks
+from hf_evopress.recipes.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+IDS = torch.arange(2, 34).view(2, 16)
+
+ENCODER: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
+ENDS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+BERT = {**ENCODER, **ENDS, "intermediate_size": 128, "max_position_embeddings": 64}
+LLAMA = {**BERT, "num_key_value_heads": 2}
+VISION = {**ENCODER, "intermediate_size": 64, "image_size": 16, "patch_size": 8}
+
+# architecture -> model type and settings
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "BertForMaskedLM": ("bert", BERT),
+    "RobertaForMaskedLM": ("roberta", BERT),
+    "ModernBertForMaskedLM": (
+        "modernbert",
+        {**BERT, "local_attention": 8, "cls_token_id": 0, "sep_token_id": 0},
+    ),
+    "DistilBertForSequenceClassification": (
+        "distilbert",
+        {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128, "max_position_embeddings": 64},
+    ),
+    "DebertaV2ForTokenClassification": ("deberta-v2", {**BERT, "relative_attention": True}),
+    "BertForQuestionAnswering": ("bert", BERT),
+    "LlamaForSequenceClassification": ("llama", {**LLAMA, "num_labels": 3}),
+    "BertModel": ("bert", BERT),
+    "Qwen3Model": ("qwen3", {**LLAMA, "head_dim": 16}),
+    "LlavaForConditionalGeneration": (
+        "llava",
+        {
+            "text_config": {**LLAMA, "model_type": "llama", "vocab_size": 256},
+            "vision_config": {**VISION, "model_type": "clip_vision_model"},
+            "image_token_index": 255,
+        },
+    ),
+}
+
+
+def make(architecture: str) -> Any:
+    """Return a tiny model of a class whose weights are large enough to lose something."""
+    kind, settings = MODELS[architecture]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=256, **settings)
+    model = getattr(transformers, architecture)(config).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.08)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(
+    byte_tokenizer: PreTrainedTokenizerFast,
+    structured_text: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Path]:
+    """folder(architecture): a folder with dense/ and text.txt."""
+    home = tmp_path_factory.mktemp("classes")
+
+    def made(architecture: str) -> Path:
+        here = home / architecture
+        if not here.is_dir():
+            make(architecture).save_pretrained(here / "dense")
+            tokenizer = byte_tokenizer
+            if find_class(architecture).name == "masked":  # type: ignore[union-attr]
+                tokenizer = PreTrainedTokenizerFast(
+                    tokenizer_object=byte_tokenizer.backend_tokenizer,
+                    eos_token="<eos>",
+                    mask_token="ÿ",
+                )
+            tokenizer.save_pretrained(here / "dense")
+            (here / "text.txt").write_text(structured_text(200))
+        return here
+
+    return made
+
+
+def recipe(here: Path, **more: Any) -> Recipe:
+    counts = {"calibration": 4, "search": 2, "heldout": 1, "test": 3}
+    return Recipe.from_dict(
+        {
+            "model": str(here / "dense"),
+            "out": str(here / "out"),
+            "budget": {"bits": 4.0},
+            "levels": [f"gptq:bits={b},group_size=32" for b in (3, 4)],
+            "data": {"sources": [str(here / "text.txt")], "seq_len": 32, **counts},
+            "search": {"settings": {"generations": 1}, "sensitivity_tokens": 64},
+            **more,
+        }
+    )
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_a_model_of_its_class_is_compressed_and_comes_back(
+    architecture: str, folder: Callable[[str], Path]
+) -> None:
+    here, kind = folder(architecture), find_class(architecture)
+    assert kind is not None
+    result = compress(recipe(here))  # raises if the reloaded outputs differ in one bit
+    config = json.loads((result.folder / "config.json").read_text())
+    assert config["architectures"] == [architecture]
+    searched = next(row for row in result.rows if row.name == "searched").report
+    loss = searched.cosine_distance if kind.is_vector else searched.kl_nats
+    assert loss is not None and 0 < loss < 0.5
+    card = (result.folder / "README.md").read_text()
+    assert f"pipeline_tag: {kind.task}" in card
+    assert f"from transformers import {kind.auto}" in card and kind.what.lower() in card.lower()
+    heads = ("classifier", "score", "qa_outputs", "vision_tower", "pooler")
+    assert not any(part in unit for unit in result.plan for part in heads)
+    if not kind.generates:  # a head that is there stays dense
+        assert not any(unit.endswith(("decoder", "lm_head")) for unit in result.plan)
+
+
+def test_they_load_in_a_process_that_does_not_import_us(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    made = {a: folder(a) / "out" for a in MODELS if (folder(a) / "out").is_dir()}
+    if not made:
+        pytest.skip("nothing was compressed before")
+    code = f"""
+import hf_evopress_autoload; hf_evopress_autoload.start()  # as import torch does, installed
+import sys, torch, transformers
+from safetensors.torch import save_file
+found = {{}}
+for name, path in { ({a: str(p) for a, p in made.items()})!r}.items():
+    model = getattr(transformers, name).from_pretrained(path).eval()
+    with torch.no_grad():
+        out = model(input_ids=torch.arange(2, 34).view(2, 16))
+    found[name] = out[0].float().contiguous()
+save_file(found, {str(tmp_path / "found.safetensors")!r})
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "found.safetensors")
+    for name, path in made.items():
+        model = getattr(transformers, name).from_pretrained(path).eval()
+        with torch.no_grad():
+            assert torch.equal(found[name], model(input_ids=IDS)[0].float()), name
+
+
+def test_a_head_that_would_be_random_is_refused_at_once(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    here = folder("DistilBertForSequenceClassification")
+    shutil.copytree(here / "dense", tmp_path / "dense")
+    weights = load_file(tmp_path / "dense" / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if not k.startswith("classifier")}
+    save_file(kept, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(here / "text.txt", tmp_path)
+    with pytest.raises(ValueError, match=r"has no classifier\.\w+: its DistilBert.* random head"):
+        Job(recipe(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"search": {"fitness": "perplexity"}}, "perplexity .* class sequence.* compared by kl"),
+        ({"refine": "fast"}, "refinement .* class sequence: leave out refine"),
+        ({"data": {"sources": ["self"], "seq_len": 32}}, "writes no text.*--data FILE"),
+    ],
+)
+def test_what_is_of_models_that_write_is_refused_by_name(
+    more: dict[str, Any], message: str, folder: Callable[[str], Path]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Job(recipe(folder("DistilBertForSequenceClassification"), **more))
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_which_models_see_ahead_is_known_without_running_them(architecture: str) -> None:
+    model, ids = make(architecture).float(), IDS[:1]
+    other = ids.clone()
+    other[:, -1] += 1
+    seen = []
+    block = find_blocks(model)[1][-1]
+    hook = block.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        for tokens in (ids, other):
+            model(input_ids=tokens)
+    hook.remove()
+    first, second = (out[0] if isinstance(out, tuple) else out for out in seen)
+    assert sees_ahead(model) == (not torch.equal(first[:, 0], second[:, 0]))
+
+
+def test_an_encoder_decoder_is_refused_with_what_is_nearest(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("t5", d_model=64, num_layers=1, num_heads=2, d_kv=8, d_ff=64)
+    config.architectures = ["T5ForConditionalGeneration"]
+    config.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration, an encoder-decoder.*BERT"):
+        Job(recipe(tmp_path))
+
+
+def test_a_vector_of_a_text_is_pooled_as_its_folder_says(folder: Callable[[str], Path]) -> None:
+    model = transformers.BertModel.from_pretrained(folder("BertModel") / "dense").eval()
+    with torch.no_grad():
+        states = model(IDS).last_hidden_state
+        for pooling, expected in (("first", states[:, 0]), ("mean", states.mean(1))):
+            set_pooling(model, pooling)
+            found = call(model, IDS)[:, 0]
+            assert torch.allclose(found, torch.nn.functional.normalize(expected, dim=-1))
+    with pytest.raises(ValueError, match="pooling is mean, first, last, got 'max'"):
+        set_pooling(model, "max")
