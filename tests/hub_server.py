@@ -310,7 +310,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{name}"
         if name in self.hub.repos:
             raise Refused(409, message="You already created this model repo", url=url)
-        repo = self.hub.repos[name] = Repo(name, asked.get("visibility") == "private")
+        is_private = asked.get("visibility") == "private" or asked.get("private") is True  # < 2.0
+        repo = self.hub.repos[name] = Repo(name, is_private)
         repo.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs\n")}, "initial")
         self._json({"url": url, "name": name})
 
