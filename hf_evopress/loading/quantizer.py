@@ -192,6 +192,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
             stitch.compress_model(model, _plan_of(config), self._tokens)
             self._tokens = None
         self.look_at(model)
+        model.register_load_state_dict_pre_hook(_without_notice)
         settle_dtypes(model, self._dtypes)
         finish_loading(model)
         check_loaded(model, _plan_of(config))
@@ -285,6 +286,7 @@ def attach(model: Any, plan: Plan) -> EvoPressQuantizer:
     config = EvoPressConfig(plan)
     quantizer = EvoPressQuantizer(config, pre_quantized=True)
     quantizer.look_at(model)
+    model.register_load_state_dict_pre_hook(_without_notice)
     model.config.quantization_config = config
     model.hf_quantizer = quantizer
     model.is_quantized = True
@@ -356,6 +358,11 @@ def _ignore_keys(model: Any, keys: list[str]) -> None:
     }
     known = model._keys_to_ignore_on_load_unexpected or set()
     model._keys_to_ignore_on_load_unexpected = set(known) | patterns
+
+
+def _without_notice(model: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Keep the notice, which is for those without this package, out of the unexpected keys."""
+    state_dict.pop(f"{prefix}{NOTICE}", None)
 
 
 def _checksum(tensor: Tensor) -> str:
