@@ -9,8 +9,9 @@ int4      codes as PyTorch's int4 kernel for CPUs takes them (int4.py), 4.5 bits
           that for levels of 5 to 8 bits. What it cannot take computes as auto does.
 
 What save_pretrained writes is the same for all. `expanded` gives the results of `packed` but for
-the order of sums. `auto` does for prompts; up to 16 tokens it multiplies the weight before it is
-rounded to bfloat16, with sums in float32, which is nearer to the exact product than `packed` is.
+the order of sums. `auto` does for prompts, trellis codes apart; up to 16 tokens it multiplies the
+weight before it is rounded to bfloat16, with sums in float32, which is nearer to the exact product
+than `packed` is. With trellis codes it rotates the activations instead of the weight.
 """
 
 from __future__ import annotations

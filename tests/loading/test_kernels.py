@@ -33,6 +33,14 @@ SPARSE = [
     "magnitude:pattern=2:4,bits=4,group_size=32",
     "magnitude:sparsity=0.7,bits=3,group_size=96",
 ]
+TRELLIS = [
+    "trellis:bits=1,state_bits=6,feedback=none",
+    "trellis:bits=2,state_bits=8,feedback=none,codebook=mul1",
+    "trellis:bits=3,state_bits=10,feedback=none,rotation=none",
+    "trellis:bits=5,state_bits=9,feedback=none,seed=3",
+    "trellis:bits=7,state_bits=7,feedback=none",
+    "trellis:bits=2,state_bits=6,feedback=none + lowrank:rank=2,metric=plain",
+]
 SUMS = [
     "lowrank:rank=8,metric=plain",
     "lowrank:rank=7,metric=plain,factors=int8",
@@ -103,6 +111,30 @@ def test_prompts_and_gradients_are_those_of_the_reference(level: str) -> None:
     x, grad = torch.randn(MOST_TOKENS + 1, 384), torch.randn(5, 40)
     assert torch.allclose(kernel.linear(x, state, None), x @ W.T, atol=1e-4)
     assert torch.allclose(kernel.input_gradient(grad, state), grad @ W, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (40, 72)], ids=str)
+@pytest.mark.parametrize("level", TRELLIS)
+def test_trellis_codes_are_multiplied_in_the_rotated_basis(
+    level: str, shape: tuple[int, int]
+) -> None:
+    kernel, state = make(level, shape)
+    W = compose.decompress(kernel.level, state, shape, torch.float32)
+    for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):
+        for tokens in (1, 5, MOST_TOKENS + 1):
+            x, bias = torch.randn(tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+            exact = x.double() @ W.double().T + bias.double()
+            assert error(kernel.linear(x, state, bias), exact) < most
+    grad, ids = torch.randn(5, shape[0]), torch.tensor([3, 0, 15, 3])
+    assert torch.allclose(kernel.input_gradient(grad, state), grad @ W, atol=1e-4)
+    assert torch.allclose(kernel.look_up(ids, state, torch.float32), W[ids], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "level", ["trellis:bits=8,state_bits=8", "trellis:bits=2,state_bits=6,tail_biting=false"]
+)
+def test_trellis_codes_that_no_kernel_reads_have_none(level: str) -> None:
+    assert kernel_of(compose.normalize(level), (48, 96)) is None
 
 
 def test_an_outlier_among_the_inputs_does_not_drown_the_others() -> None:

@@ -1,9 +1,9 @@
 """The compiled kernels, and a call of them on the threads of PyTorch.
 
-Compiled by numba at first use, ten seconds once per machine: it keeps the result beside this
-file or in the user's cache folder. Work is shared among threads by the OpenMP library that
-PyTorch has loaded (GOMP_parallel): a pool of our own would compete with its threads for cores.
-Where there is none (Windows, macOS), one thread does it all.
+Compiled by numba at the first product, 15 seconds of one core once per machine: it keeps the
+result beside this file or in the user's cache folder. Work is shared among threads by the OpenMP
+library that PyTorch has loaded (GOMP_parallel): a pool of our own would compete with its threads
+for cores. Where there is none (Windows, macOS), one thread does it all.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Task = ctypes.c_int64 * SIZE
 _FAST = ("dot_floats", "dot_codes")  # sums in any order
 _FUNCTIONS = (  # callees first
     *("to_float", "to_bfloat16", "unpack_range", "unpack_row", "read_mask", "read_grid"),
-    *("read_codes", "weights_of", "read_weights", "count_kept", "dot_floats", "dot_codes"),
-    *("spread", "write", "multiply_row", "expand_row", "prepare", "run", "part"),
+    *("read_codes", "weights_of", "read_walks", "read_weights", "count_kept", "dot_floats"),
+    *("dot_codes", "spread", "write", "multiply_row", "expand_row", "prepare", "run", "part"),
 )
 
 
@@ -65,6 +65,7 @@ class Kernels:
 def compiled() -> Kernels:
     """Return the kernels, compiled for this processor or as they were compiled before."""
     numba = import_module("numba")
+    logger.info("CPU kernels: compiled by numba, or read from its cache")
     made = memory.intrinsics() | vectors.intrinsics(has_avx2=has_avx2())
     for name, function in made.items():
         _put(name, function)

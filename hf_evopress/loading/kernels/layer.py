@@ -12,7 +12,8 @@ from torch import Tensor
 from ...methods import compose
 from ...methods.base import Shape
 from ...plans.level import Level
-from .matrix import Tensors
+from .matrix import Matrix, Tensors
+from .rotated import Rotated
 from .terms import Factors, factors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations
@@ -70,26 +71,32 @@ class Kernel:
         return y.to(x.dtype)
 
     def _by_tiles(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
-        rows, n = self.shape
         if x.dtype == torch.float16:
             wide = None if bias is None else bias.float()
             return self._by_tiles(x.float(), state, wide).half()
         if bias is not None:
             bias = bias.to(x.dtype)
+        total: Tensor | None = None
+        for matrices in self._terms:
+            last = matrices[-1]
+            own = x if len(matrices) == 1 else F.linear(x, matrices[0].weights(state, x.dtype))
+            # a bias is rounded together with the product, where that is the output's already
+            added = bias if total is None and not isinstance(last, Rotated) else None
+            y = last.leave(self._tiles(last, last.enter(own), state, added), state)
+            if added is None and bias is not None and total is None:
+                y = y + bias
+            total = y if total is None else total + y
+        assert total is not None  # a level has a term
+        return total
+
+    def _tiles(self, matrix: Matrix, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
+        rows, n = matrix.shape
         y = torch.empty(len(x), rows, dtype=x.dtype, device="cpu")
         step = max(1, TILE // n)
-        # what the last matrix of each term is multiplied with
-        inputs = [
-            x if len(t) == 1 else F.linear(x, t[0].weights(state, x.dtype)) for t in self._terms
-        ]
         for first in range(0, rows, step):
             last = min(first + step, rows)
-            part = bias if bias is None else bias[first:last]
-            for matrices, own in zip(self._terms, inputs, strict=True):
-                W = matrices[-1].weights(state, x.dtype, first=first, last=last)
-                part = _add(own, W, part)
-            assert part is not None
-            y[:, first:last] = part
+            W = matrix.weights(state, x.dtype, first=first, last=last)
+            y[:, first:last] = F.linear(x, W, None if bias is None else bias[first:last])
         return y
 
     def __reduce__(self) -> Any:
@@ -106,28 +113,27 @@ class Kernel:
                 A, B = (m.weights(state, flat.dtype) for m in matrices)
                 total += (flat @ B) @ A
                 continue
+            own, part = matrices[0].enter_back(flat, state), torch.zeros_like(total)
             for first in range(0, rows, step):
                 last = min(first + step, rows)
                 W = matrices[0].weights(state, flat.dtype, first=first, last=last)
-                total.addmm_(flat[:, first:last], W)
+                part.addmm_(own[:, first:last], W)
+            total += matrices[0].leave_back(part)
         return total.view(*grad.shape[:-1], n)
 
     def look_up(self, ids: Tensor, state: Tensors, dtype: torch.dtype) -> Tensor:
         """Return rows ids (n,) int64 of the weight, (n, in) in `dtype`."""
-        if len(self._terms) == 1 and len(self._terms[0]) == 1 and dtype != torch.float16:
+        one = len(self._terms) == 1 and len(self._terms[0]) == 1
+        if one and dtype != torch.float16 and not isinstance(self._terms[0][0], Rotated):
             return self._terms[0][0].look_up(state, ids, dtype)
+        if any(isinstance(t[0], Rotated) for t in self._terms):
+            known = {name: state[name] for name in state if name not in ("like", "bias")}
+            return compose.decompress_rows(self.level, known, self.shape, ids, dtype)
         total = torch.zeros(len(ids), self.shape[1], dtype=torch.float32, device="cpu")
         for matrices in self._terms:
             own = matrices[-1].look_up(state, ids, torch.float32)
             total += own if len(matrices) == 1 else own @ matrices[0].weights(state, torch.float32)
         return total.to(dtype)
-
-
-def _add(x: Tensor, W: Tensor, y: Tensor | None) -> Tensor:
-    """Return x W^T + y; a row y is rounded together with the product, as a bias is."""
-    if y is None or y.ndim == 1:
-        return F.linear(x, W, y)
-    return y + F.linear(x, W)
 
 
 @lru_cache(maxsize=4096)

@@ -31,7 +31,7 @@ class Matrix:
     places: str | None = None
     chunk: int = 0
     fixed: Mapping[str, int] = field(default_factory=dict)
-    table: Tensor | None = None  # masks of an n:m pattern
+    table: Tensor | None = None  # masks of an n:m pattern, values of a trellis' states
 
     def __post_init__(self) -> None:
         rows, n = self.shape
@@ -40,7 +40,7 @@ class Matrix:
         for name, value in values.items():
             task[T.PLACE[name]] = value
         if self.table is not None:
-            task[T.TABLE], task[T.M] = self.table.data_ptr(), self.table.shape[1]
+            task[T.TABLE], task[T.M] = self.table.data_ptr(), self.table.shape[-1]
         object.__setattr__(self, "_task", task)
 
     def product(
@@ -83,6 +83,20 @@ class Matrix:
         run(task, size * rows)
         del keep
         return y
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Return x (tokens, n) as the stored rows are multiplied with, in its dtype."""
+        return x
+
+    def leave(self, y: Tensor, state: Tensors) -> Tensor:
+        """Return the products y (tokens, rows) of the stored rows as those of the weight."""
+        return y
+
+    def enter_back(self, grad: Tensor, state: Tensors) -> Tensor:
+        return grad
+
+    def leave_back(self, total: Tensor) -> Tensor:
+        return total
 
     def weights(
         self, state: Tensors, dtype: torch.dtype, *, first: int = 0, last: int | None = None

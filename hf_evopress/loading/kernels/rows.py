@@ -34,6 +34,7 @@ from .task import (
     SPARSE_FLOATS,
     STARTS,
     TABLE,
+    WALKS,
     WIDTH,
     ZERO,
     ZEROS,
@@ -203,6 +204,31 @@ def weights_of(task, s):  # type: ignore[no-untyped-def]
             set_f32(w + 4 * j, (np.float32(u8(q + j)) - zero) * scale)
 
 
+def read_walks(task, row, s):  # type: ignore[no-untyped-def]
+    """Write the values of a row of walks through a trellis, 16 of each tile (methods/trellis.py).
+
+    The state of a weight is the last bits up to its own: those before a row are in `past`, before
+    the first row of a tile those at its end.
+    """
+    k, tiles, table = get(task, BITS), get(task, WIDTH), get(task, TABLE)
+    mask = (1 << get(task, NUMBER_BITS)) - 1
+    w = s + W * get(task, ROOM)
+    first = get(task, CODES) + (row // 16) * tiles * 32 * k
+    for tile in range(tiles):
+        at = first + tile * 32 * k + 2 * k * (row % 16)
+        before = at if row % 16 else at + 32 * k
+        past = (u8(before - 2) << 8) | u8(before - 1)
+        for half in range(2):
+            new = 0  # the bits of eight weights
+            for i in range(k):
+                new = (new << 8) | u8(at + i)
+            for j in range(8):
+                state = ((past << min(16, k * (j + 1))) | (new >> (k * (7 - j)))) & mask
+                set_f32(w + 4 * (16 * tile + 8 * half + j), f32(table + 4 * state))
+            past = ((past << min(16, 8 * k)) | new) & 0xFFFF
+            at += k
+
+
 def read_weights(task, row, s):  # type: ignore[no-untyped-def]
     """Write the weights of a row, float32: the numbers that decompress() gives."""
     n, room, codes = get(task, N), get(task, ROOM), get(task, CODES)
@@ -219,6 +245,8 @@ def read_weights(task, row, s):  # type: ignore[no-untyped-def]
             is_kept = u8(mask + j)
             set_f32(w + 4 * j, f32(kept) if is_kept else np.float32(0.0))
             kept += 4 * is_kept
+    elif source == WALKS:
+        read_walks(task, row, s)
     else:
         read_codes(task, row, s)
         weights_of(task, s)

@@ -23,7 +23,7 @@ START = 17  # float32 to add to the outputs, 0 for none
 SOURCE = 18  # how rows are stored
 BITS = 19
 CODES = 20  # or 16-bit floats
-WIDTH = 21  # bytes of a row of codes
+WIDTH = 21  # bytes of a row of codes; of walks: tiles in a row
 SCALES = 22
 SCALE_KIND = 23
 ZEROS = 24  # 0 where symmetric
@@ -31,9 +31,9 @@ GROUPS = 25  # of a row
 ALL_ROWS = 26  # of the weight
 PLACES = 27  # mask, or numbers of n:m masks
 PLACES_WIDTH = 28  # bytes of a row
-TABLE = 29  # masks of n:m by number, 0 for any sparsity
+TABLE = 29  # masks of n:m by number, 0 for any sparsity; of walks: the values of states
 M = 30  # of n:m
-NUMBER_BITS = 31
+NUMBER_BITS = 31  # of a mask's number; of walks: of a state
 KEPT = 32  # weights
 STARTS = 33  # before which kept weight each row begins
 IDS = 34  # rows that are asked for, int64, 0 for all from `first` on
@@ -48,7 +48,7 @@ SIZE = 42
 PLACE = {name.lower(): i for name, i in list(globals().items()) if type(i) is int and i < SIZE}
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # kinds of numbers
-CODED, SPARSE_CODES, SPARSE_FLOATS, FLOATS = 0, 1, 2, 3  # sources of a row
+CODED, SPARSE_CODES, SPARSE_FLOATS, FLOATS, WALKS = 0, 1, 2, 3, 4  # sources of a row
 
 # what lies where in a thread's memory, in ROOMs: codes, mask and kept codes of a row, one byte
 # each; float32: weights, kept weights, scales and zero points of groups, factors of chunks

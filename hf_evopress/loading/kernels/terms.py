@@ -12,13 +12,17 @@ from torch import Tensor
 from ...methods.base import Method, Shape
 from ...methods.lowrank import BITS as FACTOR_BITS
 from ...methods.lowrank import LowRank
+from ...methods.maths.codebook import codebook
 from ...methods.maths.codes import SCALE_DTYPES, CodedMethod, n_groups
 from ...methods.maths.packing import packed_bytes
 from ...methods.maths.sparse import ANY, FLOAT_BITS, SparseMethod, mask_table, n_kept, places_of
+from ...methods.maths.two_sided import TILE
 from ...methods.rows import Rows, parts_of
+from ...methods.trellis import Trellis
 from . import task as T
 from .compiled import chunk_of
 from .matrix import KINDS, Matrix
+from .rotated import MOST_BITS, Rotated
 from .stacked import Stacked
 
 Factors = tuple[Matrix, ...]  # of one term: W, or of a low-rank one A and B with W = B A
@@ -37,6 +41,8 @@ def factors(part: Method, params: Mapping[str, Any], suffix: str, shape: Shape) 
         rank = params["rank"]
         sizes = {"A": (rank, shape[1]), "B": (shape[0], rank)}
         return tuple(_thin(f"{n}{suffix}", s, params, suffix) for n, s in sizes.items())
+    if _reads_as(part, Trellis) and params["tail_biting"] and params["bits"] <= MOST_BITS:
+        return (_walks(params, suffix, shape),)
     return None
 
 
@@ -89,6 +95,30 @@ def _sparse(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
         table=masks,
         **_grid_names(params, suffix),
     )
+
+
+def _walks(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
+    bits, state_bits = params["bits"], params["state_bits"]
+    return Rotated(
+        shape,
+        f"codes{suffix}",
+        fixed={
+            "source": T.WALKS,
+            "bits": bits,
+            "number_bits": state_bits,
+            "width": -(-shape[1] // TILE),
+        },
+        table=_values(params["codebook"], state_bits, bits),
+        rotation=params["rotation"],
+        seed=params["seed"],
+        scale=f"scale{suffix}",
+    )
+
+
+@lru_cache(maxsize=None)
+def _values(name: str, state_bits: int, bits: int) -> Tensor:
+    with torch.device("cpu"):
+        return codebook(name, state_bits, bits).float().contiguous()
 
 
 @lru_cache(maxsize=None)
