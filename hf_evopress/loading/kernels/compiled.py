@@ -31,7 +31,7 @@ LEAST = 2**17  # multiplications that are worth another thread
 Task = ctypes.c_int64 * SIZE
 _FAST = ("dot_floats", "dot_codes")  # sums in any order
 _FUNCTIONS = (  # callees first
-    *("to_float", "to_bfloat16", "unpack_range", "unpack_row", "read_mask", "read_grid"),
+    *("to_float", "to_bfloat16", "unpack_range", "unpack_row", "read_mask", "read_grids"),
     *("read_codes", "weights_of", "read_walks", "read_weights", "count_kept", "dot_floats"),
     *("dot_codes", "spread", "write", "multiply_row", "expand_row", "prepare", "run", "part"),
 )

@@ -18,6 +18,7 @@ import numpy as np
 from .rows import (
     count_kept,
     read_codes,
+    read_grids,
     read_weights,
     to_bfloat16,
     to_float,
@@ -43,6 +44,7 @@ from .task import (
     ROWS,
     SCALE,
     SCALED,
+    SCALES,
     SEAT,
     START,
     STARTS,
@@ -108,14 +110,15 @@ def dot_codes(task, token, s):  # type: ignore[no-untyped-def]
     return dot_16(s, x, scaled, n) - shift
 
 
-def spread(task, s):  # type: ignore[no-untyped-def]
+def spread(task, at, s):  # type: ignore[no-untyped-def]
     """Write per chunk the scale of its group, and scale times zero point."""
     groups, room = get(task, GROUPS), get(task, ROOM)
     each = get(task, N) // get(task, CHUNK) // groups
     factors, offsets = s + FACTOR * room, s + OFFSET * room
     for g in range(groups):
-        scale = f32(s + SCALE * room + 4 * g)
-        offset = scale * f32(s + ZERO * room + 4 * g)
+        grid = s + 4 * (at * groups + g)
+        scale = f32(grid + SCALE * room)
+        offset = scale * f32(grid + ZERO * room)
         for c in range(g * each, g * each + each):
             set_f32(factors + 4 * c, scale)
             set_f32(offsets + 4 * c, offset)
@@ -140,17 +143,17 @@ def write(task, row, token, value, scratch):  # type: ignore[no-untyped-def]
         to_bfloat16(scratch, 1, y + 2 * at)
 
 
-def multiply_row(task, row, s):  # type: ignore[no-untyped-def]
+def multiply_row(task, row, at, s):  # type: ignore[no-untyped-def]
     """Write the products of one row with all tokens."""
     n, chunk, room = get(task, N), get(task, CHUNK), get(task, ROOM)
     w, scratch, has_floats = s + W * room, s + SCALED * room, get(task, HAS_FLOATS)
     if chunk:
-        read_codes(task, row, s)
-        spread(task, s)
+        read_codes(task, row, at, s)
+        spread(task, at, s)
         if has_floats:
-            weights_of(task, s)
+            weights_of(task, at, s)
     else:
-        read_weights(task, row, s)
+        read_weights(task, row, at, s)
     for token in range(get(task, TOKENS)):
         x = get(task, X_FLOAT) + 4 * token * n
         if chunk:
@@ -165,10 +168,10 @@ def multiply_row(task, row, s):  # type: ignore[no-untyped-def]
         write(task, row, token, value, scratch)
 
 
-def expand_row(task, i, s):  # type: ignore[no-untyped-def]
-    """Write the weights of the i-th row that is asked for."""
-    n, room, ids, y = get(task, N), get(task, ROOM), get(task, IDS), get(task, Y)
-    read_weights(task, get(ids, i) if ids else get(task, FIRST) + i, s)
+def expand_row(task, i, row, at, s):  # type: ignore[no-untyped-def]
+    """Write the weights of a row, the i-th that is asked for."""
+    n, room, y = get(task, N), get(task, ROOM), get(task, Y)
+    read_weights(task, row, at, s)
     w = s + W * room
     if get(task, Y_KIND) == BFLOAT16:
         to_bfloat16(w, n, y + 2 * i * n)
@@ -224,12 +227,20 @@ def part(task, version):  # type: ignore[no-untyped-def]
     seat = take(task + 8 * SEAT, 1)
     s = get(task, ROOMS) + seat * ROOM_SIZE * get(task, ROOM)
     step, rows, is_product = get(task, STEP), get(task, ROWS), get(task, X)
+    ids, start, has_grids = get(task, IDS), get(task, FIRST), get(task, SCALES)
+    # as many rows at once as their grids have room for; those of ids lie apart
+    block = 1 if ids else max(1, min(step, get(task, ROOM) // get(task, GROUPS)))
     while True:
         first = take(task + 8 * NEXT, step)
         if first >= rows:
             return
-        for row in range(first, min(first + step, rows)):
-            if is_product:
-                multiply_row(task, row, s)
-            else:
-                expand_row(task, row, s)
+        for low in range(first, min(first + step, rows), block):
+            count = min(block, min(first + step, rows) - low)
+            row = get(ids, low) if ids else start + low
+            if has_grids:
+                read_grids(task, row, count, s)
+            for at in range(count):
+                if is_product:
+                    multiply_row(task, row + at, at, s)
+                else:
+                    expand_row(task, low + at, row + at, at, s)

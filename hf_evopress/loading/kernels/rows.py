@@ -153,31 +153,29 @@ def read_mask(task, row, mask, numbers):  # type: ignore[no-untyped-def]
             set_u8(mask + i * m + j, u8(of + j))
 
 
-def read_grid(task, row, s):  # type: ignore[no-untyped-def]
-    """Write scale and zero point of each group of a row, float32."""
-    groups, bits, room, zeros = (
-        get(task, GROUPS),
-        get(task, BITS),
-        get(task, ROOM),
-        get(task, ZEROS),
-    )
-    zero, codes = s + ZERO * room, s + Q * room
-    scales, kind = get(task, SCALES) + 2 * row * groups, get(task, SCALE_KIND)
-    to_float(scales, kind, groups, s + SCALE * room)
+def read_grids(task, row, count, s):  # type: ignore[no-untyped-def]
+    """Write scale and zero point of each group of some rows, float32.
+
+    For many rows at once: where groups are few, a row alone costs more than its codes do.
+    """
+    bits, room, zeros = get(task, BITS), get(task, ROOM), get(task, ZEROS)
+    groups = get(task, GROUPS)
+    n = count * groups
+    zero, codes = s + ZERO * room, s + KEPT_CODES * room
+    to_float(get(task, SCALES) + 2 * row * groups, get(task, SCALE_KIND), n, s + SCALE * room)
     if zeros:
-        unpack_range(bits, zeros, get(task, ALL_ROWS) * groups, row * groups, groups, codes)
-        for g in range(groups):
+        unpack_range(bits, zeros, get(task, ALL_ROWS) * groups, row * groups, n, codes)
+        for g in range(n):
             set_f32(zero + 4 * g, np.float32(u8(codes + g)))
     else:
-        for g in range(groups):
+        for g in range(n):
             set_f32(zero + 4 * g, np.float32(1 << (bits - 1)))
 
 
-def read_codes(task, row, s):  # type: ignore[no-untyped-def]
-    """Write the codes of a row and its grid."""
+def read_codes(task, row, at, s):  # type: ignore[no-untyped-def]
+    """Write the codes of a row; its grid is the at-th of those that were read."""
     n, bits, room, codes = get(task, N), get(task, BITS), get(task, ROOM), get(task, CODES)
     q, mask, kept = s + Q * room, s + MASK * room, s + KEPT_CODES * room
-    read_grid(task, row, s)
     if get(task, SOURCE) == CODED:
         unpack_row(bits, codes + row * get(task, WIDTH), n, q)
         return
@@ -187,19 +185,20 @@ def read_codes(task, row, s):  # type: ignore[no-untyped-def]
     unpack_range(bits, codes, get(task, KEPT), first, end - first, kept)
     size = n // groups
     for g in range(groups):
-        none = np.int64(f32(s + ZERO * room + 4 * g))
+        none = np.int64(f32(s + ZERO * room + 4 * (at * groups + g)))
         for j in range(g * size, g * size + size):
             is_kept = u8(mask + j)
             set_u8(q + j, u8(kept) if is_kept else none)
             kept += is_kept
 
 
-def weights_of(task, s):  # type: ignore[no-untyped-def]
+def weights_of(task, at, s):  # type: ignore[no-untyped-def]
     """Write the weights of a row whose codes and grid are there."""
     groups, room, size = get(task, GROUPS), get(task, ROOM), get(task, N) // get(task, GROUPS)
     q, w = s + Q * room, s + W * room
     for g in range(groups):
-        scale, zero = f32(s + SCALE * room + 4 * g), f32(s + ZERO * room + 4 * g)
+        grid = s + 4 * (at * groups + g)
+        scale, zero = f32(grid + SCALE * room), f32(grid + ZERO * room)
         for j in range(g * size, g * size + size):
             set_f32(w + 4 * j, (np.float32(u8(q + j)) - zero) * scale)
 
@@ -229,7 +228,7 @@ def read_walks(task, row, s):  # type: ignore[no-untyped-def]
             at += k
 
 
-def read_weights(task, row, s):  # type: ignore[no-untyped-def]
+def read_weights(task, row, at, s):  # type: ignore[no-untyped-def]
     """Write the weights of a row, float32: the numbers that decompress() gives."""
     n, room, codes = get(task, N), get(task, ROOM), get(task, CODES)
     source, kind = get(task, SOURCE), get(task, SCALE_KIND)
@@ -248,8 +247,8 @@ def read_weights(task, row, s):  # type: ignore[no-untyped-def]
     elif source == WALKS:
         read_walks(task, row, s)
     else:
-        read_codes(task, row, s)
-        weights_of(task, s)
+        read_codes(task, row, at, s)
+        weights_of(task, at, s)
 
 
 def count_kept(task):  # type: ignore[no-untyped-def]
