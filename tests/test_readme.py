@@ -57,10 +57,15 @@ def place(
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".txt"):
             path.write_text(structured_text())
-        elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and ("/" in name or "bit" in name):
+        elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and ("/" in name or is_compressed(name)):
             _model(path, name, tiny_model(max_position_embeddings=2048))
             byte_tokenizer.save_pretrained(path)
     return tmp_path
+
+
+def is_compressed(name: str) -> bool:
+    """Return whether a name says so: it ends with a size, in bits per weight or megabytes."""
+    return re.search(r"\d(bit|MB)", name) is not None
 
 
 def _model(path: Path, name: str, model: nn.Module) -> None:
@@ -71,7 +76,7 @@ def _model(path: Path, name: str, model: nn.Module) -> None:
         adapter.save_pretrained(path, save_embedding_layers=False)
         return
     model.save_pretrained(path)
-    if "bit" in name:
+    if is_compressed(name):
         units = find_units(model)
         levels = {unit.name: "rtn:bits=4,group_size=32" for unit in units}
         plan = Plan(levels, {unit.name: unit.shape for unit in units}, base_model=name)

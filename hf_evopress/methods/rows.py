@@ -1,9 +1,10 @@
 """Rows at two bit-widths: those that matter most at more bits than the rest.
 
 Rows of an embedding are tokens, and a text uses few of them often: of SmolLM2-135M's 49 152, a
-tenth at 6 bits and the rest at 4 lose 0.040 nats in 15.8 MB, all at 4 bits 0.097 in 15.1 MB. Which
-rows matter is known from `Stats.rows` (how often a token comes in, how often the head is asked
-for it), else from the moments of the gradients at the outputs, else from the rows' own size.
+tenth at 6 bits and the rest at 4 lose 0.040 nats in 15.8 MB, all at 4 bits 0.097 in 15.1 MB
+(rounded to nearest). Which rows matter is known from `Stats.rows` (how often a token comes in, how
+often the head is asked for it), else from the moments of the gradients at the outputs, else from
+the rows' own size.
 
 Stores one bit per row that says of which kind it is, and for each kind what `gptq` stores:
 codes, scales and zero points, by GPTQ's rounding in one pass over both kinds.
