@@ -15,7 +15,7 @@ from ..plans.plan import Plan
 from .embedding import CompressedEmbedding, compress_embedding, tie_head, untie_packed
 from .layers import CompressedLinear, compress_linear, compressed_layers, resolve_units
 from .packed import PackedWeight
-from .resize import as_before, let_resize
+from .resize import let_resize
 
 
 def replace_linears(
@@ -59,8 +59,6 @@ def replace(model: Any, path: str, level: Level, state: State | None = None) -> 
         assert isinstance(module, nn.Linear)  # resolve_units returns nothing else
         model.set_submodule(path, compress_linear(module, level, state))
     _keep_hook(model, path, module)
-    if _packed_ends(model) and hasattr(model, "resize_token_embeddings"):
-        let_resize(model, _make_ends_dense)
 
 
 def _keep_hook(model: Any, path: str, before: nn.Module) -> None:
@@ -74,7 +72,6 @@ def _keep_hook(model: Any, path: str, before: nn.Module) -> None:
 def restore_linears(model: Any) -> None:
     """Put a stock module with the same weight in the place of every packed one."""
     _restore(model, compressed_layers(model))
-    as_before(model)
 
 
 def _make_ends_dense(model: Any) -> None:
@@ -126,3 +123,6 @@ def _restore_head(model: Any, head: tuple[str, Any] | None) -> None:
     stock.weight, stock.bias = model.get_input_embeddings().weight, packed.bias
     model.set_submodule(path, stock.train(packed.training))
     untie_packed(model)
+
+
+let_resize(_make_ends_dense)

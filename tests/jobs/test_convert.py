@@ -134,7 +134,7 @@ def test_an_export_that_would_load_as_another_model_is_not_kept(
         model.model.layers[1].mlp.up_proj.weight.data.normal_()
         return model, info
 
-    monkeypatch.setattr("hf_evopress.export.base.AutoModelForCausalLM.from_pretrained", loads_noise)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loads_noise)
     monkeypatch.setattr("hf_evopress.jobs.convert.load", lambda name, dtype: own(name, dtype=dtype))
     with pytest.raises(RuntimeError, match=r"another model .*layers\.1\.mlp\.up_proj\.weight"):
         convert(str(small), small.parent / "out", format=format)
