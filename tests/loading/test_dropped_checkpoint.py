@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,7 +94,8 @@ def test_a_plan_that_only_drops_fails_safe_without_the_plugin(
         "from transformers import AutoModelForCausalLM\n"
         f"AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    off = {**os.environ, "HF_EVOPRESS_AUTOLOAD": "0"}  # as where the plugin is not installed
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=off)
     assert run.returncode != 0
     assert "size mismatch" in run.stderr.lower()
 
