@@ -23,6 +23,7 @@ from ..scoring.fitness.base import Fitness
 from ..search.space import Genome
 from ..sharing.cards import write_card
 from ..store.level_store import LevelStore
+from .convert import convert
 from .for_gguf import folder_of, is_for_gguf
 from .job import Job
 from .levels import build_levels
@@ -126,21 +127,22 @@ def ship(
     write_card(folder, plan, job.recipe)
     gguf = None
     if is_for_gguf(job.recipe):
-        gguf = seconds("gguf", partial(export, job, states, plan, format="gguf"))
+        # from the finished folder: what was trained comes along
+        out = folder_of(folder)
+        gguf = seconds("gguf", partial(convert, str(folder), out, format=job.recipe.export))
     return Result(folder, plan, rows, sample, seconds.spent, gguf)
 
 
 def export(job: Job, store: LevelStore, plan: Plan, *, format: str = "evopress") -> Path:
     """Return the folder that `plan` was written to in `format`."""
-    exporter, out = load("export", format)(), str(job.recipe.out)
-    folder = folder_of(out) if format == "gguf" else out
+    exporter = load("export", format)()
     return exporter.save(
         job.load_model(),
         plan,
         store.state,
-        folder,
+        job.recipe.out,
         tokenizer=job.tokenizer,
-        source=job.recipe.model if format != "gguf" else None,
+        source=job.recipe.model,
         revision=job.recipe.revision,
         with_code=job.recipe.trust_remote_code,
     )
