@@ -5,22 +5,19 @@
         --test wiki.test.raw --sizes 80MB 90MB 104MB 110MB --gguf Q4_K_M Q5_K_M
 
 The model lies on no quantisation grid (see offgrid.py) and is compared with itself. llama.cpp's
-mixes are made by ggml's own quantiser, in the shared library of the `xllamacpp` wheel, decoded by
-`gguf`, and evaluated in the same pass over the same windows: pip install xllamacpp gguf. The
-importance matrix is that of the calibration text. Types whose blocks do not divide a row fall
-back as they do in llama.cpp.
+mixes are made by ggml's own quantiser (pip install "hf-evopress[gguf]") and evaluated in the same
+pass over the same windows. The importance matrix is that of the calibration text. Types whose
+blocks do not divide a row fall back as they do in llama.cpp.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +26,9 @@ from hf_evopress.calibration.input_moments import load_stats
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.levels import build_levels
 from hf_evopress.jobs.plan_search import find_plan
+from hf_evopress.methods import compose
+from hf_evopress.methods.maths.ggml.encoder import encode
+from hf_evopress.methods.maths.ggml.types import KINDS
 from hf_evopress.models.patching import patched
 from hf_evopress.models.units import find_units
 from hf_evopress.recipes.recipe import Recipe
@@ -115,7 +115,6 @@ def recipe(words: argparse.Namespace, size: str) -> Recipe:
 
 def gguf_mix(job: Job, mix: str) -> tuple[Any, float]:
     """Return the logits of the model in one of llama.cpp's mixes, and the megabytes of tensors."""
-    quantise = quantiser()
     model, n_blocks, size = job.model, job.model.config.num_hidden_layers, 0
     weights: dict[str, Tensor] = {}
     units = {unit.name: unit for unit in find_units(model)}
@@ -123,11 +122,11 @@ def gguf_mix(job: Job, mix: str) -> tuple[Any, float]:
         stats = load_stats(job.work, block)
         for name in (u.name for u in units.values() if u.block == block):
             W = model.get_submodule(name).weight
-            importance = stats[name].gram.diagonal().cpu().numpy().astype(np.float32)
-            weights[name], n_bytes = quantise(W, kind_of(mix, name, block, n_blocks), importance)
+            importance = stats[name].gram.diagonal()
+            weights[name], n_bytes = quantised(W, kind_of(mix, name, block, n_blocks), importance)
             size += n_bytes
     embedding = model.get_input_embeddings().weight
-    table, n_bytes = quantise(embedding, "Q8_0", None)
+    table, n_bytes = quantised(embedding, "Q8_0", None)
     size += n_bytes
     named = {id(p): p for p in model.parameters()}
     known = {id(model.get_submodule(u).weight) for u in units} | {id(embedding)}
@@ -167,31 +166,15 @@ def kind_of(mix: str, name: str, block: int, n_blocks: int) -> str:
     return PLAIN.get(mix, mix)
 
 
-def quantiser() -> Any:
-    """Return a function of (weight, type, importance or None) -> (weight it stands for, bytes)."""
-    import gguf
-    import xllamacpp
-
-    library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("*.so"))))
-    encode = library.ggml_quantize_chunk
-    encode.restype = ctypes.c_size_t
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    encode.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
-
-    def quantise(weight: Tensor, kind: str, importance: Any) -> tuple[Tensor, int]:
-        W = np.ascontiguousarray(weight.detach().float().cpu().numpy())
-        rows, columns = W.shape
-        if columns % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]:
-            kind = FALLBACK[kind]
-        code = gguf.GGMLQuantizationType[kind]
-        block, n_bytes = gguf.GGML_QUANT_SIZES[code]
-        out = np.zeros(rows * columns // block * n_bytes, np.uint8)
-        matrix = None if importance is None else importance.ctypes.data
-        encode(code.value, W.ctypes.data, out.ctypes.data, 0, rows, columns, matrix)
-        made = gguf.quants.dequantize(out.reshape(rows, -1), code)
-        return torch.from_numpy(made).to(weight.device, weight.dtype), out.size
-
-    return quantise
+def quantised(weight: Tensor, kind: str, importance: Tensor | None) -> tuple[Tensor, int]:
+    """Return the weight that ggml's own codes of a type stand for, and their bytes."""
+    name = kind.lower()
+    if weight.shape[1] % KINDS[name].block:
+        name = FALLBACK[kind].lower()
+    blocks = encode(KINDS[name], weight, importance)
+    level, shape = compose.normalize(f"gguf:type={name}"), (weight.shape[0], weight.shape[1])
+    made = compose.decompress(level, {"blocks": blocks}, shape, weight.dtype)
+    return made.to(weight.device), blocks.numel()
 
 
 def show(rows: list[dict[str, Any]], dense: float | None) -> None:

@@ -140,9 +140,10 @@ def test_a_model_of_its_class_is_compressed_and_comes_back(
 def test_they_load_in_a_process_that_does_not_import_us(
     folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    made = {a: folder(a) / "out" for a in MODELS if (folder(a) / "out").is_dir()}
-    if not made:
-        pytest.skip("nothing was compressed before")
+    made = {a: folder(a) / "out" for a in MODELS}
+    for path in made.values():
+        if not path.is_dir():  # another process did the tests above
+            compress(recipe(path.parent))
     code = f"""
 import hf_evopress_autoload; hf_evopress_autoload.start()  # as import torch does, installed
 import sys, torch, transformers

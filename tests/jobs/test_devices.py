@@ -122,12 +122,17 @@ def test_what_baselines_look_at(home: Path, strategy: str) -> None:
         "magnitude:sparsity=0.5",
         "lowrank:rank=8",
         "gptq:bits=3,group_size=32 + lowrank:rank=4",
+        "trellis:bits=3,state_bits=8",
+        "rows:bits=3,top_bits=6,group_size=32",
+        "gguf:type=q4_0",
     ],
 )
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_levels_of_every_method_are_made_scored_and_loaded(
     home: Path, level: str, offload: str
 ) -> None:
+    if level.startswith("gguf"):
+        pytest.importorskip("xllamacpp", reason="an extra: hf-evopress[gguf]")
     words = recipe(
         home,
         f"level-{abs(hash(level))}-{offload}",

@@ -33,7 +33,7 @@ class Kernel:
         self.level, self.shape, self.text = level, shape, str(level)
         # whole matrices last, so that the bias and all else come in before the one rounding
         self._terms = sorted(terms, key=lambda t: len(t) == 1)
-        self._has_fix = "centred" in str(level)
+        self._has_fix = "bias_fix" in compose.empty(level, shape, torch.float32)
 
     def linear(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
         """Return x W^T + bias for x (..., in) in one of DTYPES, without a graph for gradients."""
