@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -67,6 +68,7 @@ BY_NAME: Mapping[str, ModelClass] = MappingProxyType({kind.name: kind for kind i
 POOLINGS = ("mean", "first", "last")
 
 
+@lru_cache(maxsize=None)
 def find_class(architecture: str) -> ModelClass | None:
     """Return the class of a model called such as BertForMaskedLM, None where there is none here."""
     for kind in CLASSES:
