@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -119,7 +120,8 @@ def test_stock_peft_reads_an_adapter_of_ours_on_a_dense_copy(
     dense: Any = AutoModelForCausalLM.from_pretrained(result.folder, dtype=torch.float32)
     dense.dequantize().save_pretrained(tmp_path / "dense")
     where = [str(tmp_path / "dense"), str(eora), ",".join(map(str, ids)), str(tmp_path / "logits")]
-    subprocess.run([sys.executable, "-c", STOCK, *where], check=True, cwd=tmp_path)
+    off = {**os.environ, "HF_EVOPRESS_AUTOLOAD": "0"}  # as where the plugin is not installed
+    subprocess.run([sys.executable, "-c", STOCK, *where], check=True, cwd=tmp_path, env=off)
     stock = load_file(tmp_path / "logits")["logits"]
     torch.testing.assert_close(stock, ours, atol=1e-3, rtol=1e-3)
     assert float((plain - ours).abs().max()) > 0.1

@@ -50,7 +50,7 @@ def read_config(
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"{name} brings code of its own, which would run here: read it, then say "
+            f"{file}: {name} brings code of its own, which would run here: read it, then say "
             "--trust-remote-code (trust_remote_code: true in a recipe)"
         ) from error
 
@@ -114,15 +114,22 @@ def kind_of(config: Any, name: str | Path) -> ModelClass:
 
 
 def check_head(name: str | Path, skeleton: Any) -> None:
-    """Raise ValueError where a folder's weights lack the head of the model: it would be random."""
-    keys = _stored_keys(Path(name))
+    """Raise ValueError where a folder's weights lack the head of the model: it would be random.
+
+    A head may be stored by another name, as that of GPT-NeoX is: where a tensor of its shape is
+    there that the model does not know, loading says whether it is one.
+    """
+    stored, own = _stored_shapes(Path(name)), skeleton.state_dict()
     prefix, tied = f"{skeleton.base_model_prefix}.", getattr(skeleton, "all_tied_weights_keys", {})
-    if not keys or not any(key.startswith(prefix) for key in skeleton.state_dict()):
+    if not stored or not any(key.startswith(prefix) for key in own):
         return
-    for key in skeleton.state_dict():
+    others = {shape for k, shape in stored.items() if k not in own and f"{prefix}{k}" not in own}
+    for key, tensor in own.items():
         part = key.partition(".")[0]
         # anywhere in a name: some checkpoints are stored by other paths than they have in memory
-        if key.startswith(prefix) or key in tied or any(f".{part}." in f".{k}" for k in keys):
+        if key.startswith(prefix) or key in tied or any(f".{part}." in f".{k}" for k in stored):
+            continue
+        if tuple(tensor.shape) in others:
             continue
         raise ValueError(
             f"{name} has no {key}: its {type(skeleton).__name__} would get a random head; give the "
@@ -275,18 +282,18 @@ def _check_keys(name: str | Path, kind: str, info: Any) -> None:
             )
 
 
-def _stored_keys(folder: Path) -> set[str]:
-    """Return the names of the tensors in a folder's safetensors files, none of other files."""
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of the tensors in a folder's safetensors files, none of other files."""
     from safetensors import SafetensorError, safe_open
 
-    keys: set[str] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         try:
             with safe_open(file, framework="pt") as opened:
-                keys.update(opened.keys())
+                shapes |= {k: tuple(opened.get_slice(k).get_shape()) for k in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError):  # loading will say what is wrong with it
-            return set()
-    return keys
+            return {}
+    return shapes
 
 
 def _said(config: Any) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from hf_evopress.jobs.measure import check_reloaded
 from hf_evopress.plans.plan import Plan
@@ -30,27 +31,33 @@ class Scored:
         return made.to(ids.device)
 
 
-def reloaded(by: float) -> Any:
-    def run(input_ids: Tensor, use_cache: bool) -> Any:
-        return SimpleNamespace(logits=(torch.ones(1, 8, 4) + by).to(input_ids.device))
+class Reloaded(nn.Module):
+    """A model whose logits differ from those that were scored."""
 
-    return run
+    config = LlamaConfig()
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=(torch.ones(1, 8, 4) + self.by).to(input_ids.device))
 
 
 def test_on_a_cpu_any_difference_is_an_error() -> None:
     scored = Scored(torch.device("cpu"), by_batch=1.0)
-    check_reloaded(scored, PLAN, reloaded(0.0))  # type: ignore[arg-type]
+    check_reloaded(scored, PLAN, Reloaded(0.0))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"largest difference 1.19e-07\)"):
-        check_reloaded(scored, PLAN, reloaded(2.0**-23))  # type: ignore[arg-type]
+        check_reloaded(scored, PLAN, Reloaded(2.0**-23))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("device", ["sim"], indirect=True)
 def test_elsewhere_what_another_order_of_sums_makes_is_none(device: torch.device) -> None:
     scored = Scored(device, by_batch=0.01)
-    check_reloaded(scored, PLAN, reloaded(0.03))  # type: ignore[arg-type]
+    check_reloaded(scored, PLAN, Reloaded(0.03))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"difference 0.1, 0.04 would be rounding"):
-        check_reloaded(scored, PLAN, reloaded(0.1))  # type: ignore[arg-type]
+        check_reloaded(scored, PLAN, Reloaded(0.1))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="difference nan"):
-        check_reloaded(scored, PLAN, reloaded(float("nan")))  # type: ignore[arg-type]
+        check_reloaded(scored, PLAN, Reloaded(float("nan")))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="largest difference"):  # where there is one order
-        check_reloaded(Scored(device), PLAN, reloaded(0.01))  # type: ignore[arg-type]
+        check_reloaded(Scored(device), PLAN, Reloaded(0.01))  # type: ignore[arg-type]

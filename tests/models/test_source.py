@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForSequenceClassification
 
 from hf_evopress.models.source import (
     check_class,
     check_context,
+    check_head,
     load_checked,
     read_config,
     read_tokenizer,
@@ -160,3 +162,17 @@ def test_sequences_and_windows_fit_the_context() -> None:
     assert window_of(AutoConfig.for_model("mamba"), None) == 2048
     with pytest.raises(ValueError, match="window 2048 is longer"):
         window_of(config, 2048)
+
+
+def test_a_head_that_is_stored_by_another_name_is_no_missing_one(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    model = tiny_model("gpt_neox")
+    model.save_pretrained(tmp_path)
+    check_head(tmp_path, model)  # stored as embed_out
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if not k.startswith("embed_out")}
+    assert len(kept) == len(weights) - 1
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no lm_head\.weight: its GPTNeoX.* random head"):
+        check_head(tmp_path, model)
