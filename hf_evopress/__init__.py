@@ -43,11 +43,13 @@ if TYPE_CHECKING:
     from .loading.quantizer import EvoPressQuantizer as EvoPressQuantizer
     from .plans.level import Level as Level
     from .plans.plan import Plan as Plan
+    from .training.gradual_pruning import GradualPruning as GradualPruning
 
 _PUBLIC = {  # name -> module that defines it
     "CompressedLinear": "loading.layers",
     "EvoPressConfig": "loading.config",
     "EvoPressQuantizer": "loading.quantizer",
+    "GradualPruning": "training.gradual_pruning",
     "Level": "plans.level",
     "Plan": "plans.plan",
 }

@@ -116,7 +116,8 @@ Strategy = Annotated[
     str,
     typer.Option(
         help="evolve (ours), evopress (as published), knapsack, uniform, random, brute_force, "
-        "layer_error; of sparsity owl; of drops swap, block_influence, window, drop_perplexity."
+        "layer_error; of sparsity owl, pq_index; of drops swap, block_influence, window, "
+        "drop_perplexity."
     ),
 ]
 Compare = Annotated[

@@ -6,6 +6,7 @@
     window        membership of the most similar window of blocks (Gromov et al.)
     perplexity    cross-entropy when a sub-block alone is dropped (Shortened Llama)
     owl           distance from the sparsity that OWL gives to the block
+    pq_index      distance from the sparsity that the PQ-index of its weights gives to the unit
 
 What is measured on the model is kept in work/scores/, one JSON file per problem.
 """
@@ -26,6 +27,8 @@ from ..scoring.baseline_scores import (
     influences,
     outlier_ratios,
     owl_kept,
+    pq_kept,
+    pq_shares,
     single_drops,
     window_distances,
 )
@@ -107,21 +110,42 @@ class Tables:
         return self._rows(_no_levels, away)
 
     def _owl(self, store: LevelStore) -> Table:
-        sparsity = self.recipe.budget.sparsity
-        if sparsity is None:
-            raise ValueError("strategy owl gives each block a sparsity: it needs --sparsity")
+        sparsity = self._sparsity("owl gives each block")
         units = self.problem.units
         ratios = self._kept(
             "outliers",
             lambda: outlier_ratios(self._model(), units, lambda b: load_stats(self.work, b)),
         )
         kept = owl_kept({int(block): ratio for block, ratio in ratios.items()}, sparsity)
+        return self._distances(lambda gene: kept[gene.block])
+
+    def _pq_index(self, store: LevelStore) -> Table:
+        sparsity = self._sparsity("pq_index gives each layer")
+        units = self.problem.units
+        shares = self._kept(
+            "pq-index",
+            lambda: pq_shares(self._model(), units, lambda b: load_stats(self.work, b)),
+        )
+        sizes = {unit.name: unit.n_weights for unit in units}
+        kept = pq_kept(shares, sizes, sparsity)
+        return self._distances(
+            lambda gene: sum(kept[u] * sizes[u] for u in gene.units) / gene.n_weights
+        )
+
+    def _sparsity(self, what: str) -> float:
+        sparsity = self.recipe.budget.sparsity
+        if sparsity is None:
+            raise ValueError(f"strategy {what} a sparsity: it needs --sparsity")
+        return sparsity
+
+    def _distances(self, kept: Callable[[Gene], float]) -> Table:
+        """Return the squared distances of the values that options keep from those to keep."""
         space = self.problem.space
 
         def entry(gene: Gene, values: int) -> float:
             if not gene.n_weights:
                 return 0.0
-            return gene.n_weights * (values / gene.n_weights - kept[gene.block]) ** 2
+            return gene.n_weights * (values / gene.n_weights - kept(gene)) ** 2
 
         return [[entry(g, o.cost) / space.n_weights for o in g.options] for g in space.genes]
 

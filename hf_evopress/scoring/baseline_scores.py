@@ -1,4 +1,4 @@
-"""Scores of published baselines: similarity of hidden states, single drops, outlier ratios.
+"""Scores of published baselines: similarity of hidden states, single drops, outliers, PQ-index.
 
 Each returns plain numbers by name, measured on the dense model outside of any search.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..base.placement import place_of
 from ..methods.maths.linalg import Stats
+from ..methods.maths.pq_index import kept_share
 from ..models.dropped import dropped_forward
 from ..models.stream import BlockStream
 from ..models.sub_blocks import SubBlock, find_sub_blocks
@@ -120,6 +121,39 @@ def owl_kept(ratios: Mapping[int, float], sparsity: float) -> dict[int, float]:
     spread = {block: (ratio - low) * scale for block, ratio in ratios.items()}
     centre = sum(spread.values()) / len(spread)
     return {block: 1 - sparsity + value - centre for block, value in spread.items()}
+
+
+def pq_shares(
+    model: Any, units: Iterable[Unit], stats: Callable[[int], Mapping[str, Stats]]
+) -> dict[str, float]:
+    """Return unit -> the least share of its weights that SAP keeps, by the PQ-index of |w| |x|.
+
+    |x| is the root mean square of the weight's input. Diao et al. 2023 (arXiv:2302.05601).
+    """
+    shares = {}
+    for unit in units:
+        weight = model.get_submodule(unit.name).weight.detach()
+        weight = place_of(model).on_device(weight).float()
+        known = stats(unit.block)[unit.name]
+        norms = known.gram.diagonal().clamp(min=0.0).sqrt().to(weight.device)
+        shares[unit.name] = kept_share(weight * norms)
+    return shares
+
+
+def pq_kept(
+    shares: Mapping[str, float], weights: Mapping[str, int], sparsity: float
+) -> dict[str, float]:
+    """Return unit -> the share of weights to keep: `shares` times one factor, at most 1 each.
+
+    The factor is the one by which 1 - sparsity of all `weights` (unit -> number) are kept.
+    """
+    total = (1 - sparsity) * sum(weights[unit] for unit in shares)
+    low, high = 0.0, 1 / max(min(shares.values()), 1e-9)
+    for _ in range(60):
+        factor = (low + high) / 2
+        kept = sum(min(1.0, factor * share) * weights[unit] for unit, share in shares.items())
+        low, high = (factor, high) if kept < total else (low, factor)
+    return {unit: min(1.0, high * share) for unit, share in shares.items()}
 
 
 def _without(

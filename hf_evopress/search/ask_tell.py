@@ -44,6 +44,7 @@ STRATEGIES: dict[str, tuple[Callable[[Run, Any], Strategy], type]] = {
     # Published baselines: the knapsack, over the losses that TABLES names.
     "layer_error": (knapsack, KnapsackSettings),
     "owl": (knapsack, KnapsackSettings),
+    "pq_index": (knapsack, KnapsackSettings),
     "block_influence": (knapsack, KnapsackSettings),
     "window": (knapsack, KnapsackSettings),
     "drop_perplexity": (knapsack, KnapsackSettings),
@@ -54,6 +55,7 @@ STARTING = ("evolve", "evopress", "random", "pareto", "swap")
 TABLES: dict[str, str | None] = {
     "layer_error": "error",
     "owl": "owl",
+    "pq_index": "pq_index",
     "block_influence": "influence",
     "window": "window",
     "drop_perplexity": "perplexity",

@@ -83,7 +83,9 @@ def test_no_plan_of_a_small_space_is_better_than_brute_force(home: Path) -> None
         search_of(Job(recipe(home, **same, search=few)), build_levels(job))
 
 
-@pytest.mark.parametrize("strategy", ["evolve", "evopress", "uniform", "owl", "layer_error"])
+@pytest.mark.parametrize(
+    "strategy", ["evolve", "evopress", "uniform", "owl", "pq_index", "layer_error"]
+)
 def test_a_sparsity_budget_is_kept_by_every_strategy(home: Path, strategy: str) -> None:
     levels = [f"sparsegpt:sparsity={s}" for s in (0.3, 0.4, 0.5, 0.6, 0.7)]
     job, plan = found(home, budget={"sparsity": 0.5}, levels=levels, search={"strategy": strategy})
@@ -229,7 +231,12 @@ def test_what_makes_no_sense_is_refused_with_a_reason(
 
 @pytest.mark.parametrize(
     ("strategy", "reason"),
-    [("owl", "needs --sparsity"), ("window", "budget of drops"), ("block_influence", "budget of")],
+    [
+        ("owl", "needs --sparsity"),
+        ("pq_index", "needs --sparsity"),
+        ("window", "budget of drops"),
+        ("block_influence", "budget of"),
+    ],
 )
 def test_a_baseline_of_another_task_is_refused(home: Path, strategy: str, reason: str) -> None:
     job = Job(recipe(home, budget={"bits": 3}, levels=QUANT))

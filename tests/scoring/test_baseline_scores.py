@@ -19,6 +19,8 @@ from hf_evopress.scoring.baseline_scores import (
     influences,
     outlier_ratios,
     owl_kept,
+    pq_kept,
+    pq_shares,
     window_distances,
 )
 
@@ -97,3 +99,20 @@ def test_owl_keeps_more_where_there_are_more_outliers_and_the_average_exactly() 
     assert sum(kept.values()) / 3 == pytest.approx(0.4)
     assert kept[0] < kept[1] < kept[2] and kept[2] - kept[0] == pytest.approx(0.16)
     assert owl_kept({0: 0.1, 1: 0.1}, 0.5) == {0: 0.5, 1: 0.5}
+
+
+def test_pq_index_keeps_less_of_a_layer_whose_weights_are_few_and_large(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    units = find_units(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[:, 3:] *= 0.01
+    shared = {size: Stats(torch.eye(size), n_tokens=8) for size in (64, 128)}
+    stats = {unit.name: shared[unit.shape[1]] for unit in units}
+    shares = pq_shares(model, units, lambda block: stats)
+    name = "model.layers.1.mlp.up_proj"
+    assert min(shares, key=shares.__getitem__) == name
+    sizes = {unit.name: unit.n_weights for unit in units}
+    kept = pq_kept(shares, sizes, 0.3)
+    total = sum(kept[unit] * size for unit, size in sizes.items())
+    assert total == pytest.approx(0.7 * sum(sizes.values())) and max(kept.values()) <= 1
+    assert kept[name] < 0.5 * kept["model.layers.0.mlp.up_proj"]
