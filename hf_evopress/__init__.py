@@ -38,6 +38,7 @@ from .base.after_import import after_import
 from .base.version import __version__
 
 if TYPE_CHECKING:
+    from .loading.blocks import resize as resize
     from .loading.config import EvoPressConfig as EvoPressConfig
     from .loading.layers import CompressedLinear as CompressedLinear
     from .loading.quantizer import EvoPressQuantizer as EvoPressQuantizer
@@ -54,6 +55,7 @@ _PUBLIC = {  # name -> module that defines it
     "Level": "plans.level",
     "PVTuning": "training.pv_tuning",
     "Plan": "plans.plan",
+    "resize": "loading.blocks",
 }
 
 __all__ = ["__version__", "register", *_PUBLIC]

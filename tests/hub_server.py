@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -132,6 +133,7 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.uploads: dict[str, bytes] = {}  # LFS objects that no commit names yet
         self.requests: list[str] = []
+        self.sent: Counter[str] = Counter()  # file -> bytes that downloads of it took
         self.corrupted: str | None = None
         self.faults: list[tuple[re.Pattern[str], Callable[[Any], bool], list[int]]] = []
         self.lock = threading.RLock()
@@ -449,6 +451,8 @@ class _Handler(BaseHTTPRequestHandler):
             start, end = int(match[1]), int(match[2] or len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
             content, status = content[start : end + 1], 206
+        if self.command == "GET":
+            self.hub.sent[path] += len(content)
         self.answer(status, content, **headers)
 
 

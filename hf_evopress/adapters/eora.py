@@ -27,8 +27,9 @@ from ..base.resources import parse_size
 from ..calibration.asymmetric import CrossMoment, Shift, shifted_weight
 from ..calibration.input_moments import check_tokens, distinct_inputs, first_tokens, unit_inputs
 from ..methods import compose
-from ..methods.lowrank import FLOATS, Metric
+from ..methods.maths.factors import FLOATS
 from ..methods.maths.linalg import Stats
+from ..methods.maths.metric import Metric
 from ..models.stream import BlockStream
 from ..models.units import Unit, find_units
 from ..plans.level import Level

@@ -19,7 +19,7 @@ from ..loading.layers import CompressedLinear, compress_linear, compressed_linea
 from ..loading.quantizer import attach
 from ..methods import compose
 from ..methods.base import State
-from ..methods.lowrank import FLOATS
+from ..methods.maths.factors import FLOATS
 from ..plans.level import Level, Term
 from .folder import Adapter, base_fingerprint, check_fits, check_target, write_adapter
 

@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..base.plugins import did_you_mean
 from ..base.reading import reading
+from ..base.resources import parse_size
 from ..base.version import __version__
 from ..plans.plan import Plan
 from .runtimes import AUTO, RUNTIMES
@@ -21,7 +22,17 @@ RUNTIME_VARIABLE = "HF_EVOPRESS_RUNTIME"
 FORMAT_VERSION = 1  # of the checkpoint: what config.json and the safetensors files hold
 
 _STORED = ("plan", "checksums", "format_version", "written_by", "quant_method")
-_LOADING = ("data", "column", "n_sequences", "seq_len", "seed", "dequantize", "verify", "runtime")
+_LOADING = (
+    "data",
+    "column",
+    "n_sequences",
+    "seq_len",
+    "seed",
+    "dequantize",
+    "verify",
+    "runtime",
+    "size",
+)
 
 
 class EvoPressConfig(QuantizationConfigMixin):
@@ -42,6 +53,8 @@ class EvoPressConfig(QuantizationConfigMixin):
         speed of the dense model. "int4" also holds codes for PyTorch's int4 kernel on CPUs.
         runtimes.py says more. What save_pretrained writes is the same. Where none is given, the
         environment variable HF_EVOPRESS_RUNTIME names one, else it is "auto".
+    size: of a model of many sizes (`hf-evopress stack`), how many bytes its tensors may take, such
+        as "80MB"; what is beyond that is not read. `hf_evopress.resize` changes it later.
 
     It is not frozen, because transformers sets loading attributes on it.
 
@@ -61,6 +74,7 @@ class EvoPressConfig(QuantizationConfigMixin):
         dequantize: bool = False,
         verify: bool = True,
         runtime: str | None = None,
+        size: str | int | None = None,
         checksums: Mapping[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         written_by: str | None = None,
@@ -79,6 +93,7 @@ class EvoPressConfig(QuantizationConfigMixin):
         self.n_sequences, self.seq_len, self.seed = n_sequences, seq_len, seed
         self.dequantize, self.verify = dequantize, verify
         self.runtime = runtime or os.environ.get(RUNTIME_VARIABLE) or AUTO
+        self.size = size
         if not isinstance(checksums or {}, Mapping):
             raise TypeError(
                 f"checksums are an object of tensor names and hex digits, got {checksums!r:.200}"
@@ -95,6 +110,8 @@ class EvoPressConfig(QuantizationConfigMixin):
         for key in ("dequantize", "verify"):
             if type(getattr(self, key)) is not bool:
                 raise TypeError(f"{key} must be true or false, got {getattr(self, key)!r}")
+        if self.size is not None:
+            parse_size(self.size)
         if self.runtime not in RUNTIMES:
             raise ValueError(
                 f"no runtime {self.runtime!r}{did_you_mean(str(self.runtime), list(RUNTIMES))}"

@@ -18,9 +18,11 @@ from ..models.ends import find_ends
 from ..models.experts import SplitExperts
 from ..models.plain import make_stock, match_plan
 from ..models.size import NOTICE
+from ..plans.block_order import has_order
 from ..plans.level import DENSE, Level
 from ..plans.plan import Plan
 from ..store.checksums import checksum, verify_files
+from .blocks import Stack, cut
 from .checks import check_levels_match, check_loaded, check_shapes, on_cpu
 from .config import QUANT_METHOD, EvoPressConfig
 from .embedding import finish_loading
@@ -50,6 +52,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
         self._tokens: Tensor | None = None
         self._dtypes: Dtypes = {}
         self._splits_experts = False  # the model has experts whose layers are apart
+        self.stack: Stack | None = None  # where blocks come from, of a model of many sizes
 
     # -- before the weights --------------------------------------------------------------------
 
@@ -69,6 +72,10 @@ class EvoPressQuantizer(AnyHfQuantizer):
             )
         if self.pre_quantized:
             return
+        if config.size is not None:
+            raise ValueError(
+                "size is for models of many sizes (`hf-evopress stack`); this one is dense"
+            )
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 "a model cannot be compressed and offloaded to disk at once; compress it, "
@@ -107,14 +114,28 @@ class EvoPressQuantizer(AnyHfQuantizer):
             return
         _ignore_keys(model, [NOTICE, *(f"{path}." for path in replace_dropped(model, plan))])
         files = [str(f) for f in checkpoint_files or () if str(f).endswith(".safetensors")]
-        if config.verify and config.checksums and files:
-            verify_files(files, config.checksums)
         for name, level in levels.items():
             replace(model, name, level)
+        left_out = self._cut(model, plan, files)
+        if config.verify and config.checksums and files:
+            verify_files(files, config.checksums, left_out=left_out)
         check_shapes(model, files)
         self.look_at(model)
         self._dtypes = dtypes_of(model)
-        _ignore_keys(model, [f"{name}.weight" for name in levels])
+        _ignore_keys(model, [*(f"{name}.weight" for name in levels), *left_out])
+
+    def _cut(self, model: Any, plan: Plan, files: Sequence[str]) -> list[str]:
+        """Note where blocks come from, and leave out those that a size has no room for.
+
+        Returns the names of the tensors that are not loaded.
+        """
+        config = self.quantization_config
+        if has_order(plan):
+            self.stack = Stack(plan, tuple(files), config.checksums)
+        if config.size is None:
+            return []
+        config.plan, left_out = cut(model, plan, config.size)
+        return left_out
 
     def look_at(self, model: nn.Module) -> None:
         """Note what `conversions` has to know of the model, which early versions do not pass."""

@@ -28,13 +28,11 @@ from torch import Tensor
 
 from ..plans.level import Term
 from .base import Method, Operator, Param, Shape, State
-from .maths.grid import dequantize, find_grid, quantize
+from .maths.factors import FLOATS, empty_factor, factor_bits, pack_factor, unpack_factor
 from .maths.linalg import Stats
-from .maths.packing import pack, packed_bytes, unpack
+from .maths.metric import METRICS, Metric
 
-FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 BITS = {"int8": 8, "int4": 4}
-METRICS = ("whitened", "diag", "plain")
 
 
 class LowRank(Method):
@@ -79,11 +77,8 @@ class LowRank(Method):
 
     def cost_bits(self, shape: Shape, **params: Any) -> int:
         rank, fix = params["rank"], 16 * shape[0] if params["centred"] else 0
-        if params["factors"] in FLOATS:
-            return 16 * rank * sum(shape) + fix
-        bits = BITS[params["factors"]]
-        codes = rank * packed_bytes(shape[1], bits) + shape[0] * packed_bytes(rank, bits)
-        return 8 * codes + 16 * (rank + shape[0]) + fix
+        A, B = (rank, shape[1]), (shape[0], rank)
+        return sum(factor_bits(n, m, params["factors"]) for n, m in (A, B)) + fix
 
     def kept_values(self, shape: Shape, **params: Any) -> int:
         return params["rank"] * sum(shape)
@@ -136,15 +131,8 @@ class LowRank(Method):
 
     def empty(self, shape: Shape, dtype: torch.dtype, **params: Any) -> State:
         (rows, columns), rank = shape, params["rank"]
-        sizes = {"A": (rank, columns), "B": (rows, rank)}
-        state: State = {}
-        for name, (n, m) in sizes.items():
-            if params["factors"] in FLOATS:
-                state[name] = torch.empty(n, m, dtype=_float(params), device="meta")
-            else:
-                width = packed_bytes(m, BITS[params["factors"]])
-                state[f"{name}_codes"] = torch.empty(n, width, dtype=torch.uint8, device="meta")
-                state[f"{name}_scales"] = torch.empty(n, 1, dtype=_float(params), device="meta")
+        kind = params["factors"]
+        state = empty_factor("A", rank, columns, kind) | empty_factor("B", rows, rank, kind)
         if params["centred"]:
             state["bias_fix"] = torch.empty(rows, dtype=_float(params), device="meta")
         return state
@@ -157,65 +145,6 @@ class LowRank(Method):
             fix = state["bias_fix"].to(dtype)
             bias = fix if bias is None else bias + fix
         return lambda x: F.linear(F.linear(x, A), B, bias)
-
-
-class Metric:
-    """The inner product on a layer's inputs in which an error is small or large.
-
-    whitened: E |dW x|^2, diag: only the variances of x, plain: |dW|^2; centred subtracts the
-    mean of x, which a bias can carry. Everything is float64: squared spectra need it.
-    """
-
-    def __init__(
-        self,
-        stats: Stats | None,
-        *,
-        metric: str = "whitened",
-        centred: bool = False,
-        sink: float = 0.05,
-    ) -> None:
-        self.mean: Tensor | None = None
-        self.H: Tensor | None = None
-        self._root: Tensor | None = None
-        if stats is None:
-            return
-        if centred:
-            if stats.mean is None:
-                raise ValueError(
-                    "lowrank: centred=true needs the mean of the layer's inputs, which these "
-                    "statistics do not hold; calibrate again, or leave centred out"
-                )
-            self.mean = stats.mean.double()
-        if metric != "plain":
-            self.H = stats.hessian(sink=sink).double()
-            if self.mean is not None:
-                self.H = self.H - torch.outer(self.mean, self.mean)
-            if metric == "diag":
-                self.H = self.H.diagonal().clamp(min=0.0).diag()
-
-    @property
-    def root(self) -> Tensor | None:
-        """S (in, in) with S S^T = H; H need not have full rank."""
-        if self._root is None and self.H is not None:
-            values, Q = torch.linalg.eigh(self.H)
-            self._root = Q * values.clamp(min=0.0).sqrt()
-        return self._root
-
-    def basis(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the eigenvalues (n,) of W H W^T, largest first, and U (out, n); n = min(out, in).
-
-        What rank r leaves of tr(W H W^T) is values[r:].sum().
-        """
-        W = W.double()
-        if W.shape[0] <= W.shape[1]:
-            values, U = torch.linalg.eigh(W @ W.T if self.H is None else W @ self.H @ W.T)
-            return values.flip(0).clamp(min=0.0), U.flip(1)
-        M = W if self.root is None else W @ self.root
-        values, V = torch.linalg.eigh(M.T @ M)
-        # M v_i are the eigenvectors of M M^T, but tiny ones are all noise: QR keeps the first
-        # r columns spanning the same space for every r, and orthonormal to the last digit.
-        U, _ = torch.linalg.qr(M @ V.flip(1))
-        return values.flip(0).clamp(min=0.0), U
 
 
 def spectrum(
@@ -246,14 +175,14 @@ def _state(W: Tensor, U: Tensor, space: Metric, params: Mapping[str, Any]) -> St
     # Both factors get the square root of each component's size, so that neither overflows.
     size = A.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
     A, B = A / size[:, None], U * size
-    state: State = {}
-    if params["factors"] in FLOATS:
-        state["A"], state["B"] = (_round(X, params) for X in (A, B))
+    kind = params["factors"]
+    if kind in FLOATS:
+        state = pack_factor("A", A, kind) | pack_factor("B", B, kind)
     else:
-        state |= _coded("B", B, params)
+        state = pack_factor("B", B, kind)
         # The best A for the rounded B, in every metric: it takes up B's rounding error.
-        B = _decoded("B", state, params["rank"], params).double()
-        state |= _coded("A", torch.linalg.lstsq(B, W).solution, params)
+        B = unpack_factor("B", state, params["rank"], kind).double()
+        state |= pack_factor("A", torch.linalg.lstsq(B, W).solution, kind)
     if space.mean is not None:
         A, B = _factors(state, (W.shape[0], W.shape[1]), params)
         state["bias_fix"] = _round((W - B.double() @ A.double()) @ space.mean, params)
@@ -275,29 +204,10 @@ def _round(X: Tensor, params: Mapping[str, Any]) -> Tensor:
     return X.clamp(-most, most).to(dtype).contiguous()
 
 
-def _coded(name: str, X: Tensor, params: Mapping[str, Any]) -> State:
-    """Return symmetric codes and one scale per row of a factor."""
-    bits, X = BITS[params["factors"]], X.float()
-    maxq = float(2**bits - 1)
-    scale, zero = find_grid(X, maxq, symmetric=True, scale_dtype=_float(params))
-    q = quantize(X, scale[:, None], zero[:, None], maxq)
-    return {
-        f"{name}_codes": pack(q.to(torch.uint8), bits),
-        f"{name}_scales": scale[:, None].to(_float(params)),
-    }
-
-
-def _decoded(name: str, state: State, columns: int, params: Mapping[str, Any]) -> Tensor:
-    bits = BITS[params["factors"]]
-    scale = state[f"{name}_scales"].float()
-    q = unpack(state[f"{name}_codes"], bits, columns)
-    return dequantize(q, scale, scale.new_tensor(2 ** (bits - 1)))
-
-
 def _factors(state: State, shape: Shape, params: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Return A (rank, in) and B (out, rank) as floats."""
-    if params["factors"] in FLOATS:
-        return state["A"], state["B"]
-    columns = {"A": shape[1], "B": params["rank"]}
-    A, B = (_decoded(name, state, n, params) for name, n in columns.items())
+    kind = params["factors"]
+    A, B = (
+        unpack_factor(name, state, n, kind) for name, n in (("A", shape[1]), ("B", params["rank"]))
+    )
     return A, B

@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,18 @@ def file_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     }
 
 
-def file_checksums(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Yield (tensor name, checksum) for every tensor with elements in a safetensors file."""
+def file_checksums(
+    path: str | Path, *, left_out: Collection[str] = ()
+) -> Iterator[tuple[str, str]]:
+    """Yield (tensor name, checksum) for every tensor with elements in a safetensors file.
+
+    Those that are `left_out` are not read.
+    """
     with open(path, "rb") as file:
         header, start = _read_header(file, path)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, end = entry["data_offsets"]
-            if first == end:
+            if first == end or name in left_out:
                 continue
             file.seek(start + first)
             crc, left = _start(entry["shape"]), end - first
@@ -55,16 +60,19 @@ def file_checksums(path: str | Path) -> Iterator[tuple[str, str]]:
             yield name, f"{crc:08x}"
 
 
-def verify_files(paths: Iterable[str | Path], expected: Mapping[str, str]) -> None:
+def verify_files(
+    paths: Iterable[str | Path], expected: Mapping[str, str], *, left_out: Collection[str] = ()
+) -> None:
     """Raise ValueError that names the damaged or missing tensors of a checkpoint.
 
-    Tensors that `expected` does not know are left alone. A tensor that no file has counts as
-    missing only if every name in the files is known: some models are written under other names
-    than their modules have, and what is missing then shows after loading.
+    Tensors that `expected` does not know are left alone, and those that are `left_out`. A tensor
+    that no file has counts as missing only if every name in the files is known: some models are
+    written under other names than their modules have, and what is missing then shows after loading.
     """
-    damaged, found, n_unknown = [], set(), 0
+    left_out = set(left_out)
+    damaged, found, n_unknown = [], set(left_out), 0
     for path in paths:
-        for name, value in file_checksums(path):
+        for name, value in file_checksums(path, left_out=left_out):
             if name not in expected:
                 n_unknown += 1
                 continue
@@ -86,14 +94,20 @@ def verify_files(paths: Iterable[str | Path], expected: Mapping[str, str]) -> No
 
 def _read_header(file: Any, path: str | Path) -> tuple[dict[str, Any], int]:
     """Return the tensors' entries and the offset at which their bytes start."""
-    size = os.fstat(file.fileno()).st_size
+    size, length = os.fstat(file.fileno()).st_size, file.read(8)
+    n_bytes = struct.unpack("<Q", length)[0] if len(length) == 8 else 0
+    return parse_header(file.read, n_bytes, size, path), 8 + n_bytes
+
+
+def parse_header(
+    read: Callable[[int], bytes], n_bytes: int, size: int, path: str | Path
+) -> dict[str, Any]:
+    """Return the entries that `read(n_bytes)` has, of a safetensors file of `size` bytes."""
     try:
         with reading(path):
-            length = file.read(8)
-            n_bytes = struct.unpack("<Q", length)[0] if len(length) == 8 else 0
             if not 2 <= n_bytes <= min(_MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"it claims {n_bytes} bytes, and the file has {size}")
-            header = json.loads(file.read(n_bytes))
+            header = json.loads(read(n_bytes))
             if not isinstance(header, dict):
                 raise TypeError(f"it is not an object but {type(header).__name__}")
             header.pop("__metadata__", None)
@@ -105,7 +119,7 @@ def _read_header(file: Any, path: str | Path) -> tuple[dict[str, Any], int]:
             f"{path} is damaged or no safetensors file: its header cannot be read ({reason}); "
             "export or download it again"
         ) from error
-    return header, 8 + n_bytes
+    return header
 
 
 def _check_entry(name: str, entry: Any) -> None:

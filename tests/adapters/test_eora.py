@@ -19,7 +19,7 @@ from hf_evopress.adapters.foreign import dense_weight
 from hf_evopress.calibration.output_moments import load_moments, output_moments
 from hf_evopress.loading.quantizer import attach
 from hf_evopress.loading.stitch import compress_model
-from hf_evopress.methods.lowrank import Metric
+from hf_evopress.methods.maths.metric import Metric
 from hf_evopress.models.units import find_units
 from hf_evopress.plans.plan import Plan
 from hf_evopress.scoring.fitness.kl import KL

@@ -28,7 +28,7 @@ from hf_evopress.calibration.data import tokenize_file
 from hf_evopress.calibration.output_moments import load_moments
 from hf_evopress.loading.layers import compress_linear
 from hf_evopress.methods.compose import cost_bits, normalize
-from hf_evopress.methods.lowrank import Metric
+from hf_evopress.methods.maths.metric import Metric
 from hf_evopress.scoring.evaluate import compare_many
 from hf_evopress.search import knapsack
 from hf_evopress.search.space import SearchSpace

@@ -22,8 +22,11 @@ COMPOSITIONS = [
     "magnitude:pattern=2:4 + lowrank:rank=3,metric=plain",
     "lowrank:rank=4 + wanda:sparsity=0.8",
     "zero + lowrank:rank=6",
+    "gptq:bits=2,group_size=32 + bitstack:blocks=2",
+    "bitstack:blocks=2 + dict:bits=3",
 ]
 EVERY = LEVELS + COMPOSITIONS
+FACTORED = ("dict", "lowrank", "mpo")  # what is kept are entries of factors
 CASES = [(level, shape) for level in EVERY for shape in SHAPES]
 
 
@@ -247,7 +250,7 @@ def test_no_more_values_are_kept_than_counted(level, shape):
     level, W, stats = make(level, shape)
     kept = compose.kept_values(level, shape)
     assert kept >= 0 and isinstance(kept, int)
-    if len(level.terms) == 1 and level.terms[0].method not in ("lowrank", "zero"):
+    if len(level.terms) == 1 and level.terms[0].method not in (*FACTORED, "zero"):
         weight = compose.decompress(level, compose.compress(level, W, stats), shape, W.dtype)
         assert int((weight != 0).sum()) <= kept <= W.numel()
 

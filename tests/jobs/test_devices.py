@@ -125,6 +125,9 @@ def test_what_baselines_look_at(home: Path, strategy: str) -> None:
         "trellis:bits=3,state_bits=8",
         "rows:bits=3,top_bits=6,group_size=32",
         "gguf:type=q4_0",
+        "dict:bits=4",
+        "bitstack:blocks=3",
+        "mpo:bits=4",
     ],
 )
 @pytest.mark.parametrize("offload", ["none", "cpu"])

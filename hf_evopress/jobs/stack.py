@@ -1,0 +1,161 @@
+"""One checkpoint of many sizes: stacks of blocks on all layers, in the order of what each is worth.
+
+Levels with 1, 2, ... blocks are prefixes of one stack, so the store of all of them is no larger
+than the longest, and its predicted losses say what every block gains.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..base.devices import using
+from ..base.reading import reading
+from ..base.resources import atomic_write, format_size, parse_size
+from ..base.target import claimed, whole_folder, work_beside, writes_out
+from ..loading.blocks import block_bytes, n_fitting
+from ..loading.config import EvoPressConfig
+from ..plans.block_order import order_of, prefix, with_order
+from ..plans.level import Level
+from ..plans.plan import Plan
+from ..plans.repo import FILE_NAME
+from ..recipes.recipe import Recipe
+from ..search.block_order import order_blocks
+from ..sharing.cards import write_card
+from ..sharing.checkpoint_source import open_source
+from ..store.block_layout import NAME, arrange, arranged, file_bytes
+from ..store.checksums import verify_files
+from ..store.level_store import LevelStore
+from ..store.tensor_bytes import entries, write_tensors
+from .job import Job
+from .levels import build_levels
+from .measure import verify
+from .pipeline import export
+
+
+def menu(blocks: int, rank: int) -> list[str]:
+    """Return the levels of 1 to `blocks` blocks."""
+    return [f"bitstack:blocks={n},rank={rank}" for n in range(1, blocks + 1)]
+
+
+def stack(recipe: Recipe, *, overwrite: bool = False, progress: Any = None) -> tuple[Path, Plan]:
+    """Return the folder of a model of many sizes and its plan; the recipe's levels are its menu.
+
+    Can be stopped and goes on where it was. Reloaded, it gives what its levels were scored by.
+    """
+    if recipe.out is None:
+        raise ValueError("say where to write the model: --out FOLDER")
+    reads = [recipe.model, recipe.work or work_beside(recipe.out), *recipe.data.sources]
+    with claimed(recipe.out, reads=reads, overwrite=overwrite):
+        job = Job(recipe, progress=progress)
+        with using(job.device, offload=recipe.offload):
+            store = build_levels(job)
+            plan = stacked_plan(job, store)
+            folder = export(job, store, plan)
+            arrange(folder, plan)
+            verify(job, store, plan, folder)
+    recipe.save(folder / "evopress_recipe.yaml")
+    write_card(folder, plan, recipe)
+    return folder, plan
+
+
+def stacked_plan(job: Job, store: LevelStore) -> Plan:
+    """Return the plan of all blocks, with their order by predicted loss per byte."""
+    largest: dict[str, Level] = {unit.name: job.menus[unit.name][-1] for unit in job.units}
+    plan, losses = job.plan(largest), {}
+    stacked = [unit.name for unit in job.units if not unit.is_end]
+    for unit in stacked:
+        scores = [store.scores(unit, level) for level in job.menus[unit]]
+        if "sensitivity_nats" not in scores[0]:
+            raise ValueError(
+                "blocks are put in order by predicted losses, which take gradients: leave "
+                "search.sensitivity_tokens above 0"
+            )
+        losses[unit] = [score["sensitivity_nats"] for score in scores]
+    order = order_blocks(losses, {unit: block_bytes(plan, unit) for unit in stacked})
+    return with_order(plan, order)
+
+
+@writes_out("source")
+def resize_checkpoint(
+    source: str,
+    out: str | Path,
+    *,
+    size: str | int,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Return `out` with the blocks of a model of many sizes that fit into `size` bytes.
+
+    source: a folder or a Hub name, of which the bytes that this takes are read, no more. The file
+    of weights is at most `size` long. It is a model of many sizes too, up to its own.
+    """
+    checkpoint = open_source(source, revision=revision)
+    config, plan = _config_of(checkpoint.file("config.json"), source)
+    weights = sorted(name for name in checkpoint.sizes if name.endswith(".safetensors"))
+    tensors = [
+        e for name in weights for e in entries(name, checkpoint.sizes[name], checkpoint.read)
+    ]
+    order, budget = order_of(plan), parse_size(size)
+    others = sum(e.n_bytes for e in tensors) - sum(block_bytes(plan, unit) for unit in order)
+    n = n_fitting(plan, others, budget)
+    wanted, least = arranged(tensors, plan, n), len(set(order))
+    while file_bytes(wanted) > budget:
+        if n <= least:
+            raise ValueError(
+                f"the file's header leaves no room: it has no size below "
+                f"{format_size(file_bytes(wanted))}"
+            )
+        n -= 1
+        wanted = arranged(tensors, plan, n)
+    plan = prefix(plan, n)
+    with whole_folder(out) as folder:
+        write_tensors(folder / NAME, wanted, checkpoint.read)
+        _write_config(folder / "config.json", config, plan, {e.name for e in wanted})
+        plan.save(folder)
+        for name in _others(checkpoint.sizes):
+            shutil.copyfile(checkpoint.file(name), folder / name)
+    return Path(out)
+
+
+def sizes_of(folder: Path) -> tuple[int, int]:
+    """Return the bytes of the smallest and of the largest file that a model of many sizes gives."""
+    _, plan = _config_of(folder / "config.json", str(folder))
+    file, order = folder / NAME, order_of(plan)
+    tensors = entries(str(file), file.stat().st_size)
+    return file_bytes(arranged(tensors, plan, len(set(order)))), file.stat().st_size
+
+
+def _config_of(path: Path, source: str) -> tuple[dict[str, Any], Plan]:
+    """Return what config.json says, and the plan in it."""
+    with reading(path):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        quantized = config.get("quantization_config") or {}
+    if quantized.get("quant_method") != "evopress":
+        raise ValueError(f"{source} is not a compressed model of hf_evopress")
+    plan = EvoPressConfig.from_dict(quantized).plan
+    if plan is None:
+        raise ValueError(f"{source} has no plan in its config.json")
+    return config, plan
+
+
+def _write_config(path: Path, config: dict[str, Any], plan: Plan, names: set[str]) -> None:
+    """Write config.json for the tensors of `names`, after comparing them with their checksums."""
+    quantized = dict(config["quantization_config"])
+    checksums = {k: v for k, v in quantized.get("checksums", {}).items() if k in names}
+    verify_files([path.with_name(NAME)], checksums)
+    quantized |= {"plan": json.loads(plan.to_json()), "checksums": checksums}
+    text = json.dumps({**config, "quantization_config": quantized}, indent=2) + "\n"
+    atomic_write(path, text)
+
+
+def _others(names: Any) -> list[str]:
+    """Return the files that come along as they are."""
+    ours = {"config.json", FILE_NAME, f"{NAME}.index.json", "README.md", ".gitattributes"}
+    return sorted(
+        name
+        for name in names
+        if name not in ours and not name.endswith(".safetensors") and not name.startswith(".")
+    )

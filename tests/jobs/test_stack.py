@@ -1,0 +1,186 @@
+"""One checkpoint of many sizes: made, loaded at a size, resized while it runs, cut."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import hf_evopress
+from hf_evopress import EvoPressConfig, Plan
+from hf_evopress.jobs.stack import menu, resize_checkpoint, sizes_of, stack
+from hf_evopress.models.size import stored_bytes
+from hf_evopress.plans.block_order import order_of
+from hf_evopress.recipes.recipe import Recipe
+from hf_evopress.sharing.hub import push_folder
+from hf_evopress.store.tensor_bytes import Entry, entries
+
+TOKENS = torch.arange(40).view(2, 20)
+
+
+@pytest.fixture(scope="module")
+def folder(home: Path) -> Path:
+    values = {
+        "model": str(home / "dense"),
+        "out": str(home / "sizes"),
+        "work": str(home / "sizes.work"),
+        "budget": {"bits": 32.0},
+        "levels": menu(4, 1),
+        "ends": "rtn:bits=6,group_size=32",
+        "data": {
+            "sources": [str(home / "text.txt")],
+            "seq_len": 64,
+            "calibration": 24,
+            "search": 8,
+            "heldout": 0,
+            "test": 0,
+        },
+        "search": {"sensitivity_tokens": 512},
+    }
+    return stack(Recipe.from_dict(values))[0]
+
+
+def load(folder: Path | str, **options: Any) -> Any:
+    config = {"quantization_config": EvoPressConfig(**options)} if options else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **config).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def entries_of(file: Path) -> list[Entry]:
+    return entries(str(file), file.stat().st_size)
+
+
+def n_bytes(model: Any) -> int:
+    tensors = {id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}
+    return sum(tensors.values())
+
+
+def middle(folder: Path) -> int:
+    least, most = sizes_of(folder)
+    return (2 * least + most) // 3
+
+
+def test_the_file_holds_blocks_in_the_plans_order(folder: Path) -> None:
+    plan = Plan.from_pretrained(folder)
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        keys = list(file.offset_keys())
+    signs = [key.rpartition(".") for key in keys if key.endswith("_signs")]
+    assert tuple(owner for owner, _, _ in signs) == order_of(plan)
+
+
+def test_more_blocks_are_nearer_to_the_dense_model(home: Path, folder: Path) -> None:
+    dense = logits(AutoModelForCausalLM.from_pretrained(home / "dense", dtype=torch.float32))
+    least, most = sizes_of(folder)
+    errors = [
+        float((logits(load(folder, size=size)) - dense).norm())
+        for size in (least, middle(folder), most)
+    ]
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_a_size_is_kept_and_used(folder: Path) -> None:
+    size = middle(folder)
+    model = load(folder, size=size)
+    largest = max(t.nbytes for t in load(folder).state_dict().values())
+    assert size - largest < n_bytes(model) <= size
+
+
+def test_a_smaller_load_reads_no_other_block(folder: Path, tmp_path: Path) -> None:
+    model = load(folder, size=middle(folder))
+    wanted = set(model.state_dict())
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        keys = list(file.offset_keys())
+    unread = [key for key in keys if key.endswith("_signs") and key not in wanted]
+    assert unread
+    path = damaged / "model.safetensors"
+    there = {e.name: e for e in entries_of(path)}
+    with open(path, "r+b") as opened:
+        for key in unread:
+            opened.seek(there[key].start)
+            opened.write(b"\xff" * there[key].n_bytes)
+    assert torch.equal(logits(load(damaged, size=middle(folder))), logits(model))
+    with pytest.raises(ValueError, match="damaged"):
+        load(damaged)
+
+
+def test_a_running_model_sheds_blocks_and_takes_them_back(folder: Path) -> None:
+    model, whole = load(folder), load(folder)
+    hf_evopress.resize(model, middle(folder))
+    assert n_bytes(model) <= middle(folder)
+    assert torch.equal(logits(model), logits(load(folder, size=middle(folder))))
+    hf_evopress.resize(model, n_bytes(whole))
+    assert torch.equal(logits(model), logits(whole))
+    assert model.hf_quantizer.quantization_config.plan.levels == Plan.from_pretrained(folder).levels
+
+
+def test_a_model_that_was_loaded_small_grows(folder: Path) -> None:
+    model, whole = load(folder, size=middle(folder)), load(folder)
+    hf_evopress.resize(model, n_bytes(whole))
+    assert torch.equal(logits(model), logits(whole))
+
+
+def test_what_a_smaller_model_saves_is_a_model_of_its_size(folder: Path, tmp_path: Path) -> None:
+    model = load(folder, size=middle(folder))
+    model.save_pretrained(tmp_path / "small")
+    again = load(tmp_path / "small")
+    assert torch.equal(logits(again), logits(model))
+    hf_evopress.resize(again, sizes_of(folder)[0])
+    assert torch.equal(logits(again), logits(load(folder, size=sizes_of(folder)[0])))
+
+
+def test_a_cut_checkpoint_is_the_model_loaded_at_that_size(folder: Path, tmp_path: Path) -> None:
+    out = resize_checkpoint(str(folder), tmp_path / "cut", size=middle(folder))
+    assert stored_bytes(out) <= middle(folder)
+    model = load(out)
+    assert torch.equal(logits(model), logits(load(folder, size=n_bytes(model))))
+    assert len(order_of(Plan.from_pretrained(out))) < len(order_of(Plan.from_pretrained(folder)))
+    smaller = resize_checkpoint(str(out), tmp_path / "again", size=sizes_of(folder)[0])
+    assert stored_bytes(smaller) <= sizes_of(folder)[0]
+
+
+def test_only_the_prefix_of_a_model_on_the_hub_is_downloaded(
+    hub: Any, folder: Path, tmp_path: Path
+) -> None:
+    push_folder(folder, "me/sizes")
+    out = resize_checkpoint("me/sizes", tmp_path / "cut", size=middle(folder))
+    here = resize_checkpoint(str(folder), tmp_path / "here", size=middle(folder))
+    for name in ("model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (here / name).read_bytes()
+    whole = entries_of(folder / "model.safetensors")
+    header = min(e.start for e in whole)
+    data = sum(e.n_bytes for e in entries_of(out / "model.safetensors"))
+    assert hub.sent["model.safetensors"] == header + data
+
+
+def test_sizes_that_there_are_not_are_refused(folder: Path, tmp_path: Path) -> None:
+    for call in (
+        lambda: load(folder, size="1kB"),
+        lambda: hf_evopress.resize(load(folder), "1kB"),
+        lambda: resize_checkpoint(str(folder), tmp_path / "x", size="1kB"),
+    ):
+        with pytest.raises(ValueError, match="has no size of 1 kB: with one block per layer"):
+            call()
+    assert not (tmp_path / "x").exists()
+
+
+def test_models_of_one_size_say_so(home: Path, write_model: Any, tmp_path: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(home / "dense", dtype=torch.float32)
+    with pytest.raises(ValueError, match="this one is not packed"):
+        hf_evopress.resize(dense, "1MB")
+    with pytest.raises(ValueError, match="this one is dense"):
+        load(home / "dense", plan=Plan({"a": "rtn:bits=4,group_size=32"}), size="1MB")
+    one = write_model(tmp_path, dense, "rtn:bits=4,group_size=32") / "small"
+    for call in (lambda: load(one, size="1MB"), lambda: hf_evopress.resize(load(one), "1MB")):
+        with pytest.raises(ValueError, match="hf-evopress stack"):
+            call()
