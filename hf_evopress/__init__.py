@@ -40,20 +40,20 @@ from .base.version import __version__
 if TYPE_CHECKING:
     from .loading.blocks import resize as resize
     from .loading.config import EvoPressConfig as EvoPressConfig
+    from .loading.kv_cache.cache import GearCache as GearCache
     from .loading.layers import CompressedLinear as CompressedLinear
     from .loading.quantizer import EvoPressQuantizer as EvoPressQuantizer
     from .plans.level import Level as Level
     from .plans.plan import Plan as Plan
     from .training.gradual_pruning import GradualPruning as GradualPruning
-    from .training.pv_tuning import PVTuning as PVTuning
 
 _PUBLIC = {  # name -> module that defines it
     "CompressedLinear": "loading.layers",
     "EvoPressConfig": "loading.config",
     "EvoPressQuantizer": "loading.quantizer",
+    "GearCache": "loading.kv_cache.cache",
     "GradualPruning": "training.gradual_pruning",
     "Level": "plans.level",
-    "PVTuning": "training.pv_tuning",
     "Plan": "plans.plan",
     "resize": "loading.blocks",
 }
@@ -84,6 +84,10 @@ def _count_weights() -> None:
         after_import(name, partial(counting.count_in_peft, name))
 
 
+def _teach_generate() -> None:
+    import_module(".loading.kv_cache.generation", __name__).teach_generate()
+
+
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -97,6 +101,7 @@ def __dir__() -> list[str]:
 
 
 after_import("transformers.quantizers.auto", _offer)
+after_import("transformers.generation.utils", _teach_generate)
 # only who has compressed layers needs a PEFT that knows them
 after_import(
     f"{__name__}.loading.layers", lambda: after_import("peft.tuners.lora.model", _teach_peft)

@@ -137,7 +137,7 @@ def test_nothing_lies_loose_outside_the_rooms() -> None:
     assert folders == set(ROOMS)
 
 
-@pytest.mark.parametrize("name", [*ROOMS[:-1], "methods/maths", "scoring/fitness"])
+@pytest.mark.parametrize("name", [*ROOMS[:-1], "methods/maths", "scoring/fitness", "scoring/kick"])
 def test_a_door_plate_says_what_goes_in_and_out_and_imports_nothing(name: str) -> None:
     path = PACKAGE / name / "__init__.py"
     assert not list(imports(path))

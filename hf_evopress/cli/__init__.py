@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import apply, bench, compress, export, inspect, refine, share, stack, tune
+from . import apply, bench, compress, evaluate, export, inspect, refine, share, stack, tune
 from .console import error_console
 
 HELP = """Give it a model and a size: it finds what each layer can bear, and writes an ordinary
@@ -66,7 +66,7 @@ def settings(
             logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-for module in (compress, apply, refine, tune, stack, export, inspect, bench, share):
+for module in (compress, apply, refine, tune, stack, export, inspect, evaluate, bench, share):
     for name, command in module.COMMANDS.items():
         app.command(name)(command)
 

@@ -1,8 +1,7 @@
-"""show, diff, list, evaluate: commands that only look."""
+"""show, diff, list: commands that only look."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +11,7 @@ from ..base import plugins
 from ..jobs.search_log import ENDING, read_log
 from ..plans.plan import Plan
 from ..plans.repo import FILE_NAME, INDEX_NAME, list_plans
-from .console import bars, console, table
-from .device import computes
-from .options import Column, Window
+from .console import console, table
 
 
 def show(
@@ -156,46 +153,4 @@ def list_plugins(
         console.print()
 
 
-@computes
-def evaluate(
-    model: Annotated[str, typer.Argument(help="A model, dense or compressed.")],
-    data: Annotated[str, typer.Option("--data", "-d", help="A text file or a table.")],
-    column: Column = "text",
-    against: Annotated[
-        str | None, typer.Option(help="The dense model: adds KL divergence and agreement.")
-    ] = None,
-    window: Window = None,
-    max_windows: Annotated[int | None, typer.Option(help="Stop after so many windows.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Measure perplexity, and KL divergence and top-1 agreement against the dense model.
-
-    \b
-    hf-evopress evaluate smol-3.3bit --against HuggingFaceTB/SmolLM2-135M-Instruct --data wiki.txt
-    """
-    from ..jobs.evaluate import evaluate_model
-
-    with bars() as progress:
-        measured = evaluate_model(
-            model,
-            data,
-            column=column,
-            against=against,
-            window=window,
-            max_windows=max_windows,
-            dtype=dtype,
-            progress=progress,
-        )
-    if as_json:
-        console.print(json.dumps(measured, indent=2), markup=False, soft_wrap=True)
-        return
-    rows = [
-        (key, f"{value:.5g}" if isinstance(value, float) else f"{value:,}")
-        for key, value in measured.items()
-        if isinstance(value, (int, float))
-    ]
-    console.print(table(("", model), rows))
-
-
-COMMANDS = {"show": show, "diff": diff, "list": list_plugins, "evaluate": evaluate}
+COMMANDS = {"show": show, "diff": diff, "list": list_plugins}

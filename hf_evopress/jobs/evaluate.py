@@ -1,11 +1,12 @@
-"""Evaluate a model: perplexity on a text, stored size, distance from the dense model."""
+"""Evaluate a model: perplexity on a text, stored size, tasks, what it still knows (LLM-KICK)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..adapters.repair import load
+from ..adapters.repair import load, tokenizer_of
 from ..base.devices import on_device
 from ..base.progress import Progress
 from ..calibration.data import tokenize_file
@@ -14,37 +15,121 @@ from ..loading.quantizer import register_with_transformers
 from ..loading.runtimes import PACKED
 from ..models.size import model_size, stored_bytes
 from ..models.source import load_checked, read_config, read_tokenizer, window_of
+from ..plans.plan import Plan
 from ..scoring.evaluate import compare
+from ..scoring.kick.probes import kick
+from ..scoring.kick.questions import BUILT_IN, KickSet, questions_of_tasks, read_questions
+from ..scoring.kick.speaker import Speaker
+from ..scoring.tasks import TaskRequest, check_tasks, run_tasks
+from ..sharing.cards import CARD, is_ours, write_card
+from ..sharing.task_results import add_results
+
+TASK = "task:"  # before the name of a task of lm-eval that questions come from
 
 
 @on_device
 def evaluate_model(
     model: str,
-    data: str,
+    data: str | None = None,
     *,
     column: str = "text",
     against: str | None = None,
     window: int | None = None,
     max_windows: int | None = None,
+    tasks: TaskRequest | None = None,
+    questions: KickSet | None = None,
+    card: bool = False,
     dtype: str = "float32",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Return what `model` scores on the text file `data`, what it stores, and how far from
-    the dense model `against` it is."""
+    """Return what `model` scores, what it stores, and how far from the dense model `against` it is.
+
+    On the text file `data`; under "tasks" by tasks of lm-evaluation-harness, with flips; under
+    "kick" by the probes of LLM-KICK. Each model is loaded once for all of them, and computes by
+    the reference, so that figures are the same on every machine. card: have the results of tasks
+    in the card of `model`, a folder of ours.
+    """
     register_with_transformers()
+    if data is None and tasks is None and questions is None:
+        raise ValueError("nothing to evaluate on: give a text (--data), --tasks or --kick")
+    if card:
+        check_card(model, tasks)
+    manager = None if tasks is None else check_tasks(tasks)
+    text = None if data is None else _text(model, data, column, window)
+    size = model_size(load_checked(model, dtype="auto")) if text else None  # as stored
+    made = load(model, dtype=dtype)
+    prepare_layers(made, PACKED)
+    dense = load(against, dtype=dtype) if against else None
+    found: dict[str, Any] = {}
+    if text is not None and size is not None:
+        tokens, window = text
+        report = compare(
+            made, dense, tokens, window=window, max_windows=max_windows, progress=progress
+        )
+        found |= report.to_dict()
+        found["bits_per_weight"] = size.bits_per_weight
+        found["bits_per_weight_with_embeddings"] = size.bits_per_weight_with_embeddings
+    if Path(model).is_dir():
+        found["size_bytes"] = stored_bytes(model)
+    if tasks is not None:
+        found["tasks"] = _tasks(made, model, dense, against, tasks, manager)
+    if questions is not None:
+        speakers = [Speaker(made, tokenizer_of(model))]
+        speakers += [Speaker(dense, tokenizer_of(against))] if against else []
+        found["kick"] = kick(speakers[0], (*speakers, None)[1], questions, progress=progress)
+    if card:
+        add_results(model, found["tasks"])
+        write_card(model)
+    return found
+
+
+def kick_questions(
+    sources: Sequence[str], *, include_path: Sequence[str] = (), limit: int | None = None
+) -> KickSet:
+    """Return the questions of JSON-lines files and of tasks ("task:NAME"); of none, the built-in.
+
+    limit: at most so many questions, and documents, of each.
+    """
+    sets = []
+    for source in sources or [str(BUILT_IN)]:
+        if source.startswith(TASK):
+            name = source.removeprefix(TASK)
+            sets.append(questions_of_tasks([name], include_path=include_path, limit=limit))
+        else:
+            sets.append(read_questions(source).first(limit))
+    return KickSet(
+        tuple(q for s in sets for q in s.questions), tuple(d for s in sets for d in s.documents)
+    )
+
+
+def check_card(model: str, tasks: TaskRequest | None) -> None:
+    """Raise unless results of tasks can go into the card of `model`."""
+    if tasks is None:
+        raise ValueError("a card takes the results of --tasks: give some")
+    if not Path(model).is_dir():
+        raise ValueError(f"a card is written into a folder, and {model} is none: pull it first")
+    Plan.from_pretrained(model)  # a compressed model
+    if not is_ours(Path(model) / CARD):
+        raise ValueError(
+            f"{Path(model) / CARD} was not written by hf-evopress, so it is left as it is: move it "
+            "away to have one made"
+        )
+
+
+def _text(model: str, data: str, column: str, window: int | None) -> tuple[Any, int]:
+    """Return the tokens (n,) of a text and the window that they are cut into."""
     window = window_of(read_config(model), window)
     tokens = tokenize_file(data, read_tokenizer(model), column=column)
     if len(tokens) < window:
         raise ValueError(f"{data} has {len(tokens)} tokens, one window needs {window}")
-    size = model_size(load_checked(model, dtype="auto"))  # as stored, whatever it is computed in
-    made = load(model, dtype=dtype)
-    prepare_layers(made, PACKED)  # figures are the reference's, on every machine
-    dense = load(against, dtype=dtype) if against else None
-    report = compare(made, dense, tokens, window=window, max_windows=max_windows, progress=progress)
-    stored = {"size_bytes": stored_bytes(model)} if Path(model).is_dir() else {}
-    return {
-        **report.to_dict(),
-        "bits_per_weight": size.bits_per_weight,
-        "bits_per_weight_with_embeddings": size.bits_per_weight_with_embeddings,
-        **stored,
-    }
+    return tokens, window
+
+
+def _tasks(
+    made: Any, model: str, dense: Any, against: str | None, request: TaskRequest, manager: Any
+) -> dict[str, dict[str, Any]]:
+    ours = run_tasks(made, tokenizer_of(model), request, manager=manager)
+    theirs = {}
+    if against is not None:
+        theirs = run_tasks(dense, tokenizer_of(against), request, manager=manager)
+    return {name: result.to_dict(theirs.get(name)) for name, result in ours.items()}

@@ -27,6 +27,7 @@ from ..plans.card_template import (
 from ..plans.plan import Plan
 from ..plans.repo import INDEX_NAME, TAG, plan_rows, read_index
 from ..recipes.recipe import REFINE, Recipe
+from .task_results import model_index, read_results, table_rows
 
 CARD = "README.md"
 RECIPE = "evopress_recipe.yaml"
@@ -86,12 +87,15 @@ def model_card(folder: Path, plan: Plan, recipe: Recipe | None, *, name: str) ->
     rows = {"this model" if row == "searched" else row: found for row, found in measured.items()}
     headers, cells = results_rows(rows)
     base, stored, kind = hub_base(plan.base_model), stored_bytes(folder), _class_of(folder)
+    tasks = read_results(folder)
+    task_headers, task_rows = table_rows(tasks)
     metadata = {
         "library_name": "transformers",
         "base_model": base,
         "base_model_relation": "quantized" if base else None,
         "pipeline_tag": kind.task,
         "tags": ["evopress", TAG],
+        "model-index": model_index(name, kind.task, tasks),
     }
     return render(
         "model.md",
@@ -106,6 +110,8 @@ def model_card(folder: Path, plan: Plan, recipe: Recipe | None, *, name: str) ->
         rows=cells,
         protocol=protocol(rows),
         text=measured_on(plan.to_dict()),
+        task_headers=task_headers,
+        task_rows=task_rows,
         against=against(plan.search),
         refined=refined(plan.results),
         counts=level_counts({u: str(v) for u, v in plan.items()}, plan.shapes),

@@ -1,0 +1,77 @@
+"""What GEAR does to the key-value cache: KL and perplexity of a text read through it, and bytes.
+
+python tests/benchmarks/kv_cache.py MODEL --test wiki.test.raw --windows 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+
+from hf_evopress import GearCache
+from hf_evopress.adapters.repair import load, tokenizer_of
+from hf_evopress.calibration.data import tokenize_file
+from hf_evopress.scoring.cached import through_cache
+from hf_evopress.scoring.evaluate import compare_many
+
+PLAIN = {"rank": 0, "outliers": 0.0}
+ROWS: dict[str, dict[str, Any]] = {
+    "full cache": {"bits": 16},
+    "plain groups, 8 bits": {"bits": 8, **PLAIN},
+    "plain groups, 4 bits": {"bits": 4, **PLAIN},
+    "GEAR, 4 bits": {"bits": 4},
+    "plain groups, 3 bits": {"bits": 3, **PLAIN},
+    "GEAR, 3 bits": {"bits": 3},
+    "plain groups, 2 bits": {"bits": 2, **PLAIN},
+    "plain groups, 2 bits, groups of 16": {"bits": 2, "group_size": 16, **PLAIN},
+    "low rank only, 2 bits": {"bits": 2, "outliers": 0.0},
+    "outliers only, 2 bits": {"bits": 2, "rank": 0},
+    "GEAR, 2 bits, rank 2": {"bits": 2, "rank": 2},
+    "GEAR, 2 bits": {"bits": 2},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--step", type=int, default=64)
+    said = parser.parse_args()
+    model = load(said.model)
+    tokens = tokenize_file(said.test, tokenizer_of(said.model))
+    full: float | None = None
+    print("| cache | MB | KL (nats) | perplexity | above full | CPU s |")
+    print("|---|---|---|---|---|---|")
+    dense = through_cache(model, lambda: GearCache(model.config, bits=16), step=said.step)
+    for name, settings in ROWS.items():
+        start = time.process_time()
+        made: list[GearCache] = []
+
+        def fresh(settings: dict[str, Any] = settings, made: list[GearCache] = made) -> GearCache:
+            made[:] = [GearCache(model.config, **settings)]
+            return made[0]
+
+        with torch.no_grad():
+            logits = through_cache(model, fresh, step=said.step)
+            report = compare_many(
+                {name: logits}, dense, tokens, window=said.window, max_windows=said.windows
+            )[name]
+        full = full or report.perplexity
+        held = made[0].nbytes
+        if settings["bits"] == 16:  # in 16 bits, whatever it is computed in
+            held = GearCache.bytes_at(model.config, said.window, bits=16)
+        size = held / 1e6
+        print(
+            f"| {name} | {size:.1f} | {report.kl_nats:.5f} | {report.perplexity:.3f} "
+            f"| {report.perplexity / full - 1:+.2%} | {time.process_time() - start:.0f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
