@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .plans.level import Level as Level
     from .plans.plan import Plan as Plan
     from .training.gradual_pruning import GradualPruning as GradualPruning
+    from .training.pv_tuning import PVTuning as PVTuning
 
 _PUBLIC = {  # name -> module that defines it
     "CompressedLinear": "loading.layers",
@@ -54,6 +55,7 @@ _PUBLIC = {  # name -> module that defines it
     "GearCache": "loading.kv_cache.cache",
     "GradualPruning": "training.gradual_pruning",
     "Level": "plans.level",
+    "PVTuning": "training.pv_tuning",
     "Plan": "plans.plan",
     "resize": "loading.blocks",
 }

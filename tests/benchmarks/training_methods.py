@@ -1,0 +1,187 @@
+"""Training methods on a real model, each against the yardstick of its paper, on unseen text.
+
+    python tests/benchmarks/training_methods.py MODEL --data calibration.txt --test wiki.test.raw \
+        --work DIR --parts prune pv
+
+Every arm of a part distils the dense model for the same steps over the same sequences, with the
+same schedule; KL from the dense model in nats per token on windows of the test text.
+
+prune: gradual magnitude pruning to 60 %, with and without the PQ-index's limit, against pruning at
+once with the same steps, and after as many healing steps.
+pv: codes and scales of 2-bit GPTQ (V-step and P-step) against scales alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, TrainingArguments
+
+from hf_evopress.adapters.repair import load
+from hf_evopress.calibration.data import load_tokens, tokenize_file
+from hf_evopress.loading.quantizer import attach
+from hf_evopress.loading.stitch import compress_model
+from hf_evopress.models.units import find_units
+from hf_evopress.plans.plan import Plan
+from hf_evopress.refine.distillation import Targets, precompute_targets
+from hf_evopress.scoring.evaluate import compare_many
+from hf_evopress.training.trainer import DistillationTrainer
+
+
+class Bench:
+    """The dense model, its targets on the training text, and the test text."""
+
+    def __init__(self, words: argparse.Namespace) -> None:
+        self.words = words
+        self.dense = load(words.model)
+        tokenizer = AutoTokenizer.from_pretrained(words.model)
+        self.tokens: Tensor = load_tokens(
+            [words.data], tokenizer, n_sequences=words.sequences, seq_len=words.seq_len, seed=0
+        )
+        folder = words.work / f"targets-{words.sequences}-{words.seq_len}"
+        self.data = Targets(precompute_targets(self.dense, self.tokens, folder))
+        self.test = tokenize_file(words.test, tokenizer)
+
+    def model(self, *, trained: bool = False) -> Any:
+        return copy.deepcopy(self.dense).requires_grad_(trained)
+
+    def train(self, model: Any, *, steps: int | None = None, **options: Any) -> Any:
+        """Return the trainer after `steps` steps; learning_rate and schedule are in options."""
+        rate, schedule = options.pop("rate"), options.pop("schedule", "linear")
+        args = TrainingArguments(
+            output_dir=str(self.words.work / "trainer"),
+            max_steps=steps or self.words.steps,
+            per_device_train_batch_size=self.words.batch,
+            learning_rate=rate,
+            lr_scheduler_type=schedule,
+            warmup_steps=0,
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=0,
+        )
+        trainer = DistillationTrainer(model, args, train_dataset=self.data, **options)
+        trainer.train()
+        return trainer
+
+    def kl(self, *models: Any) -> list[str]:
+        """Return the KL of each model, and its standard error, on the same windows."""
+        words = self.words
+        reports = compare_many(
+            {str(i): model.eval() for i, model in enumerate(models)},
+            self.dense,
+            self.test,
+            window=words.window,
+            max_windows=words.windows,
+        )
+        return [f"{r.kl_nats:.4f} +- {r.kl_standard_error:.4f}" for r in reports.values()]
+
+
+def prune(bench: Bench) -> dict[str, Any]:
+    from hf_evopress.training.gradual_pruning import GradualPruning, PQStop, to_sparse
+
+    steps, rate = bench.words.steps, bench.words.rate
+    ramp = steps // 2
+    arms: dict[str, tuple[int, dict[str, Any]]] = {
+        "at once, same steps": (steps, {"end": 0, "start": 0.6}),
+        "at once, same healing": (steps - ramp, {"end": 0, "start": 0.6}),
+        "gradual": (steps, {"end": ramp, "every": max(1, ramp // 6)}),
+        "gradual, PQ-index": (steps, {"end": ramp, "every": max(1, ramp // 6), "stop": PQStop()}),
+    }
+    found: dict[str, Any] = {}
+    for name, (n, options) in arms.items():
+        model, pruning = bench.model(trained=True), GradualPruning(0.6, **options)
+        bench.train(model, steps=n, rate=rate, callbacks=[pruning], schedule="constant")
+        zeros = pruning.sparsities.values()
+        to_sparse(model)
+        found[name] = [*bench.kl(model), f"zeros {min(zeros):.3f} to {max(zeros):.3f}"]
+        print(name, found[name], flush=True)
+    return found
+
+
+def pv(bench: Bench) -> dict[str, Any]:
+    from hf_evopress.training.pv_tuning import PVTuning
+    from hf_evopress.training.tunable import make_tunable, settle
+
+    def scales_alone(model: Any) -> Any:
+        make_tunable(model)
+        floats = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(floats, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+
+    start = packed(bench, "gptq:bits=2,group_size=64")
+    found: dict[str, Any] = {"before": bench.kl(start)}
+    arms: dict[str, Callable[[Any], Any]] = {
+        "V: scales and norms": scales_alone,
+        "P and V, trust 0.01": lambda model: PVTuning(model, lr=1e-4),
+        "P and V, trust 0.03": lambda model: PVTuning(model, lr=1e-4, trust=0.03),
+    }
+
+    for name, make in arms.items():
+        model = copy.deepcopy(start)
+        optimizer = make(model)
+        bench.train(model, rate=1e-4, optimizers=(optimizer, None))
+        settle(model)
+        changed = getattr(optimizer, "n_changed", 0)
+        found[name] = [*bench.kl(model), f"{changed} changes of codes"]
+        print(name, found[name], flush=True)
+    return found
+
+
+def packed(bench: Bench, level: str | Callable[[Any], str]) -> Any:
+    """Return the dense model with every decoder layer at `level`, by default calibration."""
+    model = bench.model()
+    units = find_units(model)
+    levels: dict[str, Any] = {u.name: level if isinstance(level, str) else level(u) for u in units}
+    plan = Plan(levels, shapes={u.name: u.shape for u in units})
+    compress_model(model, plan, bench.tokens)
+    attach(model, plan)
+    return model
+
+
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {"prune": prune, "pv": pv}
+
+
+def main() -> None:
+    words = arguments()
+    words.work.mkdir(parents=True, exist_ok=True)
+    bench = Bench(words)
+    for part in words.parts:
+        torch.manual_seed(0)
+        start = time.process_time()
+        figures = PARTS[part](bench)
+        figures["cpu_seconds"] = round(time.process_time() - start)
+        print(f"{part}: {json.dumps(figures)}", flush=True)
+        (words.work / f"{part}.json").write_text(json.dumps(figures, indent=1))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True, help="text to distil on")
+    parser.add_argument("--test", required=True, help="text to measure on")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=5e-5, help="of dense weights")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=6)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
