@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from .plans.level import Level as Level
     from .plans.plan import Plan as Plan
     from .training.gradual_pruning import GradualPruning as GradualPruning
+    from .training.ordered_ranks import OrderedRanks as OrderedRanks
+    from .training.ordered_ranks import RankTruncation as RankTruncation
     from .training.pv_tuning import PVTuning as PVTuning
 
 _PUBLIC = {  # name -> module that defines it
@@ -55,8 +57,10 @@ _PUBLIC = {  # name -> module that defines it
     "GearCache": "loading.kv_cache.cache",
     "GradualPruning": "training.gradual_pruning",
     "Level": "plans.level",
+    "OrderedRanks": "training.ordered_ranks",
     "PVTuning": "training.pv_tuning",
     "Plan": "plans.plan",
+    "RankTruncation": "training.ordered_ranks",
     "resize": "loading.blocks",
 }
 

@@ -148,7 +148,7 @@ class LevelStore:
                     states = [per_level[j] for per_level in made]
                     known = (stats.get(unit.name), losses.get(unit.name))
                     scores = [
-                        _score(level, state, W, *known)
+                        score(level, state, W, *known)
                         for level, state in zip(levels, states, strict=True)
                     ]
                     states = [on_cpu(state) for state in states]
@@ -252,9 +252,10 @@ def _weight(model: Any, unit: Unit) -> Tensor:
     return place_of(model).on_device(model.get_submodule(unit.name).weight.detach()).float()
 
 
-def _score(
+def score(
     level: Level, state: State, W: Tensor, stats: Stats | None, loss: Loss | None
 ) -> dict[str, float]:
+    """Return what is known of a level's error on W, as `LevelStore.scores` has it."""
     if stats is None:
         return {}
     delta = W - compose.decompress(level, state, (W.shape[0], W.shape[1]), torch.float32)

@@ -36,7 +36,9 @@ def main() -> None:
             if (codes := symbols(store, unit, level)) is not None:
                 weights = store.units[unit].shape[0] * store.units[unit].shape[1]
                 stored = store.cost_bits(unit, level)
-                saved = weights * int(dict(level.terms[0].params)["bits"]) - codes.numel() * entropy(codes)
+                saved = weights * int(
+                    dict(level.terms[0].params)["bits"]
+                ) - codes.numel() * entropy(codes)
                 found[kind(level)].append((weights, stored, saved))
     print("| level | bits stored | saved by an entropy coder | of its bytes |\n|---|---|---|---|")
     for name, rows in sorted(found.items()):

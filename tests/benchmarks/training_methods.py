@@ -1,7 +1,7 @@
 """Training methods on a real model, each against the yardstick of its paper, on unseen text.
 
     python tests/benchmarks/training_methods.py MODEL --data calibration.txt --test wiki.test.raw \
-        --work DIR --parts prune pv
+        --work DIR --parts prune pv ordered
 
 Every arm of a part distils the dense model for the same steps over the same sequences, with the
 same schedule; KL from the dense model in nats per token on windows of the test text.
@@ -9,6 +9,8 @@ same schedule; KL from the dense model in nats per token on windows of the test 
 prune: gradual magnitude pruning to 60 %, with and without the PQ-index's limit, against pruning at
 once with the same steps, and after as many healing steps.
 pv: codes and scales of 2-bit GPTQ (V-step and P-step) against scales alone.
+ordered: ordered low-rank training, its checkpoint cut to three sizes, against a whitened SVD
+of each.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +140,28 @@ def pv(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def ordered(bench: Bench) -> dict[str, Any]:
+    from hf_evopress.training.ordered_ranks import OrderedRanks, cut_ranks, make_ordered
+    from hf_evopress.training.tunable import settle
+
+    def level(unit: Any, share: float) -> str:
+        """Return the low-rank level of a share of the weight's parameters."""
+        return f"lowrank:rank={round(share * unit.n_weights / sum(unit.shape))}"
+
+    model = packed(bench, lambda unit: level(unit, 0.8))
+    make_ordered(model)
+    bench.train(model, rate=bench.words.rate, callbacks=[OrderedRanks(least=0.5)])
+    settle(model)
+    found: dict[str, Any] = {}
+    for share in (0.8, 0.6, 0.4):
+        ours = copy.deepcopy(model)
+        cut_ranks(ours, share / 0.8)
+        svd = packed(bench, partial(level, share=share))
+        found[f"{share} of the parameters: ordered, whitened SVD"] = bench.kl(ours, svd)
+        print(share, found, flush=True)
+    return found
+
+
 def packed(bench: Bench, level: str | Callable[[Any], str]) -> Any:
     """Return the dense model with every decoder layer at `level`, by default calibration."""
     model = bench.model()
@@ -148,7 +173,7 @@ def packed(bench: Bench, level: str | Callable[[Any], str]) -> Any:
     return model
 
 
-PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {"prune": prune, "pv": pv}
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {"prune": prune, "pv": pv, "ordered": ordered}
 
 
 def main() -> None:
