@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import threading
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
@@ -20,8 +21,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import memory, native, rows, vectors
+from . import lanes, memory, native, rows, vectors
 from . import task as places
 from .task import PARALLEL, ROOM, ROOM_SIZE, ROOMS, ROWS, SIZE, STEP, THREADS, WORK, N
 
@@ -44,9 +46,28 @@ def run(task: Any, work: int) -> None:
     task[STEP] = max(1, min(64, task[ROWS] // (8 * threads)))
     task[THREADS], task[PARALLEL], task[WORK] = threads, kernels.parallel, kernels.work
     room = -(-task[N] // 64) * 64 + 64
-    own = torch.empty(threads * ROOM_SIZE * room, dtype=torch.uint8, device="cpu")
-    task[ROOM], task[ROOMS] = room, own.data_ptr()
+    task[ROOM], task[ROOMS] = room, scratch("rows", threads * ROOM_SIZE * room)
     kernels.run(ctypes.addressof(task))
+
+
+class _Scratch(threading.local):
+    """Memory that kernels work in, kept by the thread that calls them: a layer takes 40 us."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+
+
+_scratch = _Scratch()
+
+
+def scratch(use: str, size: int) -> int:
+    """Return the address of `size` bytes that are this thread's until it asks again."""
+    held = _scratch.held.get(use)
+    if held is None or held.numel() < size:
+        with torch.inference_mode(False):
+            held = torch.empty(size, dtype=torch.uint8, device="cpu")
+        _scratch.held[use] = held
+    return held.data_ptr()
 
 
 class Kernels:
@@ -66,7 +87,8 @@ def compiled() -> Kernels:
     """Return the kernels, compiled for this processor or as they were compiled before."""
     numba = import_module("numba")
     logger.info("CPU kernels: compiled by numba, or read from its cache")
-    made = memory.intrinsics() | vectors.intrinsics(has_avx2=has_avx2())
+    made = memory.intrinsics() | lanes.intrinsics()
+    made |= vectors.intrinsics(has_avx2=has_avx2())
     for name, function in made.items():
         _put(name, function)
     for name in _FUNCTIONS:
@@ -118,7 +140,7 @@ _ENTRIES = {"run": _run, "part": _part}
 
 def _version() -> int:
     total = zlib.crc32(str(has_avx2()).encode())
-    for module in (memory, vectors, rows, native, places):
+    for module in (memory, lanes, vectors, rows, native, places):
         total = zlib.crc32(_source(module), total)
     return total
 

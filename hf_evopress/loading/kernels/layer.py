@@ -33,27 +33,30 @@ class Kernel:
         self.level, self.shape, self.text = level, shape, str(level)
         # whole matrices last, so that the bias and all else come in before the one rounding
         self._terms = sorted(terms, key=lambda t: len(t) == 1)
+        self._is_one = len(terms) == 1 and len(terms[0]) == 1
         self._has_fix = "bias_fix" in compose.empty(level, shape, torch.float32)
 
     def linear(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
         """Return x W^T + bias for x (..., in) in one of DTYPES, without a graph for gradients."""
         if self._has_fix and (fix := compose.bias_fix(self.level, dict(state))) is not None:
             bias = fix if bias is None else bias + fix
-        flat = x.reshape(-1, self.shape[1])
-        if not flat.is_contiguous():
-            flat = flat.contiguous()
+        rows, n = self.shape
+        flat = (x if x.is_contiguous() else x.contiguous()).view(-1, n)
         if bias is not None and not bias.is_contiguous():
             bias = bias.contiguous()
-        if len(flat) > MOST_TOKENS:
+        tokens = flat.shape[0]
+        if tokens > MOST_TOKENS:
             y = self._by_tiles(flat, state, bias)
-        elif len(flat):
+        elif tokens:
             y = self._by_rows(flat, state, bias)
         else:
-            y = x.new_empty(0, self.shape[0])
-        return y.view(*x.shape[:-1], self.shape[0])
+            y = x.new_empty(0, rows)
+        return y.view(*x.shape[:-1], rows)
 
     def _by_rows(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
         out = torch.float32 if x.dtype == torch.float16 else x.dtype
+        if self._is_one and out is x.dtype:
+            return self._terms[0][0].product(state, x, out, bias=bias)
         y: Tensor | None = None
         for i, matrices in enumerate(self._terms):
             is_last = i == len(self._terms) - 1

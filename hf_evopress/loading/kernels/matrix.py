@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...methods.base import Shape
 from . import task as T
-from .compiled import Task, run
+from .compiled import Task, run, scratch
 
 KINDS = {torch.float32: T.FLOAT32, torch.bfloat16: T.BFLOAT16, torch.float16: T.FLOAT16}
 Tensors = Mapping[str, Tensor]  # packed tensors of a layer by name, among others
@@ -74,8 +74,7 @@ class Matrix:
             chunk = self.chunk if x.dtype == torch.bfloat16 else 0
             # float32, integers, and a scale and a sum of each chunk
             bytes_ = 6 * size + (8 * size // chunk if chunk else 0)
-            room = torch.empty(bytes_, dtype=torch.uint8, device="cpu")
-            task[T.X_FLOAT] = at = room.data_ptr()
+            task[T.X_FLOAT] = at = scratch("inputs", bytes_)
             if chunk:
                 task[T.CHUNK], task[T.X_INT] = chunk, at + 4 * size
                 task[T.X_SCALES] = at + 6 * size

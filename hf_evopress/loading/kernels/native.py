@@ -68,7 +68,7 @@ from .task import (
 OUTLIER = 128
 MOST = 32767
 
-# what compiled.py puts here: loads and stores (memory.py), vector instructions (vectors.py)
+# what compiled.py puts here: loads and stores (memory.py), vectors (vectors.py, lanes.py)
 get: Any = None
 f32: Any = None
 set_u16: Any = None
@@ -76,6 +76,7 @@ set_f32: Any = None
 set_i64: Any = None
 take: Any = None
 call: Any = None
+scale_chunks: Any = None
 dot_16: Any = None
 dot_32: Any = None
 dot_64: Any = None
@@ -90,16 +91,19 @@ def dot_floats(w, x, n):  # type: ignore[no-untyped-def]
     return total
 
 
-def dot_codes(task, token, s):  # type: ignore[no-untyped-def]
+def dot_codes(task, token, at, s):  # type: ignore[no-untyped-def]
     """Return a row's codes times one token's integers: chunks without integers give 0."""
     chunk, room, size = get(task, CHUNK), get(task, ROOM), get(task, N)
-    n = size // chunk
-    scales, sums = (get(task, X_SCALES) + 4 * token * n, get(task, X_SUMS) + 4 * token * n)
-    factors, offsets, scaled = s + FACTOR * room, s + OFFSET * room, s + SCALED * room
-    shift = np.float32(0.0)
-    for c in range(n):
-        set_f32(scaled + 4 * c, f32(factors + 4 * c) * f32(scales + 4 * c))
-        shift += f32(offsets + 4 * c) * f32(sums + 4 * c)
+    n, groups = size // chunk, get(task, GROUPS)
+    x_scales, x_sums = (get(task, X_SCALES) + 4 * token * n, get(task, X_SUMS) + 4 * token * n)
+    scales, zeros, scaled = s + FACTOR * room, s + OFFSET * room, s + SCALED * room
+    if n == groups:
+        scales, zeros = s + SCALE * room + 4 * at * n, s + ZERO * room + 4 * at * n
+    shift = scale_chunks(scales, zeros, x_scales, x_sums, scaled, n // 8)
+    for c in range(8 * (n // 8), n):
+        scale = f32(scales + 4 * c)
+        set_f32(scaled + 4 * c, scale * f32(x_scales + 4 * c))
+        shift += scale * f32(zeros + 4 * c) * f32(x_sums + 4 * c)
     x = get(task, X_INT) + 2 * token * size
     if chunk == 64:
         return dot_64(s, x, scaled, n) - shift
@@ -111,17 +115,18 @@ def dot_codes(task, token, s):  # type: ignore[no-untyped-def]
 
 
 def spread(task, at, s):  # type: ignore[no-untyped-def]
-    """Write per chunk the scale of its group, and scale times zero point."""
+    """Write per chunk the scale and zero point of its group, where a group has several."""
     groups, room = get(task, GROUPS), get(task, ROOM)
     each = get(task, N) // get(task, CHUNK) // groups
+    if each == 1:
+        return
     factors, offsets = s + FACTOR * room, s + OFFSET * room
     for g in range(groups):
         grid = s + 4 * (at * groups + g)
-        scale = f32(grid + SCALE * room)
-        offset = scale * f32(grid + ZERO * room)
+        scale, zero = f32(grid + SCALE * room), f32(grid + ZERO * room)
         for c in range(g * each, g * each + each):
             set_f32(factors + 4 * c, scale)
-            set_f32(offsets + 4 * c, offset)
+            set_f32(offsets + 4 * c, zero)
 
 
 def write(task, row, token, value, scratch):  # type: ignore[no-untyped-def]
@@ -157,7 +162,7 @@ def multiply_row(task, row, at, s):  # type: ignore[no-untyped-def]
     for token in range(get(task, TOKENS)):
         x = get(task, X_FLOAT) + 4 * token * n
         if chunk:
-            value = dot_codes(task, token, s)
+            value = dot_codes(task, token, at, s)
             if has_floats:
                 scales = get(task, X_SCALES) + 4 * token * (n // chunk)
                 for c in range(n // chunk):

@@ -85,6 +85,8 @@ def linear(
     if has_graph or type(x) is not Tensor or _is_traced():
         state = [tensors[name] for name in names]
         return torch.ops.evopress.linear(x, state, bias, kernel.text, kernel.shape[0])
+    if not with_graph:
+        return _product(kernel, tensors, x, bias)
     with torch.no_grad():
         return _product(kernel, tensors, x, bias)
 

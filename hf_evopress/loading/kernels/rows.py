@@ -44,7 +44,7 @@ from .task import (
     W,
 )
 
-# what compiled.py puts here: loads and stores (memory.py), vector instructions (vectors.py)
+# what compiled.py puts here: loads and stores (memory.py), vectors (vectors.py, lanes.py)
 get: Any = None
 u8: Any = None
 u16: Any = None
@@ -56,6 +56,10 @@ set_u16: Any = None
 set_i32: Any = None
 set_i64: Any = None
 set_f32: Any = None
+widen_bfloat16: Any = None
+widen_float16: Any = None
+widen_bytes: Any = None
+merge_bits: Any = None
 unpack_1: Any = None
 unpack_2: Any = None
 unpack_3: Any = None
@@ -68,14 +72,17 @@ unpack_8: Any = None
 
 def to_float(source, kind, n, target):  # type: ignore[no-untyped-def]
     """Write n numbers of 16 bits as float32."""
+    whole = 8 * (n // 8)
     if kind == BFLOAT16:
-        for i in range(n):
+        widen_bfloat16(source, target, n // 8)
+        for i in range(whole, n):
             set_i32(target + 4 * i, u16(source + 2 * i) << 16)
         return
-    for i in range(n):
+    widen_float16(source, target, n // 8)
+    for i in range(whole, n):
         h = u16(source + 2 * i)
         set_i32(target + 4 * i, ((h & 0x8000) << 16) | ((h & 0x7FFF) << 13))
-    for i in range(n):  # 2^112 is the difference of the exponents' offsets
+    for i in range(whole, n):  # 2^112 is the difference of the exponents' offsets
         set_f32(target + 4 * i, f32(target + 4 * i) * np.float32(2.0**112))
 
 
@@ -101,7 +108,8 @@ def unpack_range(bits, source, total, start, count, target):  # type: ignore[no-
             while done < count:
                 shift, offset = p * (place // width), place % width
                 n = min(count - done, width - offset)
-                for i in range(n):
+                merge_bits(source + offset, shift, mask, below, target + done, n // 32)
+                for i in range(32 * (n // 32), n):
                     code = (u8(source + offset + i) >> shift) & mask
                     set_u8(target + done + i, u8(target + done + i) | (code << below))
                 done += n
@@ -165,7 +173,8 @@ def read_grids(task, row, count, s):  # type: ignore[no-untyped-def]
     to_float(get(task, SCALES) + 2 * row * groups, get(task, SCALE_KIND), n, s + SCALE * room)
     if zeros:
         unpack_range(bits, zeros, get(task, ALL_ROWS) * groups, row * groups, n, codes)
-        for g in range(n):
+        widen_bytes(codes, zero, n // 8)
+        for g in range(8 * (n // 8), n):
             set_f32(zero + 4 * g, np.float32(u8(codes + g)))
     else:
         for g in range(n):
