@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .training.ordered_ranks import OrderedRanks as OrderedRanks
     from .training.ordered_ranks import RankTruncation as RankTruncation
     from .training.pv_tuning import PVTuning as PVTuning
+    from .training.quest import make_quest as make_quest
 
 _PUBLIC = {  # name -> module that defines it
     "CompressedLinear": "loading.layers",
@@ -61,6 +62,7 @@ _PUBLIC = {  # name -> module that defines it
     "PVTuning": "training.pv_tuning",
     "Plan": "plans.plan",
     "RankTruncation": "training.ordered_ranks",
+    "make_quest": "training.quest",
     "resize": "loading.blocks",
 }
 

@@ -1,7 +1,7 @@
 """Training methods on a real model, each against the yardstick of its paper, on unseen text.
 
     python tests/benchmarks/training_methods.py MODEL --data calibration.txt --test wiki.test.raw \
-        --work DIR --parts prune pv ordered
+        --work DIR --parts prune pv ordered quest
 
 Every arm of a part distils the dense model for the same steps over the same sequences, with the
 same schedule; KL from the dense model in nats per token on windows of the test text.
@@ -11,6 +11,7 @@ once with the same steps, and after as many healing steps.
 pv: codes and scales of 2-bit GPTQ (V-step and P-step) against scales alone.
 ordered: ordered low-rank training, its checkpoint cut to three sizes, against a whitened SVD
 of each.
+quest: 3 bits trained by QuEST against GPTQ at the same bytes, with and without trained scales.
 """
 
 from __future__ import annotations
@@ -162,6 +163,24 @@ def ordered(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def quest(bench: Bench) -> dict[str, Any]:
+    from hf_evopress.training.quest import make_quest, to_rotated
+    from hf_evopress.training.tunable import make_tunable, settle
+
+    model = bench.model(trained=True)
+    make_quest(model, bits=3)
+    bench.train(model, rate=bench.words.rate)
+    to_rotated(model)
+    untrained = packed(bench, "hadamard:bits=3")
+    gptq = packed(bench, "gptq:bits=3,group_size=-1")
+    tuned = copy.deepcopy(gptq)
+    make_tunable(tuned)
+    bench.train(tuned, rate=1e-4)
+    settle(tuned)
+    names = ("QuEST", "hadamard, untrained", "GPTQ", "GPTQ, scales and norms trained")
+    return dict(zip(names, bench.kl(model, untrained, gptq, tuned), strict=True))
+
+
 def packed(bench: Bench, level: str | Callable[[Any], str]) -> Any:
     """Return the dense model with every decoder layer at `level`, by default calibration."""
     model = bench.model()
@@ -173,7 +192,12 @@ def packed(bench: Bench, level: str | Callable[[Any], str]) -> Any:
     return model
 
 
-PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {"prune": prune, "pv": pv, "ordered": ordered}
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "prune": prune,
+    "pv": pv,
+    "ordered": ordered,
+    "quest": quest,
+}
 
 
 def main() -> None:
