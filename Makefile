@@ -15,6 +15,8 @@ JOBS   ?= 2
 LOWEST ?= .venv-lowest
 LOWEST_TORCH ?= 2.11.0+cpu
 LOWEST_TESTS ?= tests
+NEWEST ?= .venv-newest
+NEWEST_TORCH ?= torch
 # Used for torch alone: elsewhere than on Linux, and offline, pip falls back to its usual index.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -25,13 +27,14 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo-model demo test test-fast test-lowest test-clients lint format clean
+.PHONY: help venv demo-model demo test test-fast test-lowest test-newest test-clients lint format clean
 
 help:
 	@echo "make demo       compress SmolLM2-135M to a file of $(SIZE) and measure it"
 	@echo "make test       all tests, with those on the real model"
 	@echo "make test-fast  without the real model, under three minutes"
 	@echo "make test-lowest  the same in the lowest versions of all requirements"
+	@echo "make test-newest  the same in the newest ones, where deprecated calls of ours are errors"
 	@echo "make test-clients lm-eval, TRL, serve and others, each in an environment of its own"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove what the above made, but not $(VENV) and .cache"
@@ -60,7 +63,7 @@ demo: venv $(MODEL)/config.json $(DATA)
 	@echo "checkpoint: $(OUT)  heat map: $(OUT).png"
 
 test: venv demo-model
-	$(PYTEST) -n $(JOBS)
+	$(PYTEST) -n $(JOBS) --durations=25
 
 test-fast: venv
 	$(PYTEST) -n $(JOBS) -m 'not model and not slow'
@@ -78,6 +81,17 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e '.[dev,gguf]'
 	touch $@
 
+# In the newest versions that there are, so without constraints, in an environment made anew.
+# NEWEST_TORCH: where no index has CPU builds of torch, take that of constraints.txt instead.
+test-newest:
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q --no-deps --extra-index-url $(TORCH_INDEX) $(NEWEST_TORCH)
+	$(NEWEST)/bin/python -m pip install -q -e '.[dev,gguf]'
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(NEWEST)/bin/python -m pytest -n $(JOBS) \
+	    -m 'not model and not slow' -W 'error::FutureWarning:hf_evopress' \
+	    -W 'error::DeprecationWarning:hf_evopress'
+
 test-clients: venv demo-model
 	$(PY) tests/clients/run
 
@@ -91,5 +105,5 @@ format: venv
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf demo build dist .ci-venv .ci-venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo build dist .ci-venv .ci-venv-lowest $(NEWEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find hf_evopress tests -name __pycache__ -type d -prune -exec rm -rf {} +

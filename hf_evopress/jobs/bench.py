@@ -147,7 +147,7 @@ def decoder(model: Any, ids: Tensor) -> Callable[[], object]:
     body = model.base_model if hasattr(model, "base_model") else model
     name = "cache" if "cache" in signature(body.forward).parameters else "past_key_values"
     with torch.inference_mode():
-        cache = model(ids[:, :START], use_cache=True).past_key_values
+        cache = getattr(model(ids[:, :START], use_cache=True), name)
 
     def step() -> None:
         model(ids[:, :1], **{name: cache}, use_cache=True)
