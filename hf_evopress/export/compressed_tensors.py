@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..methods import compose
-from ..methods.base import State
+from ..methods.base import Method, State
 from ..models.ends import find_ends
 from ..models.experts import SplitExperts
 from ..models.plain import stock_class
@@ -162,7 +162,7 @@ def _obstacles(model: Any, plan: Plan) -> Iterator[tuple[str, str]]:
             yield unit, "it is an expert, stored with others as one tensor"
         elif stock is not nn.Linear:
             yield unit, f"it is a {stock.__name__} there, and the format knows nn.Linear"
-        elif len(level.terms) > 1 or "codes" not in _names(level, linear):
+        elif len(level.terms) > 1 or not _has_codes(level, linear):
             yield unit, f"level '{level}' is not one term with codes"
 
 
@@ -171,6 +171,13 @@ def _scheme(level: Level) -> Scheme:
     term = compose.normalize(level).terms[0]
     params = compose.method(term.method).filled(term.kwargs)
     return params["bits"], params["group_size"], params["symmetric"]
+
+
+def _has_codes(level: Level, linear: nn.Linear) -> bool:
+    """Return whether weights are integers with one scale per group, as the format has them."""
+    part = compose.method(level.terms[0].method)
+    known = type(part).codes is not Method.codes and {"group_size", "symmetric"} <= {*part.params}
+    return known and "codes" in _names(level, linear)
 
 
 def _names(level: Level, linear: nn.Linear) -> State:
