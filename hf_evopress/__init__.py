@@ -19,6 +19,7 @@ The rooms, in the order of the pipeline; each imports only from rooms above it:
     store        every level of every unit, packed as it will ship
     scoring      what a plan or a model is worth: fitness, evaluator, evaluation
     loading      the format inside transformers: config, quantizer, compressed layers
+    serving      the format inside programs that serve models: vLLM
     export       the format for other programs
     refine       better codes at the same bytes
     adapters     EoRA and LoRD as PEFT adapters; merging

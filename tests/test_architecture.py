@@ -26,6 +26,7 @@ ROOMS = [
     "store",
     "scoring",
     "loading",
+    "serving",
     "export",
     "refine",
     "adapters",
@@ -323,3 +324,11 @@ def test_every_file_is_named_by_its_idea() -> None:
 
 def test_optimum_stays_a_namespace_package() -> None:
     assert not list((PACKAGE.parent / "optimum").rglob("__init__.py"))
+
+
+@every_file
+def test_only_the_files_for_vllm_import_it_and_nothing_imports_those(path: Path) -> None:
+    is_own = path.parent.name == "serving" and path.name.startswith("vllm_")
+    roots = {name.partition(".")[0] for name in imports(path)}
+    assert is_own or "vllm" not in roots
+    assert is_own or not {m for m in inner_imports(path) if m.startswith("serving.vllm_")}

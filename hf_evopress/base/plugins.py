@@ -20,7 +20,7 @@ from pathlib import Path
 _FOLDERS = {
     "methods": ("methods", {"base", "compose", "menu"}),
     "fitness": ("scoring/fitness", {"base"}),
-    "export": ("export", {"base"}),
+    "export": ("export", {"base", "source_files", "vllm_limits"}),
 }
 _PACKAGE = Path(__file__).parent.parent
 

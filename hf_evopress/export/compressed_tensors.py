@@ -3,7 +3,7 @@
 The same codes and scales in that format's packing, which wastes no bits either. It can hold layers
 at one term with codes; embedding and head are written dense. Zero points are read by transformers
 5.23 only where all layers have the same level, so that plans with several need `symmetric=true`.
-vLLM has kernels for 4 and 8 bits, and wants one level for layers that it fuses (`--tie`).
+What vLLM does not take of a plan is said (vllm_limits.py).
 
 Loaded in float16 the weights are those of the plan in float16, bit for bit, and without zero points
 in float32, too; in bfloat16 compressed-tensors rounds float16 scales to bfloat16.
@@ -28,6 +28,7 @@ from ..plans.level import Level
 from ..plans.plan import Plan
 from .base import Export, States, check_loads
 from .dense import write_weights
+from .vllm_limits import vllm_obstacles
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ class CompressedTensorsExport(Export):
     def write(self, model: Any, plan: Plan, states: States, folder: Path) -> None:
         plan = _without_ends(model, plan, states)
         check_plan(model, plan)
+        if obstacles := vllm_obstacles(plan):
+            logger.warning("stock transformers loads this; in vLLM: %s", "; ".join(obstacles))
         groups: dict[Scheme, list[str]] = {}
         for unit, level in plan.items():
             if level.is_dense:

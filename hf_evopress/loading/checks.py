@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..models.dropped import dropped_modules, dropped_units
 from ..plans.plan import Plan
-from ..store.checksums import file_shapes
+from ..store.checksums import checksum, file_shapes
 from .layers import compressed_layers, planned_levels
 
 
@@ -88,3 +89,9 @@ def on_cpu(model: Any, name: str, tensor: Tensor) -> Tensor:
     from transformers.integrations.accelerate import load_offloaded_parameter
 
     return load_offloaded_parameter(model, name)
+
+
+def tensor_checksum(tensor: Tensor) -> str:
+    """Return the checksum of a tensor as `store.checksums` gives it for one in a file."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return checksum(flat.view(torch.uint8).numpy().data, list(tensor.shape))

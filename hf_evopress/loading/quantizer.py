@@ -21,9 +21,14 @@ from ..models.size import NOTICE
 from ..plans.block_order import has_order
 from ..plans.level import DENSE, Level
 from ..plans.plan import Plan
+<<<<<<< HEAD
 from ..store.checksums import checksum, verify_files
 from .blocks import Stack, cut
 from .checks import check_levels_match, check_loaded, check_shapes, on_cpu
+=======
+from ..store.checksums import verify_files
+from .checks import check_levels_match, check_loaded, check_shapes, on_cpu, tensor_checksum
+>>>>>>> a233cc5 (serving: a vLLM plugin for packed checkpoints; clients for vLLM and transformers chat (not run yet))
 from .config import QUANT_METHOD, EvoPressConfig
 from .embedding import finish_loading
 from .layers import compressed_layers, planned_levels, prepare_layers, resolve_units
@@ -261,7 +266,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
         state = model.state_dict()
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         self.quantization_config.checksums = {
-            name: _checksum(on_cpu(model, name, tensor))
+            name: tensor_checksum(on_cpu(model, name, tensor))
             for name, tensor in state.items()
             if name not in tied and tensor.numel()
         }
@@ -384,11 +389,6 @@ def _ignore_keys(model: Any, keys: list[str]) -> None:
 def _without_notice(model: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Keep the notice, which is for those without this package, out of the unexpected keys."""
     state_dict.pop(f"{prefix}{NOTICE}", None)
-
-
-def _checksum(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return checksum(flat.view(torch.uint8).numpy().data, list(tensor.shape))
 
 
 # Here, not in the package's register(): when this module is what imports transformers first,

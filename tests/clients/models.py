@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.clients.served import HEAD_DIM, make_served, make_smollm2
 from tests.conftest import byte_level_tokenizer, make_structured_text, make_tiny_model
 
 TEMPLATE = (
@@ -41,6 +42,13 @@ def main(folder: Path) -> None:
     )  # fmt: skip
     embed = AutoModel.from_config(config).eval()
     compress(folder, "embed", embed, tokenizer, sentence_transformers=True)
+    wide = {"hidden_size": 4 * HEAD_DIM, "intermediate_size": 256, "num_hidden_layers": 3}
+    make_served(
+        folder,
+        make_tiny_model("llama", initializer_range=0.1, tie_word_embeddings=True, **wide),
+        tokenizer,
+    )
+    make_smollm2(folder)
     lines = [line for line in text.split(". ") if line.strip()][:32]
     rows = {
         "sft": [{"text": line} for line in lines],

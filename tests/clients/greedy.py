@@ -1,0 +1,51 @@
+"""Greedy continuations by transformers and by vLLM, for the clients that compare them."""
+
+import os
+import sys
+from pathlib import Path
+
+PROMPTS = ("the red fox sees the", "1 and 1 is", "once upon a time there was an old engine")
+N_TOKENS = 24
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the model can be looked at
+sys.path.remove(str(Path(__file__).resolve().parent))  # its files have the names of packages
+
+
+def prompts(folder: Path) -> list[list[int]]:
+    """Return the prompts in tokens of the model in `folder`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [tokenizer(text)["input_ids"] for text in PROMPTS]
+
+
+def by_transformers(folder: Path, dtype: str) -> list[list[int]]:
+    """Return the most likely tokens after each prompt, as transformers computes them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model.generation_config.eos_token_id = None  # all tokens, also those after an end
+    found = []
+    for ids in prompts(folder):
+        options = {"max_new_tokens": N_TOKENS, "do_sample": False, "pad_token_id": 0}
+        out = model.generate(torch.tensor([ids]), **options)
+        found.append(out[0, len(ids) :].tolist())
+    return found
+
+
+def start_vllm(folder: Path, dtype: str, **options: object):
+    """Return vLLM with the model in `folder`."""
+    from vllm import LLM
+
+    return LLM(str(folder), dtype=dtype, max_model_len=256, **{"enforce_eager": True, **options})
+
+
+def by_vllm(llm, folder: Path) -> list[list[int]]:
+    """Return the most likely tokens after each prompt, as vLLM computes them."""
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0, max_tokens=N_TOKENS, ignore_eos=True)
+    asked = [{"prompt_token_ids": ids} for ids in prompts(folder)]
+    return [list(reply.outputs[0].token_ids) for reply in llm.generate(asked, wanted)]
