@@ -26,7 +26,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from ..loading.runtimes import check_runtime
 from .plan_lookup import Member
-from .shards import PackedParts, SharedRows, Shards
+from .shards import PackedParts, Shards, SharedRows
 from .vllm_config import PackedConfig
 
 
@@ -53,7 +53,7 @@ def _method_of_linear(config: PackedConfig, layer: Any, prefix: str) -> Any:
     if config.units.is_dropped(prefix):
         return DroppedLinear()
     # set by the classes of vLLM before they ask: one size per part of the checkpoint
-    sizes = [*getattr(layer, "output_sizes", None) or [layer.output_size]]
+    sizes = list(getattr(layer, "output_sizes", None) or [layer.output_size])
     members = config.units.members(prefix, sizes, layer.input_size, config.packed_modules_mapping)
     return PackedLinear(config, members) if members else UnquantizedLinearMethod()
 

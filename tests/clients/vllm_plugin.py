@@ -1,4 +1,4 @@
-"""vLLM on packed checkpoints: the plugin that its entry point finds, parts at levels of their own."""
+"""vLLM on packed checkpoints: a plugin found by its entry point, parts at levels of their own."""
 
 import os
 import subprocess

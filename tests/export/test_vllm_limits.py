@@ -13,7 +13,7 @@ def plan(columns: int = 64, **changed: int) -> Plan:
     for unit in bits:
         bits[unit] = changed.get(unit.rpartition(".")[2], 4)
     levels = {u: f"rtn:bits={b},group_size=32,symmetric=true" for u, b in bits.items()}
-    return Plan(levels, {unit: (64, columns) for unit in bits})
+    return Plan(levels, dict.fromkeys(bits, (64, columns)))
 
 
 def test_four_bits_throughout_are_taken() -> None:

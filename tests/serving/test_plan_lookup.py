@@ -47,7 +47,9 @@ def test_dense_layers_have_no_members() -> None:
 
 
 def test_a_weight_of_another_size_is_refused() -> None:
-    units = lookup({"model.layers.0.mlp.down_proj": FOUR}, {"model.layers.0.mlp.down_proj": (64, 128)})
+    units = lookup(
+        {"model.layers.0.mlp.down_proj": FOUR}, {"model.layers.0.mlp.down_proj": (64, 128)}
+    )
     with pytest.raises(ValueError, match="64 x 128 in the plan and 64 x 64 here"):
         units.members("model.layers.0.mlp.down_proj", [64], 64, FUSED)
 

