@@ -45,12 +45,12 @@ class PackedConfig(QuantizationConfig):
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> Any:
-        """Return what leaves out the tensor whose name is a notice to those without us."""
+        """Return what leaves out empty tensors: a notice to those without us, an embedding's dtype."""
         from vllm.model_executor.models.utils import WeightsMapper
 
         from ..models.size import NOTICE
 
-        return WeightsMapper(orig_to_new_prefix={NOTICE: None})
+        return WeightsMapper(orig_to_new_prefix={NOTICE: None}, orig_to_new_suffix={".like": None})
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Let units go by the names that vLLM gives their modules."""

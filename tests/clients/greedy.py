@@ -1,6 +1,11 @@
-"""Greedy continuations by transformers and by vLLM, for the clients that compare them."""
+"""Greedy continuations by transformers and by vLLM, for the clients that compare them.
 
+Each in a process of its own: vLLM 0.32 fails where numba has been imported before.
+"""
+
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +27,12 @@ def prompts(folder: Path) -> list[list[int]]:
 
 def by_transformers(folder: Path, dtype: str) -> list[list[int]]:
     """Return the most likely tokens after each prompt, as transformers computes them."""
+    command = [sys.executable, __file__, str(folder), dtype]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def generate(folder: Path, dtype: str) -> list[list[int]]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -49,3 +60,7 @@ def by_vllm(llm, folder: Path) -> list[list[int]]:
     wanted = SamplingParams(temperature=0, max_tokens=N_TOKENS, ignore_eos=True)
     asked = [{"prompt_token_ids": ids} for ids in prompts(folder)]
     return [list(reply.outputs[0].token_ids) for reply in llm.generate(asked, wanted)]
+
+
+if __name__ == "__main__":
+    print(json.dumps(generate(Path(sys.argv[1]), sys.argv[2])))

@@ -23,7 +23,9 @@ def check(folder: Path, dtype: str) -> None:
     (held,) = llm.apply_model(held_bytes)
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     print(f"{folder.name}: {held} bytes held, {stored} in the files")
-    assert held <= stored, f"vLLM holds {held} bytes of a checkpoint of {stored}"
+    # dense layers are not counted, as vLLM puts them elsewhere on a CPU: smollm2 has none
+    least = 0.99 * stored if folder.name == "smollm2" else 0
+    assert least <= held <= stored, f"vLLM holds {held} bytes of a checkpoint of {stored}"
 
 
 def held_bytes(model) -> int:
