@@ -45,7 +45,7 @@ class PackedConfig(QuantizationConfig):
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> Any:
-        """Return what leaves out empty tensors: a notice to those without us, an embedding's dtype."""
+        """Return what leaves out empty tensors: our notice, and the dtype of an embedding."""
         from vllm.model_executor.models.utils import WeightsMapper
 
         from ..models.size import NOTICE
