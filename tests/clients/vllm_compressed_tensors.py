@@ -25,6 +25,11 @@ def check(models: Path, name: str) -> None:
 if __name__ == "__main__":
     models = Path(os.environ["MODELS"])
     if len(sys.argv) == 1:
+        import torch
+
+        if not torch.cpu._is_avx512_supported():
+            print("vLLM's kernel for 4 bits on CPUs needs AVX-512, which this processor lacks")
+            sys.exit(77)  # not run
         for name in ("served", "smollm2"):
             if (models / f"{name}-4bit-export").is_dir():
                 subprocess.run([sys.executable, __file__, name], check=True)
