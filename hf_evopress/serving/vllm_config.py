@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization import QuantizationConfig
 
-from .vllm_plugin import QUANT_METHOD
+QUANT_METHOD = "evopress"
 
 
 class PackedConfig(QuantizationConfig):

@@ -27,12 +27,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from ..loading.runtimes import check_runtime
 from .plan_lookup import Member
 from .shards import PackedParts, Shards, SharedRows
-from .vllm_config import PackedConfig
 
 
-def method_of(config: PackedConfig, layer: nn.Module, prefix: str) -> Any:
+def method_of(config: Any, layer: nn.Module, prefix: str) -> Any:
     """Return the method of a layer, None where vLLM has to choose one for a dense layer.
 
+    config: the PackedConfig of vllm_config.py.
     Raises ValueError for layers that are packed in the checkpoint and have no place here.
     """
     if isinstance(layer, LinearBase):
@@ -49,7 +49,7 @@ def method_of(config: PackedConfig, layer: nn.Module, prefix: str) -> Any:
     return None
 
 
-def _method_of_linear(config: PackedConfig, layer: Any, prefix: str) -> Any:
+def _method_of_linear(config: Any, layer: Any, prefix: str) -> Any:
     if config.units.is_dropped(prefix):
         return DroppedLinear()
     # set by the classes of vLLM before they ask: one size per part of the checkpoint
@@ -58,7 +58,7 @@ def _method_of_linear(config: PackedConfig, layer: Any, prefix: str) -> Any:
     return PackedLinear(config, members) if members else UnquantizedLinearMethod()
 
 
-def _method_of_end(config: PackedConfig, layer: Any, prefix: str) -> Any:
+def _method_of_end(config: Any, layer: Any, prefix: str) -> Any:
     shape = (layer.org_vocab_size, layer.embedding_dim)
     is_head = isinstance(layer, ParallelLMHead)
     member = config.units.end(prefix, shape) if prefix or not is_head else None
@@ -70,7 +70,7 @@ def _method_of_end(config: PackedConfig, layer: Any, prefix: str) -> Any:
 class PackedLinear(LinearMethodBase):
     """A linear layer or head whose parts are packed, each at its own level."""
 
-    def __init__(self, config: PackedConfig, members: Sequence[Member]) -> None:
+    def __init__(self, config: Any, members: Sequence[Member]) -> None:
         self.config, self.members = config, members
 
     def create_weights(
@@ -103,7 +103,7 @@ class PackedLinear(LinearMethodBase):
 class PackedEmbedding(QuantizeMethodBase):
     """An input embedding that is packed, and the head that has its weight."""
 
-    def __init__(self, config: PackedConfig, member: Member) -> None:
+    def __init__(self, config: Any, member: Member) -> None:
         self.config, self.member = config, member
 
     def create_weights(
@@ -187,7 +187,7 @@ def _hold(layer: Any, parts: PackedParts) -> None:
         layer.register_parameter(name, parameter)
 
 
-def _finish(layer: Any, config: PackedConfig) -> None:
+def _finish(layer: Any, config: Any) -> None:
     for name in layer.evopress.placeholders():
         if name in layer._parameters:
             del layer._parameters[name]

@@ -10,15 +10,13 @@ import logging
 
 logger = logging.getLogger(__name__)
 
-QUANT_METHOD = "evopress"
-
 
 def register() -> None:
     """Teach vLLM to load compressed models; a second call does nothing new."""
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
 
-        from .vllm_config import PackedConfig
+        from .vllm_config import QUANT_METHOD, PackedConfig
     except ImportError as error:
         logger.warning(
             "hf_evopress does not know this version of vLLM (%s): compressed models will not load; "
