@@ -21,14 +21,9 @@ from ..models.size import NOTICE
 from ..plans.block_order import has_order
 from ..plans.level import DENSE, Level
 from ..plans.plan import Plan
-<<<<<<< HEAD
-from ..store.checksums import checksum, verify_files
-from .blocks import Stack, cut
-from .checks import check_levels_match, check_loaded, check_shapes, on_cpu
-=======
 from ..store.checksums import verify_files
+from .blocks import Stack, cut
 from .checks import check_levels_match, check_loaded, check_shapes, on_cpu, tensor_checksum
->>>>>>> a233cc5 (serving: a vLLM plugin for packed checkpoints; clients for vLLM and transformers chat (not run yet))
 from .config import QUANT_METHOD, EvoPressConfig
 from .embedding import finish_loading
 from .layers import compressed_layers, planned_levels, prepare_layers, resolve_units
