@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -55,7 +56,10 @@ def _method_of_linear(config: Any, layer: Any, prefix: str) -> Any:
     # set by the classes of vLLM before they ask: one size per part of the checkpoint
     sizes = list(getattr(layer, "output_sizes", None) or [layer.output_size])
     members = config.units.members(prefix, sizes, layer.input_size, config.packed_modules_mapping)
-    return PackedLinear(config, members) if members else UnquantizedLinearMethod()
+    if not members:
+        return UnquantizedLinearMethod()
+    _check_eager()
+    return PackedLinear(config, members)
 
 
 def _method_of_end(config: Any, layer: Any, prefix: str) -> Any:
@@ -63,6 +67,7 @@ def _method_of_end(config: Any, layer: Any, prefix: str) -> Any:
     is_head = isinstance(layer, ParallelLMHead)
     member = config.units.end(prefix, shape) if prefix or not is_head else None
     if member is not None:
+        _check_eager()
         return PackedLinear(config, [member]) if is_head else PackedEmbedding(config, member)
     return MaybeTiedHead() if is_head else None
 
@@ -170,6 +175,15 @@ class DroppedLinear(LinearMethodBase):
 def _takes_nothing(_: Any, tensor: Tensor, shard: Any = None) -> None:
     if tensor.numel():
         raise ValueError(f"a dropped layer has a weight of shape {tuple(tensor.shape)}")
+
+
+def _check_eager() -> None:
+    """Raise ValueError where vLLM compiles the model: other text came out then (vLLM 0.32, CPU)."""
+    if get_current_vllm_config().compilation_config.mode:
+        raise ValueError(
+            "packed layers are served uncompiled: enforce_eager=True, or --enforce-eager on the "
+            "command line"
+        )
 
 
 def _check_whole(members: Sequence[Member], cut: tuple[int, int]) -> None:

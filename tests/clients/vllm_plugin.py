@@ -33,13 +33,12 @@ def held_bytes(model) -> int:
 
 
 def check_by_engine_processes(folder: Path) -> None:
-    """Run vLLM as it runs by default: the model in a process of its own, compiled."""
+    """Run vLLM as it runs by default: the model in a process of its own."""
     import greedy
 
     wanted = greedy.by_transformers(folder, "float32")
-    llm = greedy.start_vllm(folder, "float32", enforce_eager=False)
-    found = greedy.by_vllm(llm, folder)
-    assert found == wanted, f"compiled: {found} is not {wanted}"
+    found = greedy.by_vllm(greedy.start_vllm(folder, "float32"), folder)
+    assert found == wanted, f"by processes: {found} is not {wanted}"
 
 
 if __name__ == "__main__":

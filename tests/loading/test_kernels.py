@@ -243,6 +243,17 @@ def test_the_operators_keep_the_rules_of_pytorch() -> None:
     torch.library.opcheck(torch.ops.evopress.look_up.default, look_up)
 
 
+@pytest.mark.parametrize("level", ["trellis:bits=3,state_bits=10", "lowrank:rank=16", CODES[0]])
+def test_the_operator_answers_in_the_layout_that_compiled_code_was_told(level: str) -> None:
+    shape = (64, 128)
+    kernel, state = make(level, shape)
+    tensors = [state[name] for name in sorted(state)]
+    for tokens in (1, MOST_TOKENS + 4):
+        x = torch.randn(tokens, shape[1])
+        y = torch.ops.evopress.linear(x, tensors, None, kernel.text, shape[0])
+        assert y.stride() == (shape[0], 1)
+
+
 @pytest.mark.parametrize("level", ["rtn:bits=3,group_size=32", "zero"])
 def test_a_compiled_layer_is_one_graph(level: str) -> None:
     torch.manual_seed(0)
