@@ -3,14 +3,16 @@
 CompactifAI (Tomut et al. 2024, arXiv:2401.14109). With out = r1 r2 and in = c1 c2, W = sum over
 i of P_i (x) Q_i, P_i (r1, c1) and Q_i (r2, c2). The best such sum is a truncated singular value
 decomposition of W with its sides in the order (r1 c1), (r2 c2) (Van Loan and Pitsianis 1993). It is
-best for the layer's output where H is a Kronecker product as well, so H is replaced by the nearest
-one, H1 (x) H2 (`metric=kron`); `plain` takes the error of the weight itself.
+best for the layer's output where H is a Kronecker product as well: `metric=kron` puts the nearest
+one, H1 (x) H2, in the place of H. Inputs of transformers have no such order: on block 15 of
+SmolLM2-135M that lost 5 to 17 % more on held-out text than the plain metric, the default.
 
 `bits` are bits per weight: as many terms as fit. Stores both factors (terms, r c), with a scale per
 term where they are coded. Runs as the weight that they make up.
 
-When to use it: before training that heals it; alone it is behind `lowrank` at the same bytes, and
-both are far behind codes.
+When to use it: before training that heals it, of weights that are Kronecker products by design. As
+it is made it loses to all other methods: twice `lowrank` and more at the same bytes, ten times
+`gptq`.
 """
 
 from __future__ import annotations
@@ -26,20 +28,20 @@ from .base import Method, Param, Shape, State
 from .maths.factors import FLOATS, KINDS, empty_factor, factor_bits, pack_factor, unpack_factor
 from .maths.linalg import SINK, Stats
 
-METRICS = ("kron", "plain")
+METRICS = ("plain", "kron")
 _ITERATIONS = 20  # of the power method for H1 and H2; 5 already agree to 1e-3
 _DAMP = 1e-3  # of the mean diagonal: H1 and H2 are inverted
 
 
 class MPO(Method):
-    """`mpo:bits=4`: Kronecker products of 8-bit factors, 4 bits per weight in all."""
+    """`mpo:bits=4`: Kronecker products of 4-bit factors, 4 bits per weight in all."""
 
     name = "mpo"
     can_follow = True
     is_trainable = True
     params: ClassVar[Mapping[str, Param]] = {
         "bits": Param(float, "bits per weight, at most", at_least=0.01, at_most=32.0),
-        "factors": Param(str, "how factors are stored", default="int8", choices=KINDS),
+        "factors": Param(str, "how factors are stored", default="int4", choices=KINDS),
         "metric": Param(
             str,
             "what error counts: on the inputs, or on the weight",
@@ -50,8 +52,8 @@ class MPO(Method):
     }
     examples = (
         "mpo:bits=4",
-        "mpo:bits=8,factors=bfloat16,metric=plain",
-        "mpo:bits=3,factors=int4,sink=0.0",
+        "mpo:bits=8,factors=bfloat16,metric=kron",
+        "mpo:bits=3,factors=int8,metric=kron,sink=0.0",
     )
 
     def uses_stats(self, **params: Any) -> bool:

@@ -6,7 +6,8 @@
 
 Statistics of the inputs and of the outputs' gradients are made once per work folder. Prints per
 level the stored bits per weight of the layers that have it, their mean relative output error on
-text that is held out, KL from the dense model, and the CPU seconds that making them took.
+text that is held out, the KL that they are expected to add, the KL from the dense model (none with
+--windows 0), and the CPU seconds that making them took.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_evopress.calibration.data import tokenize_file
 from hf_evopress.calibration.input_moments import load_stats
-from hf_evopress.calibration.output_moments import load_moments
+from hf_evopress.calibration.output_moments import kfac_loss, load_moments
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.levels import calibrated
 from hf_evopress.methods.compose import compress_stacked, cost_bits, decompress, normalize
@@ -40,7 +41,7 @@ class Made:
         self.weights: dict[str, Tensor] = {}
         self.errors: list[float] = []
         self.bits = self.numel = 0
-        self.seconds = 0.0
+        self.seconds = self.nats = 0.0
 
 
 def make(level: Level, dense: Any, work: str, blocks: Sequence[int]) -> Made:
@@ -62,6 +63,8 @@ def make(level: Level, dense: Any, work: str, blocks: Sequence[int]) -> Made:
                 shape = (W.shape[0], W.shape[1])
                 made.weights[name] = decompress(level, state, shape, torch.float32)
                 d = W - made.weights[name]
+                if name in G:
+                    made.nats += kfac_loss(d, known.hessian(), G[name])
                 made.errors.append(float(((d @ H) * d).sum() / ((W @ H) * W).sum()))
                 made.weights[name] = made.weights[name].bfloat16()
                 made.bits += cost_bits(level, shape)
@@ -77,8 +80,12 @@ def logits(rival: Any, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
         return rival(ids).logits
 
 
-def main(words: argparse.Namespace) -> None:
-    torch.set_num_threads(words.threads)
+def statistics(words: argparse.Namespace) -> None:
+    """Make the statistics of the work folder, unless they are there."""
+    blocks = AutoConfig.from_pretrained(words.model).num_hidden_layers
+    last = f"block_{blocks - 1:05d}.safetensors"
+    if all((Path(words.work) / part / last).is_file() for part in ("stats", "moments")):
+        return
     recipe = Recipe.from_dict(
         {
             "model": words.model,
@@ -97,31 +104,41 @@ def main(words: argparse.Namespace) -> None:
             "search": {"sensitivity_tokens": words.sensitivity_tokens},
         }
     )
-    job = Job(recipe)
-    calibrated(job)
+    calibrated(Job(recipe))
+
+
+def main(words: argparse.Namespace) -> None:
+    torch.set_num_threads(words.threads)
+    statistics(words)
     dense = AutoModelForCausalLM.from_pretrained(words.model, dtype=torch.float32).eval()
     rival = copy.deepcopy(dense)
     blocks = words.blocks or range(dense.config.num_hidden_layers)
-    tokens = tokenize_file(Path(words.test), job.tokenizer)
-    print("| level | stored bits | held-out error | KL (nats) | perplexity | CPU s |")
-    print("|---|---|---|---|---|---|")
+    tokens = tokenize_file(Path(words.test), AutoTokenizer.from_pretrained(words.model))
+    rows: dict[str, Made] = {}
     for text in words.level:
         level = normalize(text)
-        made = make(level, dense, words.work, blocks)
-        (report,) = compare_many(
-            {str(level): lambda ids, made=made: logits(rival, made.weights, ids)},
-            dense,
-            tokens,
-            window=words.window,
-            max_windows=words.windows,
-        ).values()
+        rows[str(level)] = made = make(level, dense, words.work, blocks)
         print(
-            f"| {level} | {made.bits / made.numel:.3f} | {sum(made.errors) / len(made.errors):.4f} "
-            f"| {report.kl_nats:.4f} ± {report.kl_standard_error:.4f} | {report.perplexity:.2f} "
-            f"| {made.seconds:.0f} |",
+            f"{level}: {made.bits / made.numel:.3f} bits, held-out error "
+            f"{sum(made.errors) / len(made.errors):.5f}, predicted KL {made.nats:.4f}, "
+            f"{made.seconds:.0f} CPU s",
             flush=True,
         )
-    print(f"dense perplexity {report.dense_perplexity:.2f}")
+    if not words.windows:
+        return
+    functions = {
+        name: lambda ids, made=made: logits(rival, made.weights, ids) for name, made in rows.items()
+    }
+    reports = compare_many(functions, dense, tokens, window=words.window, max_windows=words.windows)
+    print("| level | stored bits | held-out error | predicted KL | KL (nats) | CPU s |")
+    print("|---|---|---|---|---|---|")
+    for name, made in rows.items():
+        report = reports[name]
+        print(
+            f"| {name} | {made.bits / made.numel:.3f} | {sum(made.errors) / len(made.errors):.4f} "
+            f"| {made.nats:.3f} | {report.kl_nats:.4f} ± {report.kl_standard_error:.4f} "
+            f"| {made.seconds:.0f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ Each pair is blocks n and n + 1. Of two layers with weights A and B and second m
 inputs G and H, the shared weight is the best for both outputs, (A G + B H) (G + H)^-1; it is stored
 at --level, once, and each layer's own difference from it as `lowrank` of 8 bits. Statistics are
 those that `methods.py` left in the work folder. Prints stored bits per weight of the pairs' layers,
-their mean relative output error on held-out text, and KL, against one level for each layer alone.
+their mean relative output error on held-out text, and KL (none with --windows 0), against one level
+for each layer alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -90,6 +92,11 @@ def main(words: argparse.Namespace) -> None:
         rows[f"shared {words.level}, rank {rank} each"] = joined(pairs)
     for text in words.against:
         rows[text] = make(normalize(text), dense, words.work, blocks)
+    if not words.windows:
+        print("| layers of the pairs | stored bits | held-out error |\n|---|---|---|")
+        for name, made in rows.items():
+            print(f"| {name} | {made.bits / made.numel:.3f} | {mean(made.errors):.4f} |")
+        return
     functions = {
         name: lambda ids, made=made: logits(rival, made.weights, ids) for name, made in rows.items()
     }
@@ -98,7 +105,7 @@ def main(words: argparse.Namespace) -> None:
     for name, made in rows.items():
         report = reports[name]
         print(
-            f"| {name} | {made.bits / made.numel:.3f} | {sum(made.errors) / len(made.errors):.4f} "
+            f"| {name} | {made.bits / made.numel:.3f} | {mean(made.errors):.4f} "
             f"| {report.kl_nats:.4f} ± {report.kl_standard_error:.4f} |"
         )
 

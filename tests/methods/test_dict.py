@@ -106,7 +106,17 @@ def test_the_largest_coefficients_are_the_best_of_orthogonal_atoms() -> None:
     expected = B.abs().topk(5, dim=1).indices.sort(dim=1).values
     assert torch.equal(places, expected)
     assert torch.allclose(z, B.gather(1, places), rtol=1e-4)
-    assert torch.allclose(fit(B, torch.eye(16), places), z, rtol=1e-4)
+
+
+def test_conjugate_gradients_find_what_the_normal_equations_do() -> None:
+    g = torch.Generator().manual_seed(0)
+    X, B = torch.randn(60, 12, generator=g), torch.randn(20, 12, generator=g)
+    G = X.T @ X / 60
+    mask = (torch.rand(20, 12, generator=g) < 0.5).float()
+    Z = fit(B, G, mask, torch.zeros_like(B), 16)
+    for row, b, own in zip(Z, B, mask.bool(), strict=True):
+        expected = torch.linalg.solve(G[own][:, own], b[own])
+        assert torch.allclose(row[own], expected, atol=1e-4) and not row[~own].any()
 
 
 def test_unused_atoms_stay_as_they_were() -> None:
