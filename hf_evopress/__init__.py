@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .training.ordered_ranks import RankTruncation as RankTruncation
     from .training.pv_tuning import PVTuning as PVTuning
     from .training.quest import make_quest as make_quest
+    from .training.structured_masks import StructuredPruning as StructuredPruning
 
 _PUBLIC = {  # name -> module that defines it
     "CompressedLinear": "loading.layers",
@@ -63,6 +64,7 @@ _PUBLIC = {  # name -> module that defines it
     "PVTuning": "training.pv_tuning",
     "Plan": "plans.plan",
     "RankTruncation": "training.ordered_ranks",
+    "StructuredPruning": "training.structured_masks",
     "make_quest": "training.quest",
     "resize": "loading.blocks",
 }

@@ -1,0 +1,280 @@
+"""Learned structured pruning under Trainer: fewer KV groups and intermediate channels, then sliced.
+
+    model = get_peft_model(dense, LoraConfig(target_modules="all-linear"))
+    pruning = StructuredPruning(kv_groups=2, channels=1152)
+    Trainer(model, args, train_dataset=data, callbacks=[pruning]).train()
+    small = slice_model(model.merge_and_unload(), pruning)
+    small.save_pretrained("small")                # an ordinary checkpoint of a smaller config
+
+Compresso (Guo et al. 2023, arXiv:2310.05015): each KV group (its query heads with it) and each
+channel of an MLP has a hard-concrete gate,
+
+    z = clip(sigma((log u - log(1 - u) + log alpha) / tau) (b - a) + a, 0, 1)
+
+a = -0.1, b = 1.1, tau = 2/3, u uniform, which multiplies the input of o_proj or down_proj while the
+weights, or adapters over frozen ones, are trained. The penalty lambda_1 (s' - s) + lambda_2
+(s' - s)^2 brings the expected sparsity s' of each block to the target s, which grows cubically;
+the lambdas ascend. From step `end` on the gates are 0 and 1, the largest alphas win, and what is
+left of the run heals. Stock configs have one width for all blocks: so has the target.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from ..models.units import find_blocks
+
+A, B, TAU = -0.1, 1.1, 2 / 3
+_START = 2.5  # log alpha: nearly open
+_PARTS = {"kv": ("self_attn", "o_proj"), "channels": ("mlp", "down_proj")}
+
+
+class Gates:
+    """The gates of one kind, (blocks, n), their Lagrange multipliers and, in the end, the mask."""
+
+    def __init__(self, n_blocks: int, n: int, keep: int, rate: float, device: Any) -> None:
+        self.keep, self.n = keep, n
+        self.log_alpha = torch.full((n_blocks, n), _START, device=device, requires_grad=True)
+        self.optimizer = torch.optim.Adam([self.log_alpha], lr=rate)
+        self.multipliers = torch.zeros(2, n_blocks, device=device)
+        self.noise = torch.zeros(n_blocks, n, device=device)  # log u - log(1 - u)
+        self.mask: Tensor | None = None
+
+    @property
+    def target(self) -> float:
+        return 1 - self.keep / self.n
+
+    def expected_sparsity(self) -> Tensor:
+        """Return 1 - P(z > 0), mean per block."""
+        return 1 - torch.sigmoid(self.log_alpha - TAU * math.log(-A / B)).mean(1)
+
+    def values(self, block: int, training: bool) -> Tensor:
+        """Return z (n,) of a block with its graph: drawn in training, else the middle."""
+        if self.mask is not None:
+            return self.mask[block]
+        x = self.log_alpha[block]
+        x = (x + self.noise[block]) / TAU if training else x
+        return (torch.sigmoid(x) * (B - A) + A).clamp(0.0, 1.0)
+
+    def draw(self, generator: torch.Generator) -> None:
+        u = torch.rand(self.noise.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+        self.noise = (u.log() - (1 - u).log()).to(self.log_alpha.device)
+
+    def learn(self, share: float, ascent: float) -> None:
+        """Step on the loss's gradient plus the penalty's; `share` of the target counts now."""
+        away = self.expected_sparsity() - share * self.target
+        one, two = self.multipliers
+        (one * away + two * away.square()).sum().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        away = away.detach()
+        self.multipliers += ascent * torch.stack([away, away.square()])
+
+    def harden(self) -> None:
+        """Set the gates to 1 for the `keep` largest alphas of each block, to 0 for the others."""
+        alpha = self.log_alpha.detach()
+        best = alpha.topk(self.keep, dim=1).indices
+        self.mask = torch.zeros_like(alpha).scatter_(1, best, 1.0)
+
+
+class StructuredPruning(TrainerCallback):
+    """Learn which KV groups and intermediate channels of each block stay, while Trainer trains.
+
+    kv_groups, channels: how many stay in every block; None leaves that kind whole. end: the step
+    from which the gates are fixed, by default three quarters of the run; warmup: the share of the
+    steps before it in which the target grows. rate: Adam's, for log alpha; ascent: the
+    multipliers'. For blocks of q, k, v, o and gate, up, down projections (Llama, Mistral, Qwen).
+    Gates are not in Trainer's checkpoints, so a run cannot be resumed.
+    """
+
+    def __init__(
+        self,
+        *,
+        kv_groups: int | None = None,
+        channels: int | None = None,
+        end: int | None = None,
+        warmup: float = 0.5,
+        rate: float = 0.1,
+        ascent: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        wanted = {"kv": kv_groups, "channels": channels}
+        self.wanted = {kind: n for kind, n in wanted.items() if n is not None}
+        if not self.wanted or min(self.wanted.values()) < 1:
+            raise ValueError(
+                "say how many stay in every block, 1 or more: kv_groups=..., channels=...; got "
+                f"kv_groups={kv_groups}, channels={channels}"
+            )
+        if not (0 < warmup <= 1 and rate > 0 and ascent > 0):
+            raise ValueError(
+                f"warmup is in (0, 1], rate and ascent above 0; got warmup={warmup}, rate={rate}, "
+                f"ascent={ascent}"
+            )
+        self.end, self.warmup, self.rate, self.ascent = end, warmup, rate, ascent
+        self.gates: dict[str, Gates] = {}
+        self._generator = torch.Generator().manual_seed(seed)
+        self._hooks: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            raise ValueError("gates are in no checkpoint: start the run anew to prune structures")
+        self.end = state.max_steps * 3 // 4 if self.end is None else self.end
+        self.install(kwargs["model"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for gates in self.gates.values():
+            if state.global_step >= self._end and gates.mask is None:
+                gates.harden()
+            gates.draw(self._generator)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        done = min(1.0, (state.global_step + 1) / max(1.0, self.warmup * self._end))
+        for gates in self.gates.values():
+            if gates.mask is None:
+                gates.learn(1 - (1 - done) ** 3, self.ascent)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for gates in self.gates.values():
+            if gates.mask is None:
+                gates.harden()
+
+    @property
+    def _end(self) -> int:
+        assert self.end is not None  # training has begun
+        return self.end
+
+    def install(self, model: Any) -> None:
+        """Put the gates before the output projections of `model`; what Trainer's start does."""
+        base = _base(model)
+        blocks = find_blocks(base)[1]
+        widths = _widths(base, blocks)
+        for kind, keep in self.wanted.items():
+            if keep > widths[kind]:
+                raise ValueError(
+                    f"a block has {widths[kind]} {kind}, fewer than the {keep} to keep"
+                )
+            device = next(base.parameters()).device
+            self.gates[kind] = Gates(len(blocks), widths[kind], keep, self.rate, device)
+            part, last = _PARTS[kind]
+            for number, block in enumerate(blocks):
+                projection = getattr(getattr(block, part), last)
+                hook = projection.register_forward_pre_hook(self._gate(kind, number))
+                self._hooks.append(hook)
+
+    def remove(self) -> None:
+        """Take the gates out of the model again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _gate(self, kind: str, block: int) -> Any:
+        def gated(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            z = self.gates[kind].values(block, module.training)
+            each = args[0].shape[-1] // len(z)  # numbers of a KV group: of all its query heads
+            return (args[0] * z.repeat_interleave(each).to(args[0].dtype), *args[1:])
+
+        return gated
+
+
+@torch.no_grad()
+def slice_model(model: Any, pruning: StructuredPruning) -> Any:
+    """Return `model` with only what `pruning` kept, a stock model of a smaller config, in place.
+
+    Adapters have to be merged before. It computes what the masked model does.
+    """
+    if not pruning.gates or any(gates.mask is None for gates in pruning.gates.values()):
+        raise ValueError("nothing is pruned yet: train with the callback first")
+    if hasattr(model, "peft_config"):
+        raise ValueError("adapters stand over the weights: pass model.merge_and_unload()")
+    blocks = find_blocks(model)[1]
+    config = model.config.get_text_config(decoder=True)
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    size = blocks[0].self_attn.o_proj.in_features // heads
+    pruning.remove()
+    for number, block in enumerate(blocks):
+        if "kv" in pruning.gates:
+            kept = _kept(pruning.gates["kv"], number)
+            of_kv, of_q = _spread(kept, size), _spread(kept, size * heads // groups)
+            _slice(block.self_attn, ("k_proj", "v_proj"), of_kv, "o_proj", None)
+            _slice(block.self_attn, ("q_proj",), of_q, "o_proj", of_q)
+        if "channels" in pruning.gates:
+            kept = _kept(pruning.gates["channels"], number)
+            _slice(block.mlp, ("gate_proj", "up_proj"), kept, "down_proj", kept)
+    config = copy.deepcopy(config) if config is not model.config else config
+    if "kv" in pruning.gates:
+        keep = pruning.gates["kv"].keep
+        config.head_dim = size
+        config.num_attention_heads, config.num_key_value_heads = keep * heads // groups, keep
+    if "channels" in pruning.gates:
+        config.intermediate_size = pruning.gates["channels"].keep
+    _check_stock(model)
+    return model
+
+
+def _kept(gates: Gates, block: int) -> Tensor:
+    assert gates.mask is not None  # slice_model has looked
+    return gates.mask[block].nonzero().flatten()
+
+
+def _spread(kept: Tensor, each: int) -> Tensor:
+    return (kept[:, None] * each + torch.arange(each, device=kept.device)).flatten()
+
+
+def _slice(
+    part: Any, inner: Sequence[str], rows: Tensor, outer: str, columns: Tensor | None
+) -> None:
+    """Keep some rows of the inner projections of a sub-block, and columns of its outer one."""
+    for name in inner:
+        old = getattr(part, name)
+        bias = None if old.bias is None else old.bias[rows]
+        setattr(part, name, _linear(old.weight[rows], bias, old))
+    if columns is not None:
+        old = getattr(part, outer)
+        setattr(part, outer, _linear(old.weight[:, columns], old.bias, old))
+
+
+def _linear(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    new.weight = nn.Parameter(weight.contiguous(), requires_grad=like.weight.requires_grad)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.contiguous(), requires_grad=like.weight.requires_grad)
+    return new.train(like.training)
+
+
+def _check_stock(model: Any) -> None:
+    """Raise ValueError where a model made from the new config has other shapes."""
+    with torch.device("meta"):
+        fresh = type(model)(model.config)
+    ours, stock = ({n: p.shape for n, p in m.named_parameters()} for m in (model, fresh))
+    wrong = sorted(n for n in ours.keys() | stock.keys() if ours.get(n) != stock.get(n))
+    if wrong:
+        raise ValueError(
+            f"the config of a {type(model).__name__} cannot say these widths: {wrong[0]} is "
+            f"{tuple(ours.get(wrong[0], ()))}, a stock model has {tuple(stock.get(wrong[0], ()))}"
+        )
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _widths(model: Any, blocks: nn.ModuleList) -> dict[str, int]:
+    """Return how many KV groups and channels each block has; ValueError for other blocks."""
+    config = model.config.get_text_config(decoder=True)
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    names += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    for block in blocks:
+        found = {name for name, _ in block.named_modules()}
+        if missing := [name for name in names if name not in found]:
+            raise ValueError(
+                f"structures are pruned in blocks such as Llama's; those of "
+                f"{type(model).__name__} have no {missing[0]}"
+            )
+    return {"kv": config.num_key_value_heads, "channels": config.intermediate_size}
