@@ -196,7 +196,8 @@ def slice_model(model: Any, pruning: StructuredPruning) -> Any:
     blocks = find_blocks(model)[1]
     config = model.config.get_text_config(decoder=True)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    size = blocks[0].self_attn.o_proj.in_features // heads
+    first: Any = blocks[0]
+    size = first.self_attn.o_proj.in_features // heads
     pruning.remove()
     for number, block in enumerate(blocks):
         if "kv" in pruning.gates:
@@ -268,8 +269,8 @@ def _base(model: Any) -> Any:
 def _widths(model: Any, blocks: nn.ModuleList) -> dict[str, int]:
     """Return how many KV groups and channels each block has; ValueError for other blocks."""
     config = model.config.get_text_config(decoder=True)
-    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-    names += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    names = [f"self_attn.{part}_proj" for part in "qkvo"]
+    names += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     for block in blocks:
         found = {name for name, _ in block.named_modules()}
         if missing := [name for name in names if name not in found]:
