@@ -45,7 +45,7 @@ class MPO(Method):
         "metric": Param(
             str,
             "what error counts: on the inputs, or on the weight",
-            default="kron",
+            default="plain",
             choices=METRICS,
         ),
         "sink": Param(float, "weight of position 0 in the metric", default=SINK, at_least=0.0),
