@@ -90,6 +90,8 @@ def kick_questions(
 
     limit: at most so many questions, and documents, of each.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit needs to be 1 or more, got {limit}")
     sets = []
     for source in sources or [str(BUILT_IN)]:
         if source.startswith(TASK):

@@ -17,6 +17,7 @@ from ..base.resources import atomic_write, format_size, parse_size
 from ..base.target import claimed, whole_folder, work_beside, writes_out
 from ..loading.blocks import block_bytes, n_fitting
 from ..loading.config import EvoPressConfig
+from ..methods.bitstack import MOST_BLOCKS
 from ..plans.block_order import order_of, prefix, with_order
 from ..plans.level import Level
 from ..plans.plan import Plan
@@ -36,7 +37,9 @@ from .pipeline import export
 
 
 def menu(blocks: int, rank: int) -> list[str]:
-    """Return the levels of 1 to `blocks` blocks."""
+    """Return the levels of 1 to `blocks` blocks; ValueError where they are too few or too many."""
+    if not 1 <= blocks <= MOST_BLOCKS:
+        raise ValueError(f"a stack has 1 to {MOST_BLOCKS} blocks, got {blocks}")
     return [f"bitstack:blocks={n},rank={rank}" for n in range(1, blocks + 1)]
 
 

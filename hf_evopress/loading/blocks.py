@@ -47,7 +47,10 @@ def resize(model: Any, size: str | int) -> Any:
     n = n_fitting(stack.plan, _other_bytes(model, config.plan), size)
     plan = prefix(stack.plan, n)
     stem = f"{model.base_model_prefix}."
-    set_levels(model, plan, lambda path, names: _read(stack, stem, path, names), config.runtime)
+    tensors = _places(stack.files, stem)
+    set_levels(
+        model, plan, lambda path, names: _read(stack, tensors, stem, path, names), config.runtime
+    )
     config.plan = plan
     quantizer.stack = stack
     return model
@@ -138,24 +141,48 @@ def _other_bytes(model: nn.Module, plan: Plan) -> int:
     return total - sum(block_bytes(plan, unit) for unit in order_of(plan))
 
 
-def _read(stack: Stack, stem: str, path: str, names: Iterable[str]) -> State:
-    """Return tensors of the layer at `path` from the files; only their bytes are read.
+def _places(files: Sequence[str], stem: str) -> dict[str, tuple[str, str]]:
+    """Return the name of a tensor in the base model -> its file, and its name there.
 
     stem: what the names of the whole model's layers begin with, and those of its base do not.
     """
     from safetensors import safe_open
 
-    missing, found = set(names), {}
-    for file in stack.files if missing else ():
+    places: dict[str, tuple[str, str]] = {}
+    for file in files:
         with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 - no dict
-                owner, _, name = key.rpartition(".")
-                if name in missing and owner.removeprefix(stem) == path.removeprefix(stem):
-                    found[name] = opened.get_tensor(key)
-                    _check(key, found[name], (stack.checksums or {}).get(key))
-    if missing := missing - set(found):
-        where = ", ".join(stack.files) or "no file: the model was not loaded from a checkpoint"
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}, which are in {where}")
+            places |= {key.removeprefix(stem): (file, key) for key in opened.keys()}  # noqa: SIM118
+    return places
+
+
+def _read(
+    stack: Stack,
+    places: Mapping[str, tuple[str, str]],
+    stem: str,
+    path: str,
+    names: Iterable[str],
+) -> State:
+    """Return tensors of the layer at `path` from the files; only their bytes are read."""
+    from safetensors import safe_open
+
+    found, missing = {}, []
+    wanted: dict[str, list[tuple[str, str]]] = {}
+    for name in names:
+        place = places.get(f"{path.removeprefix(stem)}.{name}")
+        if place is None:
+            missing.append(name)
+        else:
+            wanted.setdefault(place[0], []).append((name, place[1]))
+    if missing:
+        where = f"which are not in {', '.join(stack.files)}"
+        if not stack.files:
+            where = "and the model was not loaded from a checkpoint that has them"
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}, {where}")
+    for file, keys in wanted.items():
+        with safe_open(file, framework="pt") as opened:
+            for name, key in keys:
+                found[name] = opened.get_tensor(key)
+                _check(key, found[name], (stack.checksums or {}).get(key))
     return found
 
 

@@ -215,3 +215,21 @@ class Method(ABC):
             return forgetful_linear(x, W, bias, weight)
 
         return run
+
+
+class SharedWork(Method):
+    """A method whose weights and settings share work: all go through `compress_many`."""
+
+    @abstractmethod
+    def compress_many(
+        self, Ws: Sequence[Tensor], stats: Stats | None, settings: Sequence[Mapping[str, Any]]
+    ) -> list[list[State]]:
+        """Return, per setting, the states of weights that share one input."""
+
+    def compress_stacked(
+        self, Ws: Sequence[Tensor], stats: Stats | None, **params: Any
+    ) -> list[State]:
+        return self.compress_many(Ws, stats, [params])[0]
+
+    def compress(self, W: Tensor, stats: Stats | None, **params: Any) -> State:
+        return self.compress_many([W], stats, [params])[0][0]

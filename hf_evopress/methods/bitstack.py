@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Method, Param, Shape, State
+from .base import Param, Shape, SharedWork, State
 from .maths.factors import KINDS, empty_factor, factor_bits, pack_factor, unpack_factor
 from .maths.linalg import SINK, Stats
 from .maths.packing import pack, packed_bytes, unpack
@@ -28,7 +28,7 @@ from .maths.packing import pack, packed_bytes, unpack
 MOST_BLOCKS = 16
 
 
-class BitStack(Method):
+class BitStack(SharedWork):
     """`bitstack:blocks=4`: four sign blocks of rank 1, about 4.3 bits per weight."""
 
     name = "bitstack"
@@ -64,14 +64,6 @@ class BitStack(Method):
     def cost_bits(self, shape: Shape, **params: Any) -> int:
         scale = 16 * shape[1] if params["scaled"] else 0
         return params["blocks"] * block_bits(shape, **params) + scale
-
-    def compress(self, W: Tensor, stats: Stats | None, **params: Any) -> State:
-        return self.compress_many([W], stats, [params])[0][0]
-
-    def compress_stacked(
-        self, Ws: Sequence[Tensor], stats: Stats | None, **params: Any
-    ) -> list[State]:
-        return self.compress_many(Ws, stats, [params])[0]
 
     def compress_many(
         self, Ws: Sequence[Tensor], stats: Stats | None, settings: Sequence[Mapping[str, Any]]

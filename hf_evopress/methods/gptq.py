@@ -21,13 +21,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Param, State
+from .base import Param, SharedWork, State
 from .maths.codes import CODE_PARAMS, SCALE_DTYPES, CodedMethod, pack_state
 from .maths.linalg import DAMP, SINK, Stats
 from .maths.obs import MAX_VALUES, Rounding, solve
 
 
-class GPTQ(CodedMethod):
+class GPTQ(SharedWork, CodedMethod):
     """`gptq:bits=3,group_size=64`: codes that answer for the layer's output, not its weight."""
 
     name = "gptq"
@@ -43,14 +43,6 @@ class GPTQ(CodedMethod):
         "gptq:bits=4,group_size=-1,symmetric=true",
         "gptq:bits=2,group_size=16,scales=bfloat16,clip=false,damp=0.01,sink=0.0",
     )
-
-    def compress(self, W: Tensor, stats: Stats | None, **params: Any) -> State:
-        return self.compress_many([W], stats, [params])[0][0]
-
-    def compress_stacked(
-        self, Ws: Sequence[Tensor], stats: Stats | None, **params: Any
-    ) -> list[State]:
-        return self.compress_many(Ws, stats, [params])[0]
 
     def compress_many(
         self, Ws: Sequence[Tensor], stats: Stats | None, settings: Sequence[Mapping[str, Any]]

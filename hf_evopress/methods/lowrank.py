@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..plans.level import Term
-from .base import Method, Operator, Param, Shape, State
+from .base import Operator, Param, Shape, SharedWork, State
 from .maths.factors import FLOATS, empty_factor, factor_bits, pack_factor, unpack_factor
 from .maths.linalg import Stats
 from .maths.metric import METRICS, Metric
@@ -35,7 +35,7 @@ from .maths.metric import METRICS, Metric
 BITS = {"int8": 8, "int4": 4}
 
 
-class LowRank(Method):
+class LowRank(SharedWork):
     """`lowrank:rank=64`: the best rank-64 stand-in for the layer's output."""
 
     name = "lowrank"
@@ -82,14 +82,6 @@ class LowRank(Method):
 
     def kept_values(self, shape: Shape, **params: Any) -> int:
         return params["rank"] * sum(shape)
-
-    def compress(self, W: Tensor, stats: Stats | None, **params: Any) -> State:
-        return self.compress_many([W], stats, [params])[0][0]
-
-    def compress_stacked(
-        self, Ws: Sequence[Tensor], stats: Stats | None, **params: Any
-    ) -> list[State]:
-        return self.compress_many(Ws, stats, [params])[0]
 
     def compress_many(
         self, Ws: Sequence[Tensor], stats: Stats | None, settings: Sequence[Mapping[str, Any]]

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Param, State
+from .base import Param, SharedWork, State
 from .maths.linalg import DAMP, SINK, Stats
 from .maths.obs import BLOCK, MAX_VALUES, Rounding, blocks, solve
 from .maths.sparse import (
@@ -45,7 +45,7 @@ from .maths.sparse import (
 )
 
 
-class SparseGPT(SparseMethod):
+class SparseGPT(SharedWork, SparseMethod):
     """`sparsegpt:sparsity=0.5,bits=4,group_size=64`: what is left answers for what is gone."""
 
     name = "sparsegpt"
@@ -61,14 +61,6 @@ class SparseGPT(SparseMethod):
         "sparsegpt:sparsity=0.5,bits=4,group_size=32",
         "sparsegpt:pattern=4:8,bits=3,group_size=-1,symmetric=true,damp=0.01,sink=0.0",
     )
-
-    def compress(self, W: Tensor, stats: Stats | None, **params: Any) -> State:
-        return self.compress_many([W], stats, [params])[0][0]
-
-    def compress_stacked(
-        self, Ws: Sequence[Tensor], stats: Stats | None, **params: Any
-    ) -> list[State]:
-        return self.compress_many(Ws, stats, [params])[0]
 
     def compress_many(
         self, Ws: Sequence[Tensor], stats: Stats | None, settings: Sequence[Mapping[str, Any]]

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Method, Operator, Param, Shape, State
+from .base import Operator, Param, Shape, SharedWork, State
 from .maths.codebook import CODEBOOKS, codebook
 from .maths.linalg import DAMP, SINK, Stats
 from .maths.trellis_rounding import (
@@ -46,7 +46,7 @@ MAX_STATE_BITS = 16
 _PIECE = 2**18  # weights whose walks are read at once on a CPU
 
 
-class Trellis(Method):
+class Trellis(SharedWork):
     """`trellis:bits=3`: walks through a trellis in a rotated basis, rounded on both sides."""
 
     name = "trellis"
@@ -109,14 +109,6 @@ class Trellis(Method):
         if not params["tail_biting"]:
             starts = start_bytes(rows * columns, params["bits"], params["state_bits"])
         return rows * columns * LENGTH * params["bits"] + 8 * starts + 32
-
-    def compress(self, W: Tensor, stats: Stats | None, **params: Any) -> State:
-        return self.compress_many([W], stats, [params])[0][0]
-
-    def compress_stacked(
-        self, Ws: Sequence[Tensor], stats: Stats | None, **params: Any
-    ) -> list[State]:
-        return self.compress_many(Ws, stats, [params])[0]
 
     def compress_many(
         self, Ws: Sequence[Tensor], stats: Stats | None, settings: Sequence[Mapping[str, Any]]

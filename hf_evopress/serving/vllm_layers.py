@@ -68,15 +68,19 @@ def _method_of_end(config: Any, layer: Any, prefix: str) -> Any:
     member = config.units.end(prefix, shape) if prefix or not is_head else None
     if member is not None:
         _check_eager()
-        return PackedLinear(config, [member]) if is_head else PackedEmbedding(config, member)
+        return PackedLinear(config, [member]) if is_head else PackedEmbedding(config, [member])
     return MaybeTiedHead() if is_head else None
 
 
-class PackedLinear(LinearMethodBase):
-    """A linear layer or head whose parts are packed, each at its own level."""
+class _Packed:
+    """What linear layers and the embedding have in common: packed parts, checked when loaded."""
 
     def __init__(self, config: Any, members: Sequence[Member]) -> None:
         self.config, self.members = config, members
+
+    def parts(self, dtype: torch.dtype) -> PackedParts:
+        """Return the module that holds the packed tensors."""
+        raise NotImplementedError
 
     def create_weights(
         self,
@@ -92,44 +96,34 @@ class PackedLinear(LinearMethodBase):
         cut = input_size // input_size_per_partition, output_size // sum(output_partition_sizes)
         _check_whole(self.members, cut)
         check_runtime(self.config.runtime, params_dtype)
-        _hold(layer, Shards(self.members, params_dtype, self.config.checksums))
+        _hold(layer, self.parts(params_dtype))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that all is there, and choose what computes it."""
+        _finish(layer, self.config)
+
+
+class PackedLinear(_Packed, LinearMethodBase):
+    """A linear layer or head whose parts are packed, each at its own level."""
+
+    def parts(self, dtype: torch.dtype) -> PackedParts:
+        return Shards(self.members, dtype, self.config.checksums)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
         bias = getattr(layer, "bias", None)
         if bias is not None and not getattr(layer, "skip_bias_add", False):
             layer.evopress.set_bias(bias.data)
-        _finish(layer, self.config)
+        super().process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.evopress(x)  # the parts have their share of the bias
 
 
-class PackedEmbedding(QuantizeMethodBase):
+class PackedEmbedding(_Packed, QuantizeMethodBase):
     """An input embedding that is packed, and the head that has its weight."""
 
-    def __init__(self, config: Any, member: Member) -> None:
-        self.config, self.member = config, member
-
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **_: Any,
-    ) -> None:
-        """Register packed tensors, and placeholders by their names in the checkpoint."""
-        cut = input_size // input_size_per_partition, output_size // sum(output_partition_sizes)
-        _check_whole([self.member], cut)
-        check_runtime(self.config.runtime, params_dtype)
-        _hold(layer, SharedRows(self.member, params_dtype, self.config.checksums))
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that all is there, and choose what computes it."""
-        _finish(layer, self.config)
+    def parts(self, dtype: torch.dtype) -> PackedParts:
+        return SharedRows(self.members[0], dtype, self.config.checksums)
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         return layer.evopress.look_up(input_)

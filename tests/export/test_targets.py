@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from hf_evopress.base import plugins
 from hf_evopress.export.compressed_tensors import check_plan
 from hf_evopress.export.gguf import fits_file
-from hf_evopress.loading.kernels.operators import usable
+from hf_evopress.loading.runtimes import KERNELS, chosen
 from hf_evopress.methods import compose
 from hf_evopress.methods.menu import fits
 from hf_evopress.plans.level import Level
@@ -52,9 +53,9 @@ def told(level: Level, model: nn.Module, unit: str) -> list[str]:
         stock = "refused"
     if level.is_dense:
         return ["works", "works", "works", "works", "works"]
+    here = [chosen(level, SHAPE, torch.device(name), torch.bfloat16) for name in ("cpu", "cuda")]
     return [
-        "fast" if usable(level, SHAPE) is not None else "works",
-        "works",
+        *("fast" if choice == KERNELS else "works" for choice in here),
         "works" if compose.looks_up_rows(level) else "refused",
         stock,
         "works" if fits_file(level) else "refused; rounded with `--requantise`",

@@ -184,3 +184,9 @@ def test_models_of_one_size_say_so(home: Path, write_model: Any, tmp_path: Path)
     for call in (lambda: load(one, size="1MB"), lambda: hf_evopress.resize(load(one), "1MB")):
         with pytest.raises(ValueError, match="hf-evopress stack"):
             call()
+
+
+@pytest.mark.parametrize("blocks", [0, 17])
+def test_a_number_of_blocks_that_no_stack_has_is_named(blocks: int) -> None:
+    with pytest.raises(ValueError, match=f"1 to 16 blocks, got {blocks}"):
+        menu(blocks, 1)

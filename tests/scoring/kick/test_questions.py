@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_evopress.jobs.evaluate import kick_questions
 from hf_evopress.scoring.kick.questions import KickSet, Question, read_questions
 
 
@@ -55,3 +56,9 @@ def test_no_file_and_an_empty_one_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="neither a question nor a document"):
         read_questions(tmp_path / "empty.jsonl")
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_named(limit: int) -> None:
+    with pytest.raises(ValueError, match=f"limit needs to be 1 or more, got {limit}"):
+        kick_questions([], limit=limit)
