@@ -5,7 +5,8 @@ i of P_i (x) Q_i, P_i (r1, c1) and Q_i (r2, c2). The best such sum is a truncate
 decomposition of W with its sides in the order (r1 c1), (r2 c2) (Van Loan and Pitsianis 1993). It is
 best for the layer's output where H is a Kronecker product as well: `metric=kron` puts the nearest
 one, H1 (x) H2, in the place of H. Inputs of transformers have no such order: on block 15 of
-SmolLM2-135M that lost 5 to 17 % more on held-out text than the plain metric, the default.
+SmolLM2-135M its error on held-out text was a quarter to a half larger than that of the plain
+metric, the default (tests/benchmarks/README.md).
 
 `bits` are bits per weight: as many terms as fit. Stores both factors (terms, r c), with a scale per
 term where they are coded. Runs as the weight that they make up.
