@@ -11,9 +11,9 @@ taken; k stops at the weight's rank. More coefficients never make a row worse. S
 mask of one bit per coefficient and the kept values; rows of both factors have a scale. Runs as two
 products of k columns.
 
-When to use it: in place of `lowrank`. At the same bytes its error is a quarter to two fifths smaller
-(tests/benchmarks/README.md), and its atoms and values train. It does not reach scalar or trellis
-codes of the same bytes.
+When to use it: in place of `lowrank`. At the same bytes its error is a quarter to two fifths
+smaller (tests/benchmarks/README.md), and its atoms and values train. It does not reach scalar or
+trellis codes of the same bytes.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ packed tensors in `evopress`, a module of its own.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,15 +73,15 @@ def _method_of_end(config: Any, layer: Any, prefix: str) -> Any:
     return MaybeTiedHead() if is_head else None
 
 
-class _Packed:
+class _Packed(ABC):
     """What linear layers and the embedding have in common: packed parts, checked when loaded."""
 
     def __init__(self, config: Any, members: Sequence[Member]) -> None:
         self.config, self.members = config, members
 
+    @abstractmethod
     def parts(self, dtype: torch.dtype) -> PackedParts:
         """Return the module that holds the packed tensors."""
-        raise NotImplementedError
 
     def create_weights(
         self,
