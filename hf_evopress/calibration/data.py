@@ -37,15 +37,15 @@ def load_tokens(
     split: str = "train",
     column: str = "text",
     writers: Mapping[str, Writer] | None = None,
-    is_wrapped: bool = False,
+    n_wrapped: int = 0,
 ) -> Tensor:
     """Return (n_sequences, seq_len) int64 token windows, no two of which overlap.
 
     Every source gives an equal share. `split` and `column` say where a dataset keeps its text.
     Without sources, text is streamed from the Hub (fineweb-edu). writers: name of a source ->
-    what makes n of its windows, where it is no text. is_wrapped: each window is begun and ended as
-    the tokenizer does a text, not only begun with BOS. Raises ValueError for a source that is too
-    short, with the tokens found and needed.
+    what makes n of its windows, where it is no text. n_wrapped: each window is so many pieces of
+    equal length, each begun and ended as the tokenizer does a text; 0: only begun with BOS. Raises
+    ValueError for a source that is too short, with the tokens found and needed.
     """
     if n_sequences < 1 or seq_len < 2:
         raise ValueError(f"need n_sequences >= 1 and seq_len >= 2, got {n_sequences} and {seq_len}")
@@ -57,7 +57,7 @@ def load_tokens(
     for source, write in zip(named, writing, strict=True):
         if write is None:
             check_source(source)
-    bos, end = wrapping_of(tokenizer) if is_wrapped else (bos_of(tokenizer), [])
+    wrap = _Wrap(tokenizer, seq_len, n_wrapped)
     shares = [n_sequences // len(named) + (i < n_sequences % len(named)) for i in range(len(named))]
     windows: list[list[int]] = []
     for source, share, write in zip(named, shares, writing, strict=True):
@@ -65,11 +65,11 @@ def load_tokens(
             windows += write(share).tolist() if share else []
             continue
         documents = Documents(source, tokenizer, split=split, column=column)
-        cut, n_found = _windows(documents, tokenizer, seq_len - len(bos) - len(end), share * _POOL)
+        cut, n_found = _windows(documents, tokenizer, wrap.length, share * _POOL)
         if len(cut) < share:
             raise ValueError(_too_short(documents, n_found, share, seq_len))
         documents.warn()
-        windows += [bos + window + end for window in rng.sample(cut, share)]
+        windows += [wrap(window) for window in rng.sample(cut, share)]
     rng.shuffle(windows)
     return torch.tensor(windows, dtype=torch.long)
 
@@ -84,7 +84,7 @@ def load_splits(
     split: str = "train",
     column: str = "text",
     writers: Mapping[str, Writer] | None = None,
-    is_wrapped: bool = False,
+    n_wrapped: int = 0,
 ) -> dict[str, Tensor]:
     """Return disjoint sets of token windows by name, e.g. {"calibration": 56, "search": 32}."""
     tokens = load_tokens(
@@ -96,7 +96,7 @@ def load_splits(
         split=split,
         column=column,
         writers=writers,
-        is_wrapped=is_wrapped,
+        n_wrapped=n_wrapped,
     )
     return split_tokens(tokens, sizes, seed=seed)
 
@@ -130,6 +130,29 @@ def tokenize_file(path: str | os.PathLike[str], tokenizer: Any, *, column: str =
         raise ValueError(f"{path} holds no text. {documents.excuse()}".rstrip())
     documents.warn()
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+
+
+class _Wrap:
+    """Puts special tokens around a window of text of `length` tokens, or around parts of it."""
+
+    def __init__(self, tokenizer: Any, seq_len: int, n_texts: int) -> None:
+        self.bos, self.end = wrapping_of(tokenizer) if n_texts else (bos_of(tokenizer), [])
+        n, around = max(1, n_texts), len(self.bos) + len(self.end)
+        # as `models.classes` cuts a sequence into source and target: the first is the shorter
+        self.sizes = [seq_len * (i + 1) // n - seq_len * i // n - around for i in range(n)]
+        self.length = sum(self.sizes)
+        if min(self.sizes) < 1:
+            raise ValueError(
+                f"seq_len={seq_len} has no room for {n} text{'s' * (n > 1)} of {around} special "
+                "tokens and more: take longer sequences"
+            )
+
+    def __call__(self, window: list[int]) -> list[int]:
+        made, start = [], 0
+        for size in self.sizes:
+            made += self.bos + window[start : start + size] + self.end
+            start += size
+        return made
 
 
 def _windows(

@@ -35,6 +35,7 @@ from ..models.experts import others
 from ..models.head import head_inputs
 from ..models.source import sees_ahead
 from ..models.stream import BlockStream
+from ..models.two_stacks import stream_of
 from ..models.units import Unit, find_units
 from .end_moments import HEAD_FILE, STATS
 
@@ -86,7 +87,7 @@ def calibrate(
     if not missing and not needs_head:
         ranks.wait()
         return root
-    stream = BlockStream(model)
+    stream = stream_of(model)
     stream.check(tokens[:1, :8])
     with torch.no_grad(), stream:
         runs = {k: _Run(stream, ids, batch_tokens) for k, ids in sets.items()}

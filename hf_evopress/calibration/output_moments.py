@@ -35,7 +35,7 @@ from ..base.reading import ANEW, reading
 from ..base.resources import atomic_path
 from ..models.classes import class_of
 from ..models.experts import others
-from ..models.stream import BlockStream
+from ..models.two_stacks import stream_of
 from ..models.units import Unit, find_units
 from .end_moments import FILE, EndRecorder
 from .input_moments import Moment, check_tokens
@@ -101,7 +101,7 @@ def output_moments(
         for block in reversed(range(first, backward.stream.n_blocks)):
             names = by_block[block] if block in missing else []
             # a loss per token, or where there is one output per text, per text
-            n = len(tokens) if backward.kind.is_pooled else tokens.numel()
+            n = len(tokens) * backward.kind.n_rows(tokens.shape[1])
             moments = _block_moments(backward, block, names, n)
             if names:
                 _write(_file(root, block), moments, names)
@@ -211,7 +211,7 @@ class _Backward:
         recorder: EndRecorder | None = None,
     ) -> None:
         self.model, self._recorder = model, recorder
-        self.stream = BlockStream(model)
+        self.stream = stream_of(model)
         self.kind = class_of(model)
         self.batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
         self._scratch = TemporaryDirectory(dir=folder, prefix=".inputs.")

@@ -38,17 +38,17 @@ def cached_splits(
     split: str = "train",
     column: str = "text",
     writers: Mapping[str, tuple[str, Writer]] | None = None,
-    is_wrapped: bool = False,
+    n_wrapped: int = 0,
 ) -> dict[str, Tensor]:
     """Return what `load_splits` returns, from `folder` where it has been made before.
 
-    writers: source -> a fingerprint of what writes it, and the writer. is_wrapped: each window is
-    begun and ended as the tokenizer does a text.
+    writers: source -> a fingerprint of what writes it, and the writer. n_wrapped: each window is
+    so many texts, begun and ended as the tokenizer does.
     """
     writers = writers or {}
     called = [writers[name][0] if name in writers else name for name in sources]
     cut: dict[str, Any] = {"seq_len": seq_len, "seed": seed, "split": split, "column": column}
-    cut |= {"wrapped": True} if is_wrapped else {}
+    cut |= {"wrapped": n_wrapped if n_wrapped > 1 else True} if n_wrapped else {}
     file = Path(folder) / f"{tokens_fingerprint(called, tokenizer, sizes, cut)}.safetensors"
     if file.is_file():
         with reading(file, way_out="it is damaged; delete it to read the text anew"):
@@ -64,7 +64,7 @@ def cached_splits(
         split=split,
         column=column,
         writers=write,
-        is_wrapped=is_wrapped,
+        n_wrapped=n_wrapped,
     )
     with atomic_path(file) as temporary:
         save_file({name: part.to(torch.int32) for name, part in tokens.items()}, temporary)

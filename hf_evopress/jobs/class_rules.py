@@ -1,4 +1,4 @@
-"""What a job does differently for models that write no text: fitness, tokens, what it refuses."""
+"""What a job does differently for models that continue no text: fitness, tokens, refusals."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _POOLING = "1_Pooling/config.json"  # of sentence-transformers
 
 def fitted(recipe: Recipe, kind: ModelClass) -> Recipe:
     """Return `recipe` with what suits the class of its model; ValueError for what does not."""
-    if kind.generates:
+    if kind.continues_text:
         return recipe
-    names = [term.name for term in parse(recipe.search.fitness)]
+    terms = parse(recipe.search.fitness)
+    names = [term.name for term in terms]
     fitting = ("cosine",) if kind.is_vector else ("kl",)
     if kind.is_vector and names == ["kl"]:
         recipe = dataclasses.replace(
@@ -35,19 +36,21 @@ def fitted(recipe: Recipe, kind: ModelClass) -> Recipe:
         )
     elif wrong := [name for name in names if name not in fitting]:
         raise ValueError(
-            f"fitness {wrong[0]} is of models that write text; {recipe.model} is of class "
+            f"fitness {wrong[0]} is of models that continue text; {recipe.model} is of class "
             f"{kind.name}, which is compared by {fitting[0]}"
         )
+    if kind.is_pooled and any(term.options.get("columns") for term in terms):
+        raise ValueError(f"{recipe.model} is of class {kind.name}: leave out kl's columns")
     own = [source for source in recipe.data.sources if source in OWN]
     if own or recipe.data.written:
         raise ValueError(
-            f"{recipe.model} is of class {kind.name} and writes no text: give text with --data "
+            f"{recipe.model} is of class {kind.name} and continues no text: give text with --data "
             f"FILE instead of {own[0] if own else '--written'}"
         )
     if recipe.refine != "none" or recipe.refine_levels:
         raise ValueError(
-            f"refinement learns from what a model writes next; {recipe.model} is of class "
-            f"{kind.name}: leave out refine"
+            f"refinement is of one stack of blocks and of what comes next; {recipe.model} is of "
+            f"class {kind.name}: leave out refine"
         )
     return recipe
 

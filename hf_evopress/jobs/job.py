@@ -177,7 +177,7 @@ class Job:
             split=data.split,
             column=data.column,
             writers={kind: self._writer(kind) for kind in data.sources if kind in OWN},
-            is_wrapped=not self.kind.generates,
+            n_wrapped=self.kind.n_texts,
         )
         return {name: self.masked(part) for name, part in found.items()}
 

@@ -90,7 +90,7 @@ def measure(
     if is_refined:
         models[UNREFINED] = partial(_logits, evaluator, plan.levels)
         sizes[UNREFINED] = sizes["searched"]
-    if job.kind.generates:
+    if job.kind.continues_text:
         reports = compare_many(
             models, dense, tokens, window=window, max_windows=max_windows, progress=job.progress
         )

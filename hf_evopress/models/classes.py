@@ -4,6 +4,9 @@ The class comes from the checkpoint's own `architectures`, so that a head is nev
 What a model puts out is brought to one form, (batch, rows, columns), whose rows are what a fitness
 compares: next tokens, masked tokens, labels of tokens, labels of a text, the places where an answer
 starts and ends, or one vector per text.
+
+An encoder-decoder gets sequences in two halves: the first is the source, which the encoder reads,
+the rest the target, which the decoder predicts token by token; its rows are those of the target.
 """
 
 from __future__ import annotations
@@ -32,6 +35,23 @@ class ModelClass:
     generates: bool = False
     is_pooled: bool = False  # a few rows per text instead of one per token
     is_vector: bool = False
+    has_encoder: bool = False  # of its own, before the decoder: rows of the target only
+
+    @property
+    def continues_text(self) -> bool:
+        """Whether there is one row per token, of what comes next."""
+        return self.generates and not self.has_encoder
+
+    @property
+    def n_texts(self) -> int:
+        """How many texts a sequence is, begun and ended as the tokenizer does; 0: a piece of one."""
+        return 2 if self.has_encoder else 0 if self.generates else 1
+
+    def n_rows(self, n_tokens: int) -> int:
+        """Return how many rows a sequence has a loss on; two of an answer count as one."""
+        if self.has_encoder:
+            return n_tokens - n_source(n_tokens)
+        return 1 if self.is_pooled else n_tokens
 
     @property
     def loader(self) -> Any:
@@ -45,6 +65,10 @@ CAUSAL = ModelClass(
 IMAGE_TEXT = ModelClass(
     "image-text", "AutoModelForImageTextToText", "A vision-language model, its text part",
     "image-text-to-text", generates=True,
+)  # fmt: skip
+SEQ2SEQ = ModelClass(
+    "seq2seq", "AutoModelForSeq2SeqLM", "An encoder-decoder", "text2text-generation",
+    generates=True, is_pooled=True, has_encoder=True,
 )  # fmt: skip
 MASKED = ModelClass("masked", "AutoModelForMaskedLM", "A masked language model", "fill-mask")
 TOKENS = ModelClass(
@@ -63,7 +87,7 @@ HEADLESS = ModelClass(
     is_pooled=True, is_vector=True,
 )  # fmt: skip
 
-CLASSES = (CAUSAL, IMAGE_TEXT, MASKED, TOKENS, SEQUENCE, ANSWERS, HEADLESS)
+CLASSES = (CAUSAL, IMAGE_TEXT, SEQ2SEQ, MASKED, TOKENS, SEQUENCE, ANSWERS, HEADLESS)
 BY_NAME: Mapping[str, ModelClass] = MappingProxyType({kind.name: kind for kind in CLASSES})
 POOLINGS = ("mean", "first", "last")
 
@@ -118,8 +142,34 @@ def call(model: Any, ids: Tensor) -> Tensor:
 
 def forward(model: Any, ids: Tensor) -> Any:
     """Return what a model's forward returns, with no cache made where it would make one."""
-    options = {"use_cache": False} if _takes_cache(model) else {}
+    options: dict[str, Any] = {"use_cache": False} if _takes_cache(model) else {}
+    if class_of(model).has_encoder:
+        n = n_source(ids.shape[1])
+        ids, target = ids[:, :n], ids[:, n:]
+        options["decoder_input_ids"] = shifted(target, start_of(model.config, type(model).__name__))
     return model(input_ids=ids, **options)
+
+
+def n_source(n_tokens: int) -> int:
+    """Return how many tokens of a sequence are the source of an encoder-decoder."""
+    return n_tokens // 2
+
+
+def shifted(target: Tensor, start: int) -> Tensor:
+    """Return what the decoder reads to predict `target` (batch, seq): one token later."""
+    return torch.cat([torch.full_like(target[:, :1], start), target[:, :-1]], dim=1)
+
+
+def start_of(config: Any, name: str) -> int:
+    """Return the token that the decoder of an encoder-decoder starts with."""
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        raise ValueError(
+            f"{name} has no decoder_start_token_id, with which its decoder would start: set it in "
+            "config.json, to the token of the target language or to the one that generate() starts "
+            "with"
+        )
+    return int(start)
 
 
 def pooling_of(model: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..base.patterns import matches
-from .units import Unit, find_blocks, is_linear
+from .units import Unit, all_blocks, is_linear
 
 Rows = Callable[[Tensor], Tensor]  # token ids (...) -> rows of the embedding (..., dim)
 
@@ -27,7 +27,7 @@ def find_ends(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
     other kinds than a look-up of rows, and heads that are no linear layer. Position embeddings,
     and embeddings of the tokens for each block, are never units.
     """
-    n_blocks = len(find_blocks(model)[1])
+    n_blocks = len(all_blocks(model))
     embedding, head = input_embedding(model), output_head(model)
     units = []
     if embedding is not None:

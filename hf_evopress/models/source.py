@@ -20,7 +20,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..base.reading import read_object, reading
 from ..plans.repo import is_repo_id
-from .classes import CAUSAL, CLASSES, MASKED, ModelClass, class_of, find_class
+from .classes import (
+    CAUSAL,
+    CLASSES,
+    MASKED,
+    SEQ2SEQ,
+    ModelClass,
+    class_of,
+    find_class,
+    start_of,
+)
 from .units import SUPPORTED
 
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -96,21 +105,35 @@ def load_checked(name: str | Path, *, kind: ModelClass | None = None, **options:
 def kind_of(config: Any, name: str | Path) -> ModelClass:
     """Return the class of a checkpoint; ValueError names what is supported nearest."""
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{name} is a {_said(config)}, an encoder-decoder, whose two stacks exchange more than "
-            f"hidden states; supported: {SUPPORTED}, and encoders such as BERT and ModernBERT"
-        )
+        return _encoder_decoder(config, name)
     auto_map = getattr(config, "auto_map", None) or {}
     for kind in CLASSES:
         if kind.auto in auto_map:
             return kind
     for architecture in getattr(config, "architectures", None) or ():
-        if (found := find_class(architecture)) is not None:
+        found = find_class(architecture)
+        if found is not None and found is not SEQ2SEQ:  # of those, models of sound
             if found is CAUSAL:
                 check_class(config, name)
             return found
     check_class(config, name)
     return CAUSAL
+
+
+def _encoder_decoder(config: Any, name: str | Path) -> ModelClass:
+    """Return the class of an encoder-decoder of text; ValueError for one of another kind."""
+    for said in getattr(config, "architectures", None) or ():
+        if find_class(said) is SEQ2SEQ:
+            start_of(config, str(name))
+            return SEQ2SEQ
+    made = getattr(transformers, _said(config), None)
+    reads = getattr(made, "main_input_name", "input_ids")
+    why = "with a head of another kind" if reads == "input_ids" else f"which reads {reads}, no text"
+    raise ValueError(
+        f"{name} is a {_said(config)}, an encoder-decoder {why}; supported of those are the "
+        "T5ForConditionalGeneration, BartForConditionalGeneration and other classes of "
+        f"AutoModelForSeq2SeqLM; besides, {SUPPORTED}"
+    )
 
 
 def check_head(name: str | Path, skeleton: Any) -> None:
@@ -127,7 +150,7 @@ def check_head(name: str | Path, skeleton: Any) -> None:
     for key, tensor in own.items():
         part = key.partition(".")[0]
         # anywhere in a name: some checkpoints are stored by other paths than they have in memory
-        if key.startswith(prefix) or key in tied or any(f".{part}." in f".{k}" for k in stored):
+        if key.startswith(prefix) or key in tied or any(f".{part}." in f".{k}." for k in stored):
             continue
         if tuple(tensor.shape) in others:
             continue
@@ -140,6 +163,8 @@ def check_head(name: str | Path, skeleton: Any) -> None:
 def sees_ahead(model: Any) -> bool:
     """Return whether a position depends on those behind it, as in an encoder."""
     kind = class_of(model)
+    if kind.has_encoder:
+        return True
     return not kind.generates and (kind is MASKED or not is_decoder(model.config))
 
 

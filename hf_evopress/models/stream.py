@@ -64,15 +64,21 @@ class BlockStream:
     let go for the next block. `with stream:` has all at home again at the end.
     """
 
+    least_tokens = 1  # of a sequence
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.path, blocks = find_blocks(model)
-        self.blocks: Sequence[nn.Module] = list(blocks)
+        self.names, self.blocks = self._find()
         inside = {id(module) for block in self.blocks for module in block.modules()}
         self._outside = [module for module in model.modules() if id(module) not in inside]
         self._captured: dict[tuple[int, int, Place], list[_Arguments]] = {}
         self._tuple_sizes: list[int] | None = None
         self._here: dict[str, tuple[int, Place, Visit]] = {}  # what is brought: a block, the ends
+
+    def _find(self) -> tuple[list[str], list[nn.Module]]:
+        """Return the paths and the modules of the blocks."""
+        path, blocks = find_blocks(self.model)
+        return [f"{path}.{i}" for i in range(len(blocks))], list(blocks)
 
     def __enter__(self) -> BlockStream:
         return self
@@ -125,7 +131,7 @@ class BlockStream:
                 self._forward(input_ids)
             except _Reached:
                 return seen[0]
-        raise ValueError(f"{type(self.model).__name__} never ran its block {self.path}.0")
+        raise ValueError(f"{type(self.model).__name__} never ran its block {self.names[0]}")
 
     def run_block(self, i: int, hidden: Tensor) -> Tensor:
         """Return the output of block i, (batch, seq, dim)."""
@@ -252,7 +258,7 @@ class BlockStream:
                 return watched
 
             with torch.no_grad(), self._patched({i: watch(i) for i in range(self.n_blocks)}):
-                self._forward(torch.zeros((1, 1), dtype=torch.long))
+                self._forward(torch.zeros((1, self.least_tokens), dtype=torch.long))
             self._tuple_sizes = sizes
         return self._tuple_sizes
 
@@ -265,7 +271,7 @@ class BlockStream:
         for i, (one, two) in enumerate(zip(arguments, other, strict=True)):
             if not (_same(one.args, two.args) and _same(one.kwargs, two.kwargs)):
                 raise ValueError(
-                    f"block {self.path}.{i} of {type(self.model).__name__} gets inputs other than "
+                    f"block {self.names[i]} of {type(self.model).__name__} gets inputs other than "
                     "hidden states that depend on the tokens; such models cannot be streamed"
                 )
         while len(self._captured) >= _MAX_SHAPES:
@@ -291,7 +297,7 @@ class BlockStream:
                 self._forward(input_ids)
             except _Reached:
                 return [seen[i] for i in range(self.n_blocks)]
-        raise ValueError(f"{type(self.model).__name__} never ran its last block in {self.path}")
+        raise ValueError(f"{type(self.model).__name__} never ran its block {self.names[-1]}")
 
     @contextmanager
     def _patched(self, forwards: Mapping[int, Callable[..., Any]]) -> Iterator[None]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..plans.level import DROP
-from .units import Unit, find_blocks, find_units
+from .units import Unit, all_blocks, find_blocks, find_units
 
 Kind = Literal["attention", "mlp"]
 Forward = Callable[..., Any]
@@ -48,8 +48,11 @@ def find_sub_blocks(model: nn.Module) -> list[SubBlock]:
 
     A sub-block is a module of its own inside a decoder block, so OPT, whose MLP is spread over
     its blocks, offers attention only, and linear attention or state-space layers are not
-    offered. Neither is attention whose keys and values later layers share (Gemma 3n).
+    offered. Neither is attention whose keys and values later layers share (Gemma 3n), nor anything
+    of an encoder-decoder.
     """
+    if getattr(model.config, "is_encoder_decoder", False):  # type: ignore[union-attr]
+        return []
     path, blocks = find_blocks(model)
     units = find_units(model, in_stock_form=True)
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
@@ -162,7 +165,7 @@ def droppable(
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"can drop {' and '.join(KINDS)}, not {kind!r}")
-    n_blocks = len(find_blocks(model)[1])
+    n_blocks = len(all_blocks(model))
     chosen = [
         sub
         for sub in find_sub_blocks(model)

@@ -15,6 +15,8 @@ from torch import nn
 from ..base.patterns import matches
 from .plain import shape_of, stock_linears
 
+Stack = tuple[str, Sequence[nn.Module]]  # path of a list of blocks, and the blocks
+
 SUPPORTED = (
     "decoder-only transformers models whose blocks hold nn.Linear layers, such as Llama, "
     "Mistral, Qwen, Gemma, Phi, SmolLM, OPT, GPT-2, GPT-NeoX and Falcon"
@@ -56,7 +58,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if config is None:
         raise ValueError(f"{type(model).__name__} has no config; supported: {SUPPORTED}")
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder; supported: {SUPPORTED}")
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, of two stacks of blocks, which "
+            "compress, search, evaluate and apply can do, and this cannot; supported here: "
+            f"{SUPPORTED}"
+        )
     n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     decoder: nn.Module = getattr(model, "get_decoder", lambda: model)()
     inside = {id(module) for module in decoder.modules()}
@@ -75,6 +81,35 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return min(found, key=lambda item: item[0].count("."))
 
 
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """Return path and blocks of each stack of a model: of an encoder-decoder two, else one."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return [find_blocks(model)]  # type: ignore[list-item]
+    names = {id(module): name for name, module in model.named_modules()}
+    found: list[Stack] = []
+    for part in ("encoder", "decoder"):
+        stack = getattr(model, f"get_{part}", lambda: model)()
+        lists = [
+            (name, module)
+            for name, module in stack.named_modules()
+            if isinstance(module, nn.ModuleList) and stack is not model
+        ]
+        if not lists:
+            raise ValueError(f"{type(model).__name__} has no list of blocks in its {part}")
+        best = min(lists, key=lambda item: (item[0].count("."), -len(item[1])))[1]
+        found.append((names[id(best)], list(best)))
+    return found
+
+
+def all_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return path and module of every block, those of an encoder before those of its decoder."""
+    return [
+        (f"{path}.{i}", block)
+        for path, blocks in find_stacks(model)
+        for i, block in enumerate(blocks)
+    ]
+
+
 def find_units(
     model: nn.Module, *, skip: Sequence[str] = (), in_stock_form: bool = False
 ) -> list[Unit]:
@@ -86,13 +121,12 @@ def find_units(
     are never units. in_stock_form: take layers of other classes (Conv1D) too, for their names and
     shapes, where a model in its plain form is not needed.
     """
-    path, blocks = find_blocks(model)
     tied = {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", ())}
     routed = _expert_counts(model)
     units = []
-    for i, block in enumerate(blocks):
+    for i, (path, block) in enumerate(all_blocks(model)):
         others = stock_linears(block) if in_stock_form else {}
-        for name, linear in _linears(block, f"{path}.{i}", others):
+        for name, linear in _linears(block, path, others):
             if name in tied or _is_router(name, linear, routed):
                 continue
             units.append(Unit(name, shape_of(linear), i))
@@ -112,12 +146,11 @@ def linear_layers(model: nn.Module) -> list[str]:
 
     What an adapter may be put on. Left out are routers, and layers that are read without a call.
     """
-    path, blocks = find_blocks(model)
     routed = _expert_counts(model)
     return [
         name
-        for i, block in enumerate(blocks)
-        for name, module in _called(block, f"{path}.{i}")
+        for path, block in all_blocks(model)
+        for name, module in _called(block, path)
         if isinstance(getattr(module, "in_features", None), int)
         and isinstance(getattr(module, "out_features", None), int)
         and not _is_router(name, module, routed)

@@ -28,7 +28,7 @@ from ..models.classes import class_of
 from ..models.dropped import dropped_forward
 from ..models.head import SomeColumns
 from ..models.patching import unit_operators
-from ..models.stream import BlockStream
+from ..models.two_stacks import stream_of
 from ..models.sub_blocks import find_sub_blocks
 from ..plans.level import Level
 from ..store.level_store import LevelStore
@@ -64,7 +64,7 @@ class Evaluator:
         progress: Progress | None = None,
     ) -> None:
         self.model, self.store, self.tokens, self.fitness = model, store, tokens, fitness
-        self.stream = BlockStream(model)
+        self.stream = stream_of(model)
         self.is_pooled = class_of(model).is_pooled
         self.device = device_of(model)
         self.hidden_bytes = hidden_bytes

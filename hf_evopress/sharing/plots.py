@@ -42,7 +42,8 @@ def heat_map_plot(
     shown = grid(plan, bits)
     low, high = shown.span
     long_labels = max(map(len, shown.labels)) > 6
-    figure = _figure(2.2 + 0.62 * len(shown.kinds), 1.5 + 0.21 * len(shown.blocks))
+    below = 0.06 * max(map(len, shown.labels)) if long_labels else 0.0  # they stand upright
+    figure = _figure(2.2 + 0.62 * len(shown.kinds), 1.5 + below + 0.21 * len(shown.blocks))
     axes = figure.add_subplot()
     nothing = float("nan")
     values = [[shown.cells.get((b, k), nothing) for k in shown.kinds] for b in shown.blocks]

@@ -28,6 +28,7 @@ _CIVIDIS = (
 )
 
 
+_ENCODER = re.compile(r"(?:^|\.)encoder\.")
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")  # of the block, in the name of a unit
 
 
@@ -69,15 +70,19 @@ def grid(plan: Plan, bits: Mapping[str, float] | None = None) -> Grid:
     `bits` holds the stored bits per weight of each unit (cost_bits / n_weights); without it,
     what the levels say of themselves is shown (`nominal_bits`), which leaves out scales.
     Experts of one block share a cell. A sub-block at `drop` is 0 for every unit inside it.
-    Embedding and head are in no block, and left out.
+    Embedding and head are in no block, and left out. Of an encoder-decoder a row has the block of
+    that number in both, the decoder's as kinds of their own.
     """
     values = nominal_bits(plan) if bits is None else _checked(plan, bits)
     weighted: dict[tuple[int, str], list[tuple[float, int]]] = defaultdict(list)
     ends = ends_of(plan)
+    is_beside = any(_ENCODER.search(unit) for unit in plan) and any("decoder." in u for u in plan)
     for unit in (unit for unit in _matrices(plan) if unit not in ends):
         dropped = any(plan[part].is_drop for part in _containers(unit) if part in plan)
         rows, columns = plan.shapes.get(unit, (1, 1))
-        weighted[_place(unit)].append((0.0 if dropped else values[unit], rows * columns))
+        weighted[_place(unit, is_beside=is_beside)].append(
+            (0.0 if dropped else values[unit], rows * columns)
+        )
     if not weighted:
         raise ValueError("the plan names whole blocks only; there are no weights to show")
     blocks = tuple(sorted({block for block, _ in weighted}))
@@ -217,13 +222,18 @@ def _containers(unit: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(1, len(parts))]
 
 
-def _place(unit: str) -> tuple[int, str]:
-    """Return block and kind: (3, "mlp.up_proj") for "model.layers.3.mlp.up_proj"."""
+def _place(unit: str, *, is_beside: bool = False) -> tuple[int, str]:
+    """Return block and kind: (3, "mlp.up_proj") for "model.layers.3.mlp.up_proj".
+
+    is_beside: whether there are an encoder and a decoder.
+    """
     match = _NUMBER.search(unit)
     if match is None:
         raise ValueError(f"unit {unit!r} has no block number in its name")
     kind = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", unit[match.end() :])
-    return int(match[1]), kind or "block"
+    # the decoder of an encoder-decoder has blocks of the same numbers, and is a kind of its own
+    stack = "decoder." if is_beside and "decoder." in unit[: match.start()] else ""
+    return int(match[1]), stack + (kind or "block")
 
 
 def _kind_order(kind: str) -> tuple[int, int, str]:

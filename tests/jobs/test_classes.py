@@ -15,8 +15,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from hf_evopress.calibration.data import load_tokens
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.pipeline import compress
 from hf_evopress.models.classes import call, find_class, set_pooling
@@ -26,12 +29,23 @@ from hf_evopress.recipes.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.arange(2, 34).view(2, 16)
+TWO_STACKS = ("T5ForConditionalGeneration", "BartForConditionalGeneration")
 
 ENCODER: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
 ENDS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
 BERT = {**ENCODER, **ENDS, "intermediate_size": 128, "max_position_embeddings": 64}
 LLAMA = {**BERT, "num_key_value_heads": 2}
 VISION = {**ENCODER, "intermediate_size": 64, "image_size": 16, "patch_size": 8}
+
+T5: dict[str, Any] = {
+    "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2,
+    "num_heads": 4, "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+BART: dict[str, Any] = {
+    **ENDS, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 64,
+    "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "decoder_start_token_id": 0,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "forced_eos_token_id": None,
+}  # fmt: skip
 
 # architecture -> model type and settings
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,6 +64,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "LlamaForSequenceClassification": ("llama", {**LLAMA, "num_labels": 3}),
     "BertModel": ("bert", BERT),
     "Qwen3Model": ("qwen3", {**LLAMA, "head_dim": 16}),
+    "T5ForConditionalGeneration": (
+        "t5",
+        {**T5, "decoder_start_token_id": 0, "tie_word_embeddings": False},
+    ),
+    "BartForConditionalGeneration": ("bart", BART),
     "LlavaForConditionalGeneration": (
         "llava",
         {
@@ -151,9 +170,13 @@ from safetensors.torch import save_file
 found = {{}}
 for name, path in { ({a: str(p) for a, p in made.items()})!r}.items():
     model = getattr(transformers, name).from_pretrained(path).eval()
+    ids = torch.arange(2, 34).view(2, 16)
+    more = {{"decoder_input_ids": ids}} if model.config.is_encoder_decoder else {{}}
     with torch.no_grad():
-        out = model(input_ids=torch.arange(2, 34).view(2, 16))
+        out = model(input_ids=ids, **more)
     found[name] = out[0].float().contiguous()
+    if more:
+        found[name + ".text"] = model.generate(ids, max_new_tokens=8, do_sample=False)
 save_file(found, {str(tmp_path / "found.safetensors")!r})
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -162,8 +185,12 @@ save_file(found, {str(tmp_path / "found.safetensors")!r})
     found = load_file(tmp_path / "found.safetensors")
     for name, path in made.items():
         model = getattr(transformers, name).from_pretrained(path).eval()
+        more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
         with torch.no_grad():
-            assert torch.equal(found[name], model(input_ids=IDS)[0].float()), name
+            assert torch.equal(found[name], model(input_ids=IDS, **more)[0].float()), name
+        if more:
+            written = model.generate(IDS, max_new_tokens=8, do_sample=False)
+            assert torch.equal(found[name + ".text"], written)
 
 
 def test_a_head_that_would_be_random_is_refused_at_once(
@@ -182,9 +209,10 @@ def test_a_head_that_would_be_random_is_refused_at_once(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        ({"search": {"fitness": "kl:columns=8"}}, "class sequence: leave out kl's columns"),
         ({"search": {"fitness": "perplexity"}}, "perplexity .* class sequence.* compared by kl"),
         ({"refine": "fast"}, "refinement .* class sequence: leave out refine"),
-        ({"data": {"sources": ["self"], "seq_len": 32}}, "writes no text.*--data FILE"),
+        ({"data": {"sources": ["self"], "seq_len": 32}}, "continues no text.*--data FILE"),
     ],
 )
 def test_what_is_of_models_that_write_is_refused_by_name(
@@ -194,7 +222,7 @@ def test_what_is_of_models_that_write_is_refused_by_name(
         Job(recipe(folder("DistilBertForSequenceClassification"), **more))
 
 
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("architecture", [a for a in MODELS if a not in TWO_STACKS])
 def test_which_models_see_ahead_is_known_without_running_them(architecture: str) -> None:
     model, ids = make(architecture).float(), IDS[:1]
     other = ids.clone()
@@ -210,12 +238,63 @@ def test_which_models_see_ahead_is_known_without_running_them(architecture: str)
     assert sees_ahead(model) == (not torch.equal(first[:, 0], second[:, 0]))
 
 
-def test_an_encoder_decoder_is_refused_with_what_is_nearest(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("t5", d_model=64, num_layers=1, num_heads=2, d_kv=8, d_ff=64)
-    config.architectures = ["T5ForConditionalGeneration"]
+@pytest.mark.parametrize(
+    ("kind", "architecture", "message"),
+    [
+        (
+            "whisper",
+            "WhisperForConditionalGeneration",
+            "Whisper.* encoder-decoder which reads input_features, no text; .* T5For.* BartFor",
+        ),
+        (
+            "bart",
+            "BartForSequenceClassification",
+            "encoder-decoder with a head of another kind; .* BartForConditionalGeneration",
+        ),
+        ("mbart", "MBartForConditionalGeneration", "has no decoder_start_token_id.*config.json"),
+    ],
+)
+def test_another_encoder_decoder_is_refused_with_what_is_nearest(
+    kind: str, architecture: str, message: str, tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(kind)
+    config.architectures = [architecture]
     config.save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration, an encoder-decoder.*BERT"):
+    with pytest.raises(ValueError, match=message):
         Job(recipe(tmp_path))
+
+
+def test_every_part_of_an_encoder_decoder_gets_levels(folder: Callable[[str], Path]) -> None:
+    for architecture in TWO_STACKS:
+        plan = Job(recipe(folder(architecture))).problem.menus
+        for part in ("encoder", "decoder"):
+            assert any(f"{part}." in unit for unit in plan)
+        assert any("EncDecAttention" in unit or "encoder_attn" in unit for unit in plan)
+        assert not any("embed" in unit or "shared" in unit for unit in plan)
+
+
+def test_source_and_target_are_two_texts_to_the_tokenizer(
+    byte_tokenizer: PreTrainedTokenizerFast, structured_text: Callable[..., str]
+) -> None:
+    backend = Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str())
+    end = byte_tokenizer.eos_token_id
+    backend.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", end)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    cut: dict[str, Any] = {"n_sequences": 3, "seq_len": 9}
+    for tokens in load_tokens([[structured_text(50)]], tokenizer, n_wrapped=2, **cut).tolist():
+        assert [i for i, token in enumerate(tokens) if token == end] == [3, 8]
+    with pytest.raises(ValueError, match="seq_len=3 has no room for 2 texts of 1 special"):
+        load_tokens([["a"]], tokenizer, n_wrapped=2, n_sequences=1, seq_len=3)
+
+
+def test_an_encoder_decoder_says_what_it_cannot(folder: Callable[[str], Path]) -> None:
+    here = folder("T5ForConditionalGeneration")
+    for more, message in [
+        ({"refine": "fast"}, "refinement .* class seq2seq: leave out refine"),
+        ({"drop": {"kinds": ["mlp"]}}, "no sub-block of T5ForConditionalGeneration can be dropped"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Job(recipe(here, **more))
 
 
 def test_a_vector_of_a_text_is_pooled_as_its_folder_says(folder: Callable[[str], Path]) -> None:
