@@ -44,7 +44,7 @@ class ModelClass:
 
     @property
     def n_texts(self) -> int:
-        """How many texts a sequence is, begun and ended as the tokenizer does; 0: a piece of one."""
+        """How many texts a sequence is, begun and ended as the tokenizer does; 0 for a piece."""
         return 2 if self.has_encoder else 0 if self.generates else 1
 
     def n_rows(self, n_tokens: int) -> int:

@@ -28,8 +28,8 @@ from ..models.classes import class_of
 from ..models.dropped import dropped_forward
 from ..models.head import SomeColumns
 from ..models.patching import unit_operators
-from ..models.two_stacks import stream_of
 from ..models.sub_blocks import find_sub_blocks
+from ..models.two_stacks import stream_of
 from ..plans.level import Level
 from ..store.level_store import LevelStore
 from .fitness.base import Fitness, Targets
