@@ -38,7 +38,10 @@ ROOMS = [
 NO_TORCH = ("plans", "search", "recipes")  # names, levels and integers
 ROOM_RULE = f"a room imports only from rooms above it: {', '.join(ROOMS)}"
 # Heavy or optional: imported inside the function that needs them.
-LAZY = {"peft", "datasets", "gguf", "matplotlib", "compressed_tensors", "lm_eval", "optimum"}
+LAZY = {
+    *("peft", "datasets", "gguf", "matplotlib", "compressed_tensors", "lm_eval", "optimum"),
+    *("onnx", "onnxruntime", "onnxscript"),
+}
 LAZY |= {"numba", "llvmlite", "xllamacpp"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -19,6 +19,7 @@ from ..base.target import whole_folder, writes_out
 from ..calibration.data import load_tokens, tokenize_file
 from ..calibration.output_moments import load_moments, output_moments
 from ..loading.quantizer import register_with_transformers
+from ..models.classes import ModelClass
 from ..models.plain import make_plain
 from ..models.source import check_context, load_checked, read_config, read_tokenizer, window_of
 from ..scoring.evaluate import Report, compare_many
@@ -182,11 +183,12 @@ def _measure(
 # -- what the three share --------------------------------------------------------------------
 
 
-def load(name: str, *, dtype: Any = None) -> Any:
+def load(name: str, *, dtype: Any = None, kind: ModelClass | None = None) -> Any:
     """Return the model called `name` on the device in use, in float32 on a CPU and bfloat16 on
     a GPU unless told.
 
-    A name ending in .gguf is that of a file, in a folder or in a Hub repository.
+    kind: its class; a causal language model where none is given. A name ending in .gguf is that
+    of a file, in a folder or in a Hub repository.
     """
     register_with_transformers()
     device = find_device()
@@ -195,7 +197,7 @@ def load(name: str, *, dtype: Any = None) -> Any:
     if not file:
         read_config(where)  # its errors are clearer
         check_package(where)
-    model = load_checked(where, dtype=dtype, **file)
+    model = load_checked(where, dtype=dtype, kind=kind, **file)
     if getattr(model, "hf_quantizer", None) is None:
         make_plain(model)
     model = model.eval().requires_grad_(False)

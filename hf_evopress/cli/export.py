@@ -21,7 +21,8 @@ def export(
             "--format",
             help="dense: a stock checkpoint, no smaller; pruned: the same without the blocks that "
             "are dropped whole; compressed_tensors: packed codes that stock transformers and "
-            "vLLM read; gguf: a file for llama.cpp. See hf-evopress list.",
+            "vLLM read; gguf: a file for llama.cpp; onnx: a graph for ONNX Runtime. See "
+            "hf-evopress list.",
         ),
     ],
     requantise: Annotated[
@@ -51,6 +52,7 @@ def export(
         --tie q_proj,k_proj,v_proj --tie gate_proj,up_proj --out mixed
     hf-evopress export mixed --format compressed_tensors --out mixed-vllm
     hf-evopress export smol --format gguf --requantise --out smol-gguf
+    hf-evopress export smol --format onnx --out smol-onnx
     """
     from ..jobs.convert import convert
     from ..jobs.convert import requantise as rounded

@@ -26,6 +26,7 @@ class Export(ABC):
 
     name: ClassVar[str]
     can_requantise: ClassVar[bool] = False  # has a way to round levels that it cannot hold
+    takes_any_class: ClassVar[bool] = False  # classifiers and the like, too
     requantise = False  # whether to do that
     tokenizer: Any = None  # of the model, for formats that hold it
 

@@ -21,6 +21,7 @@ class DenseExport(Export):
     """
 
     name = "dense"
+    takes_any_class = True
 
     def write(self, model: Any, plan: Plan, states: States, folder: Path) -> None:
         for unit in dropped_units(plan):

@@ -18,6 +18,7 @@ from ..calibration.text import RAW
 from ..loading.replace import blank_linears
 from ..methods.base import State
 from ..models.plain import match_plan
+from ..models.source import kind_of, read_config
 from ..plans.level import Level
 from ..plans.plan import Plan
 from ..scoring.evaluate import Report, compare_many
@@ -64,7 +65,8 @@ def requantise(
 
 def _converted(model: str, out: str | Path, exporter: Any) -> tuple[Path, Any]:
     """Return `out`, written, and the dense model of what was written."""
-    packed = load(model, dtype="auto")
+    kind = kind_of(read_config(model), model) if exporter.takes_any_class else None
+    packed = load(model, dtype="auto", kind=kind)
     plan = getattr(getattr(packed.config, "quantization_config", None), "plan", None)
     if not isinstance(plan, Plan):
         raise ValueError(f"{model} is not a compressed model of hf_evopress: it has no plan")

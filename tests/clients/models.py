@@ -8,6 +8,7 @@ each model `expected.json`: a few of the numbers that it puts out.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+os.environ["HF_EVOPRESS_RUNTIME"] = "auto"  # what clients have; tests have another
 
 from tests.clients.served import HEAD_DIM, make_served, make_smollm2
 from tests.conftest import byte_level_tokenizer, make_structured_text, make_tiny_model

@@ -17,4 +17,4 @@ if __name__ == "__main__":
     model = SentenceTransformer(str(Path(os.environ["MODELS"]) / "embed"), device="cpu")
     found = model.encode(["the red fox", "a tall tower"])
     assert found.shape == (2, 64) and abs(found).max() > 0
-    assert "Compressed" in repr(model[0])
+    assert any("Compressed" in type(module).__name__ for module in model.modules())

@@ -14,6 +14,7 @@ from torch import nn
 from hf_evopress.base import plugins
 from hf_evopress.export.compressed_tensors import check_plan
 from hf_evopress.export.gguf import fits_file
+from hf_evopress.export.onnx_format.layers import is_packed
 from hf_evopress.loading.runtimes import KERNELS, chosen
 from hf_evopress.methods import compose
 from hf_evopress.methods.menu import fits
@@ -31,7 +32,7 @@ CODES = [
 ]
 COLUMNS = (
     *("level", "here, CPU", "here, GPU", "as embedding and head"),
-    *("`compressed_tensors` (transformers, vLLM)", "GGUF (llama.cpp)"),
+    *("`compressed_tensors` (transformers, vLLM)", "GGUF (llama.cpp)", "ONNX (ONNX Runtime)"),
 )
 
 
@@ -52,13 +53,14 @@ def told(level: Level, model: nn.Module, unit: str) -> list[str]:
     except ValueError:
         stock = "refused"
     if level.is_dense:
-        return ["works", "works", "works", "works", "works"]
+        return ["works"] * 6
     here = [chosen(level, SHAPE, torch.device(name), torch.bfloat16) for name in ("cpu", "cuda")]
     return [
         *("fast" if choice == KERNELS else "works" for choice in here),
         "works" if compose.looks_up_rows(level) else "refused",
         stock,
         "works" if fits_file(level) else "refused; rounded with `--requantise`",
+        "works" if is_packed(level, SHAPE) else "stored dense",
     ]
 
 

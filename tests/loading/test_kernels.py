@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hf_evopress.loading.kernels import compiled, operators
 from hf_evopress.loading.kernels.layer import MOST_TOKENS, Kernel, kernel_of
@@ -231,6 +232,14 @@ def test_inputs_and_bias_get_their_gradient_without_the_weight(tokens: int) -> N
     W = torch.cat([made(row[None]) - made.bias for row in torch.eye(96)]).detach()  # (in, out)
     assert torch.allclose(x.grad, 2 * y.detach() @ W.T, atol=1e-3)
     assert torch.allclose(made.bias.grad, 2 * y.detach().sum(0), atol=1e-3)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    made, x = layer(), torch.randn(3, 96)
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    made(one).square().sum().backward()
+    checkpoint(made, two, use_reentrant=False).square().sum().backward()
+    assert torch.equal(one.grad, two.grad)
 
 
 def test_the_operators_keep_the_rules_of_pytorch() -> None:

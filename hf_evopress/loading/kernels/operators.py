@@ -217,12 +217,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     for_x = for_bias = None
+    state = list(ctx.saved_tensors)  # under gradient checkpointing they can be had once only
     if ctx.needs_input_grad[0]:
-        state = list(ctx.saved_tensors)
         for_x = torch.ops.evopress.linear_input_gradient(grad, state, ctx.level, ctx.columns)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         for_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return for_x, [None] * len(ctx.saved_tensors), for_bias, None, None
+    return for_x, [None] * len(state), for_bias, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_save)
