@@ -135,7 +135,9 @@ def test_an_export_that_would_load_as_another_model_is_not_kept(
         return model, info
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loads_noise)
-    monkeypatch.setattr("hf_evopress.jobs.convert.load", lambda name, **said: own(name, **said))
+    monkeypatch.setattr(
+        "hf_evopress.jobs.convert.load", lambda name, dtype, kind: own(name, dtype=dtype)
+    )
     with pytest.raises(RuntimeError, match=r"another model .*layers\.1\.mlp\.up_proj\.weight"):
         convert(str(small), small.parent / "out", format=format)
     assert not (small.parent / "out").exists()
