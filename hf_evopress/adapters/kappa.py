@@ -22,6 +22,7 @@ from ..base.reading import read_object, reading
 from ..base.resources import atomic_write
 from ..loading.layers import CompressedLinear
 from ..methods.lowrank import factors_of
+from ..methods.maths.decompositions import qr, singular_values
 from ..models.units import find_units
 from .folder import base_fingerprint
 from .foreign import dense_weight
@@ -90,7 +91,7 @@ def _kappa(layer: nn.Linear) -> float:
         W = _core(layer)
     else:
         W = dense_weight(layer, (layer.out_features, layer.in_features), torch.float32)
-    values = torch.linalg.svdvals(W)
+    values = singular_values(W)
     return float(values[0] / (values[-1] + 1e-8))  # as PEFT has it
 
 
@@ -102,7 +103,7 @@ def _core(layer: CompressedLinear) -> Tensor:
     """Return the small square matrix that has a low-rank layer's nonzero singular values."""
     A, B = factors_of(layer.level.terms[0], layer.state, layer.shape)
     # B A = Q_B (R_B R_A^T) Q_A^T
-    return torch.linalg.qr(B.float()).R @ torch.linalg.qr(A.float().T).R.T
+    return qr(B.float())[1] @ qr(A.float().T)[1].T
 
 
 class _Shown:

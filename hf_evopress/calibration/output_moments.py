@@ -42,6 +42,7 @@ from .input_moments import Moment, check_tokens
 
 FOLDER = "moments"
 _BATCH_TOKENS = 1024
+_HEAD_POSITIONS = 256  # of 150k columns: 150 MB in float32
 
 
 def kfac_loss(delta: Tensor, H: Tensor, G: Tensor) -> float:
@@ -278,7 +279,15 @@ class _Backward:
             self._gradients.append(rest(torch.cat(parts)))
 
     def _head_gradient(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Return the gradient of -sum log p(y), y sampled from p, at the last block's output."""
+        """Return the gradient of -sum log p(y), y sampled from p, at the last block's output.
+
+        ids (1, seq), hidden (1, seq, dim). Some positions at a time: logits are large.
+        """
+        step = hidden.shape[1] if self.kind.is_pooled else _HEAD_POSITIONS
+        parts = zip(ids.split(step, dim=1), hidden.split(step, dim=1), strict=True)
+        return torch.cat([self._part_gradient(*part) for part in parts], dim=1)
+
+    def _part_gradient(self, ids: Tensor, hidden: Tensor) -> Tensor:
         watching = self._recorder.watching() if self._recorder else nullcontext()
         with torch.enable_grad(), watching:
             hidden = self.stream.place.on_device(hidden.detach()).requires_grad_()
@@ -286,9 +295,10 @@ class _Backward:
             if self.kind.is_vector:
                 return self._vector_gradient(logits, hidden)
             with torch.no_grad():
-                # on the CPU, in order of tokens: the same labels on any device and batch size
-                p = logits.softmax(-1).cpu()
-                labels = torch.multinomial(p, 1, generator=self._generator)[:, 0]
+                # on the CPU, in order of tokens: the same labels on any device and batch size;
+                # with replacement as that takes one random number each, not one per column
+                p, generator = logits.softmax(-1).cpu(), self._generator
+                labels = torch.multinomial(p, 1, replacement=True, generator=generator)[:, 0]
             if self._recorder:
                 self._recorder.head(logits, p)
             loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .base import Param, Shape, SharedWork, State
+from .maths.decompositions import eigh
 from .maths.factors import KINDS, empty_factor, factor_bits, pack_factor, unpack_factor
 from .maths.linalg import SINK, Stats
 from .maths.packing import pack, packed_bytes, unpack
@@ -160,7 +161,7 @@ def _best_fit(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return L (rank, out) and A (rank, in), of equal size, of the best fit L^T A of M."""
     M = M.double()
     is_wide = M.shape[0] <= M.shape[1]
-    _, Q = torch.linalg.eigh(M @ M.T if is_wide else M.T @ M)
+    _, Q = eigh(M @ M.T if is_wide else M.T @ M)
     Q = Q[:, -rank:].flip(1).T  # eigenvalues ascend
     L, A = (Q, Q @ M) if is_wide else (Q @ M.T, Q)
     tiny = torch.finfo(M.dtype).tiny

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..plans.level import Term
 from .base import Operator, Param, Shape, SharedWork, State
+from .maths.decompositions import least_squares
 from .maths.factors import FLOATS, empty_factor, factor_bits, pack_factor, unpack_factor
 from .maths.linalg import Stats
 from .maths.metric import METRICS, Metric
@@ -174,7 +175,7 @@ def _state(W: Tensor, U: Tensor, space: Metric, params: Mapping[str, Any]) -> St
         state = pack_factor("B", B, kind)
         # The best A for the rounded B, in every metric: it takes up B's rounding error.
         B = unpack_factor("B", state, params["rank"], kind).double()
-        state |= pack_factor("A", torch.linalg.lstsq(B, W).solution, kind)
+        state |= pack_factor("A", least_squares(B, W), kind)
     if space.mean is not None:
         A, B = _factors(state, (W.shape[0], W.shape[1]), params)
         state["bias_fix"] = _round((W - B.double() @ A.double()) @ space.mean, params)

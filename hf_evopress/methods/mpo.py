@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .base import Method, Param, Shape, State
+from .maths.decompositions import cholesky, least_squares, svd
 from .maths.factors import FLOATS, KINDS, empty_factor, factor_bits, pack_factor, unpack_factor
 from .maths.linalg import SINK, Stats
 
@@ -89,7 +90,7 @@ class MPO(Method):
         else:
             roots = [torch.eye(n, dtype=torch.float64, device=W.device) for n in split(shape[1])]
         M = rearranged(_weighed(W.double(), roots))
-        U, S, Vt = torch.linalg.svd(M, full_matrices=False)
+        U, S, Vt = svd(M)
         terms = _n_terms(shape, params["bits"], kind)
         size = S[:terms].sqrt()
         P, Q = (U[:, :terms] * size).T, Vt[:terms] * size[:, None]
@@ -97,7 +98,7 @@ class MPO(Method):
         if kind not in FLOATS:  # the best Q for the rounded P takes up its error
             P = unpack_factor("P", state, P.shape[1], kind).double()
             P = (P.view(terms, -1, len(roots[0])) @ roots[0]).flatten(1)
-            Q = torch.linalg.lstsq(P.T, M).solution
+            Q = least_squares(P.T, M)
         return state | pack_factor("Q", _times_inverse(Q, roots[1]), kind)
 
     def decompress(self, state: State, shape: Shape, dtype: torch.dtype, **params: Any) -> Tensor:
@@ -144,7 +145,7 @@ def _root(H: Tensor) -> Tensor:
     """Return lower L with L L^T = H, damped."""
     H = H.clone()
     H.diagonal().add_(_DAMP * H.diagonal().mean().clamp(min=1e-30))
-    return torch.linalg.cholesky(H)
+    return cholesky(H)
 
 
 def _weighed(W: Tensor, roots: list[Tensor]) -> Tensor:

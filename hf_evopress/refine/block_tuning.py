@@ -20,6 +20,7 @@ from ..base.placement import device_of
 from ..calibration.two_streams import TwoStreams
 from ..methods import compose
 from ..methods.base import State
+from ..methods.maths.decompositions import cholesky
 from ..models.patching import patched
 
 SLOWER = 0.2  # rates of the next attempt
@@ -85,7 +86,7 @@ def _root(G: Tensor, *, shrink: float = 0.1) -> Tensor:
     G = G.double()
     mean = G.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     I = torch.eye(len(G), dtype=G.dtype, device=G.device)  # noqa: E741
-    L, _ = torch.linalg.cholesky_ex(((1 - shrink) * G + shrink * mean * I) / mean)
+    L = cholesky(((1 - shrink) * G + shrink * mean * I) / mean)
     return L.T.float().contiguous()
 
 

@@ -32,7 +32,7 @@ from ..models.sub_blocks import find_sub_blocks
 from ..models.two_stacks import stream_of
 from ..plans.level import Level
 from ..store.level_store import LevelStore
-from .fitness.base import Fitness, Targets
+from .fitness.base import Fitness, Loss, Targets
 
 HIDDEN_BYTES = 1 << 30  # of hidden states of all candidates at once
 CACHE_BYTES = 4 << 30  # of decompressed weights
@@ -125,6 +125,7 @@ class Evaluator:
                     table[members] = self.fitness.of_model(self.model)
             self.ranks.add_up(table)
             return table.tolist()
+        found: list[tuple[int, list[int], list[Loss]]] = []
         # as many batches at once as memory allows, else as many plans: each is decompressed less
         room = max(1, self.hidden_bytes // self._batch_bytes)
         for together in _chunks(mine, max(1, room - _ROOM)):
@@ -134,12 +135,12 @@ class Evaluator:
                 ids = [self.tokens[[sequences[i] for i in batch]] for batch in part]
                 numbers = [[sequences[i] for i in batch] for batch in part]
                 self._make_targets([n for batch in numbers for n in batch])
+                columns = [i for batch in part for i in batch]
                 for j, values in self._score(chosen, ids, numbers):
-                    columns = [i for batch in part for i in batch]
-                    for member in together[j]:
-                        table[member, columns] = torch.tensor(values, dtype=torch.float64)
+                    found += [(member, columns, values) for member in together[j]]
                 if not self.fitness.keeps_targets:
                     self._targets.clear()
+        _fill(table, found)
         self.ranks.add_up(table)
         return table.tolist()
 
@@ -172,7 +173,7 @@ class Evaluator:
 
     def _score(
         self, plans: Plans, ids: list[Tensor], numbers: list[list[int]]
-    ) -> Iterator[tuple[int, list[float]]]:
+    ) -> Iterator[tuple[int, list[Loss]]]:
         """Yield each plan's number and its losses, batch after batch."""
         ids = [batch.to(self.device) for batch in ids]
         groups: list[Group] = list(self._embed(ids, plans))
@@ -230,7 +231,7 @@ class Evaluator:
                 rest = self.stream.place.let_rest
                 yield [rest(self.stream.run_block(block, states)) for states in hidden], members
 
-    def _loss(self, number: int, ids: Tensor, hidden: Tensor, weight: Tensor | None) -> float:
+    def _loss(self, number: int, ids: Tensor, hidden: Tensor, weight: Tensor | None) -> Loss:
         targets = self._targets[number]
         return sum(
             self._share(ids, hidden, targets, part, weight) for part in self._parts(ids.shape[1])
@@ -242,7 +243,7 @@ class Evaluator:
 
     def _share(
         self, ids: Tensor, hidden: Tensor, targets: Targets, part: slice, weight: Tensor | None
-    ) -> float:
+    ) -> Loss:
         if self.is_pooled:
             rows = self._head(ids, hidden, part)
             return self.fitness.share(rows, ids[0, : len(rows)], targets, slice(0, len(rows)))
@@ -363,6 +364,15 @@ class _OperatorCache:
             _, (_, freed) = self._kept.popitem(last=False)
             self.size_bytes -= freed
         return made
+
+
+def _fill(table: Tensor, found: Sequence[tuple[int, list[int], list[Loss]]]) -> None:
+    """Put losses (row, columns, values) into a table; those on a device are read all at once."""
+    waiting = [value for _, _, values in found for value in values if isinstance(value, Tensor)]
+    read = iter(torch.stack(waiting).tolist() if waiting else ())
+    for row, columns, values in found:
+        known = [next(read) if isinstance(value, Tensor) else value for value in values]
+        table[row, columns] = torch.tensor(known, dtype=torch.float64)
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

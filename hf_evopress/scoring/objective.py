@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base.plugins import load
 from ..recipes.mixture import Term, parse
-from .fitness.base import Fitness, Targets
+from .fitness.base import Fitness, Loss, Targets
 from .fitness.task import Task
 
 
@@ -38,8 +38,8 @@ class Mixture(Fitness):
             for key, value in fitness.targets(logits, tokens).items()
         }
 
-    def share(self, logits: Tensor, tokens: Tensor, targets: Targets, part: slice) -> float:
-        total = 0.0
+    def share(self, logits: Tensor, tokens: Tensor, targets: Targets, part: slice) -> Loss:
+        total: Loss = 0.0
         for i, (weight, fitness) in enumerate(self.terms):
             prefix = f"{i}."
             own = {k.removeprefix(prefix): v for k, v in targets.items() if k.startswith(prefix)}

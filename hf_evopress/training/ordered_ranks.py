@@ -33,6 +33,7 @@ from ..base.placement import on_cpu
 from ..loading.layers import CompressedLinear, compressed_linears
 from ..loading.quantizer import attach
 from ..methods import compose
+from ..methods.maths.decompositions import qr, svd
 from ..models.units import Unit, find_units
 from ..plans.level import Level, Term
 from ..plans.plan import Plan
@@ -143,8 +144,8 @@ def truncate(layer: CompressedLinear, *, error: float, nuclear: float = 0.0) -> 
     """Return the rank that is left of a layer's B A, in place; the factors keep their shapes."""
     keep_A, keep_B = _factors(layer)
     A, B = keep_A.double(), keep_B.double()
-    (Qb, Rb), (Qa, Ra) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    U, S, Vt = torch.linalg.svd(Rb @ Ra.T)
+    (Qb, Rb), (Qa, Ra) = qr(B), qr(A.T)
+    U, S, Vt = svd(Rb @ Ra.T)
     S = (S - nuclear).clamp(min=0.0)
     energy = S.square()
     lost = energy.sum() - energy.cumsum(0)  # by keeping the first 1, 2, ...

@@ -45,8 +45,11 @@ def main() -> None:
     sizes: dict[str, float] = {}
     notes: dict[str, Any] = {}
     job: Job | None = None
-    for size in words.sizes:
-        new = Job(recipe(words, size))
+    asked = [(size, words.ends) for size in words.sizes] + [
+        (size, "dense") for size in words.before
+    ]
+    for size, bend in asked:
+        new = Job(recipe(words, size, bend))
         if job is not None:
             new.take_over(job)
         job = new
@@ -54,6 +57,7 @@ def main() -> None:
         plan = find_plan(job, store)
         levels = job.levels(job.genome(plan.levels))
         evaluator = job.evaluator(store)
+        size = size if bend == words.ends else f"{size}, ends {bend}"
         functions[size] = lambda ids, e=evaluator, x=levels: e.logits(x, ids)
         sizes[size] = job.space.size_bytes(job.genome(plan.levels)) / 1e6
         ends = {u: str(plan[u]) for u in plan.budget.get("ends_bytes", {}) if u in plan}
@@ -90,7 +94,7 @@ def main() -> None:
         Path(words.out).write_text(json.dumps(rows, indent=1))
 
 
-def recipe(words: argparse.Namespace, size: str) -> Recipe:
+def recipe(words: argparse.Namespace, size: str, ends: str) -> Recipe:
     counts = {"calibration": words.calibration, "search": words.search, "heldout": 2, "test": 0}
     settings = {"generations": words.generations} if words.strategy == "evolve" else {}
     return Recipe.from_dict(
@@ -99,7 +103,7 @@ def recipe(words: argparse.Namespace, size: str) -> Recipe:
             "work": words.work,
             "budget": {"size": size},
             **({"levels": words.level} if words.level else {"families": words.family}),
-            "ends": words.ends,
+            "ends": ends,
             "data": {"sources": [words.data], "seq_len": words.seq_len, **counts},
             "search": {
                 "strategy": words.strategy,
@@ -199,6 +203,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", required=True, help="evaluation text")
     parser.add_argument("--work", default="demo/whole_file.work")
     parser.add_argument("--sizes", nargs="+", default=["80MB", "90MB", "104MB", "110MB"])
+    parser.add_argument("--before", nargs="*", default=[], help="sizes, with the ends left dense")
     parser.add_argument("--gguf", nargs="*", default=[], help="mixes, such as Q4_K_M Q2_K")
     parser.add_argument("--strategy", default="knapsack")
     parser.add_argument("--ends", default="auto")

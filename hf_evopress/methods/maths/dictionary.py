@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .decompositions import cholesky
 from .grid import dequantize, find_grid, quantize
 
 ROUNDS = 6  # of the pursuit
@@ -39,7 +40,7 @@ def atoms_for(W: Tensor, Z: Tensor, A: Tensor) -> Tensor:
     Z, is_used = Z.double(), Z.ne(0).any(0)
     M = Z.T @ Z
     M.diagonal().add_(1e-8 * M.diagonal().mean().clamp(min=1e-30))
-    L = torch.linalg.cholesky(M)
+    L = cholesky(M)
     best = torch.cholesky_solve(Z.T @ W.double(), L).to(A.dtype)
     return torch.where(is_used[:, None], best, A)
 
@@ -91,7 +92,7 @@ def round_values(G: Tensor, places: Tensor, z: Tensor, bits: int) -> tuple[Tenso
     G = G / (size[:, None] * size)
     step = _step(places.shape[1])
     for some, own in zip(places.split(step), z.split(step), strict=True):
-        R = torch.linalg.cholesky(_systems(G, some).flip(1, 2)).flip(1, 2)
+        R = cholesky(_systems(G, some).flip(1, 2)).flip(1, 2)
         eye = torch.eye(R.shape[1], dtype=R.dtype, device=R.device).expand_as(R)
         U = torch.linalg.solve_triangular(R, eye, upper=True)
         # in the values' own units: those of atoms of size 1 divided by the atom's size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .decompositions import eigh, qr
 from .linalg import Stats
 
 METRICS = ("whitened", "diag", "plain")
@@ -48,7 +49,7 @@ class Metric:
     def root(self) -> Tensor | None:
         """S (in, in) with S S^T = H; H need not have full rank."""
         if self._root is None and self.H is not None:
-            values, Q = torch.linalg.eigh(self.H)
+            values, Q = eigh(self.H)
             self._root = Q * values.clamp(min=0.0).sqrt()
         return self._root
 
@@ -59,11 +60,11 @@ class Metric:
         """
         W = W.double()
         if W.shape[0] <= W.shape[1]:
-            values, U = torch.linalg.eigh(W @ W.T if self.H is None else W @ self.H @ W.T)
+            values, U = eigh(W @ W.T if self.H is None else W @ self.H @ W.T)
             return values.flip(0).clamp(min=0.0), U.flip(1)
         M = W if self.root is None else W @ self.root
-        values, V = torch.linalg.eigh(M.T @ M)
+        values, V = eigh(M.T @ M)
         # M v_i are the eigenvectors of M M^T, but tiny ones are all noise: QR keeps the first
         # r columns spanning the same space for every r, and orthonormal to the last digit.
-        U, _ = torch.linalg.qr(M @ V.flip(1))
+        U, _ = qr(M @ V.flip(1))
         return values.flip(0).clamp(min=0.0), U

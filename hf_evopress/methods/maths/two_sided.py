@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .decompositions import cholesky_or_none
+
 TILE = 16  # rows and columns of a tile
 
 Rounder = Callable[[list[Tensor]], list[Tensor]]  # tiles (n, 16, 16) of each weight -> rounded
@@ -38,8 +40,7 @@ def block_factor(H: Tensor, damp: float, *, upper: bool = False) -> Tensor:
     for factor in (1.0, 10.0, 100.0):
         damped = H.clone()
         damped.diagonal().add_(max(damp, 1e-6) * factor * mean)
-        C, info = torch.linalg.cholesky_ex(damped.flip(0, 1) if upper else damped)
-        if int(info) == 0:
+        if (C := cholesky_or_none(damped.flip(0, 1) if upper else damped)) is not None:
             break
     else:
         raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Targets = Mapping[str, Tensor]
+Loss = float | Tensor  # a tensor without dimensions stays on its device until a round ends
 
 SLICE = 256  # positions per slice: a float32 copy of 256 x 150k logits is 150 MB
 _ROWS = 32  # of logits at a time: a few MB, which stay in the cache of a CPU core
@@ -37,10 +38,11 @@ class Fitness(ABC):
         """
 
     @abstractmethod
-    def share(self, logits: Tensor, tokens: Tensor, targets: Targets, part: slice) -> float:
+    def share(self, logits: Tensor, tokens: Tensor, targets: Targets, part: slice) -> Loss:
         """Return what the positions `part` add to the mean loss of a sequence; lower is better.
 
-        logits (n, V) of these positions, tokens (T,) and targets of the whole sequence.
+        logits (n, V) of these positions, tokens (T,) and targets of the whole sequence. A tensor
+        (see `total`) rather than a float lets a GPU go on while the CPU prepares what follows.
         """
 
     def of_model(self, model: Any) -> float:
@@ -53,14 +55,14 @@ class Fitness(ABC):
 
     def share_at(
         self, kept: Tensor, sampled: Tensor, tokens: Tensor, targets: Targets, part: slice
-    ) -> float:
+    ) -> Loss:
         """Return `share` from logits at some columns: (n, k) at targets["ids"], (n, m) sampled."""
         raise TypeError(f"fitness {self.name} needs all columns")
 
     def loss(self, logits: Tensor, tokens: Tensor, targets: Targets) -> float:
         """Return the mean loss per predicted token of compressed logits (T, V)."""
         parts = self.parts(len(tokens))
-        return sum(self.share(logits[part], tokens, targets, part) for part in parts)
+        return float(sum(self.share(logits[part], tokens, targets, part) for part in parts))
 
     def __repr__(self) -> str:
         """Return what decides the numbers: searches with the same words continue each other."""
@@ -70,6 +72,11 @@ class Fitness(ABC):
         """Return the slices of positions to take one after the other."""
         step = n_tokens if self.needs_whole else SLICE
         return [slice(i, min(i + step, n_tokens)) for i in range(0, n_tokens, step)]
+
+
+def total(terms: Tensor) -> Tensor:
+    """Return the sum of terms in float64, on their device."""
+    return terms.sum(dtype=torch.float64)
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:

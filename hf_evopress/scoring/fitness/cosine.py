@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Fitness, Targets
+from .base import Fitness, Loss, Targets, total
 
 
 class Cosine(Fitness):
@@ -21,6 +21,6 @@ class Cosine(Fitness):
         """Return {vectors (n, d)} of the dense model."""
         return {"vectors": logits.float()}
 
-    def share(self, logits: Tensor, tokens: Tensor, targets: Targets, part: slice) -> float:
+    def share(self, logits: Tensor, tokens: Tensor, targets: Targets, part: slice) -> Loss:
         dense = targets["vectors"][part].to(logits.device)
-        return float((1 - F.cosine_similarity(logits.float(), dense, dim=-1)).sum()) / len(tokens)
+        return total(1 - F.cosine_similarity(logits.float(), dense, dim=-1)) / len(tokens)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Fitness, Targets, log_sum_exp
+from .base import Fitness, Loss, Targets, log_sum_exp, total
 
 _TINY = 1e-12
 
@@ -53,10 +53,10 @@ class KL(Fitness):
             made["rest"] = log_z + p_rest.log() - sampled.logsumexp(-1, keepdim=True)
         return made
 
-    def share(self, logits: Tensor, tokens: Tensor, targets: Targets, part: slice) -> float:
+    def share(self, logits: Tensor, tokens: Tensor, targets: Targets, part: slice) -> Loss:
         ids, log_p = targets["ids"][part].long(), targets["log_p"][part]
         log_q = logits.gather(-1, ids).float() - log_sum_exp(logits)
-        return float(_bucketed(log_p, log_q).sum(dtype=torch.float64)) / len(tokens)
+        return total(_bucketed(log_p, log_q)) / len(tokens)
 
     def sample(self, n_vocab: int) -> Tensor:
         """Return the sampled columns (m,), the same each time."""
@@ -73,13 +73,13 @@ class KL(Fitness):
 
     def share_at(
         self, kept: Tensor, sampled: Tensor, tokens: Tensor, targets: Targets, part: slice
-    ) -> float:
+    ) -> Loss:
         ids, log_p = targets["ids"][part].long(), targets["log_p"][part]
         others = self._others(sampled.float(), ids).logsumexp(-1, keepdim=True)
         rest = targets["rest"][part] + others
         log_z = torch.logaddexp(kept.float().logsumexp(-1, keepdim=True), rest)
         log_q = kept.float() - log_z
-        return float(_bucketed(log_p, log_q).sum(dtype=torch.float64)) / len(tokens)
+        return total(_bucketed(log_p, log_q)) / len(tokens)
 
     def _others(self, sampled: Tensor, ids: Tensor) -> Tensor:
         """Return the logits at sampled columns (n, m) with -inf at those among `ids` (n, k)."""

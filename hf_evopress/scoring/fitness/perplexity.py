@@ -6,10 +6,9 @@ behaviour; the EvoPress paper finds KL better or equal throughout.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .base import Fitness, Targets, log_sum_exp
+from .base import Fitness, Loss, Targets, log_sum_exp, total
 
 
 class Perplexity(Fitness):
@@ -21,10 +20,10 @@ class Perplexity(Fitness):
         """Return nothing: the text is the target."""
         return {}
 
-    def share(self, logits: Tensor, tokens: Tensor, targets: Targets, part: slice) -> float:
+    def share(self, logits: Tensor, tokens: Tensor, targets: Targets, part: slice) -> Loss:
         nexts = tokens[part.start + 1 : part.stop + 1].to(logits.device)  # the last has none
         logits = logits[: len(nexts)]
         if not len(nexts):
             return 0.0
         log_q = logits.gather(-1, nexts[:, None]).float() - log_sum_exp(logits)
-        return -float(log_q.sum(dtype=torch.float64)) / (len(tokens) - 1)
+        return -total(log_q) / (len(tokens) - 1)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .base import Fitness, Targets
+from .base import Fitness, Loss, Targets, total
 
 Cost = Callable[[Tensor, Tensor, Tensor], "float | Tensor"]
 
@@ -56,9 +56,11 @@ class Task(Fitness):
         """Return {logits (T, V)} of the dense model."""
         return {"logits": logits}
 
-    def share(self, logits: Tensor, tokens: Tensor, targets: Targets, part: slice) -> float:
+    def share(self, logits: Tensor, tokens: Tensor, targets: Targets, part: slice) -> Loss:
         """Return what the function says of the whole sequence; ValueError if no number."""
         value = self.function(targets["logits"][:-1], logits[:-1], tokens[1:])
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return total(value.detach())
         try:
             return float(value)
         except (TypeError, ValueError, RuntimeError) as error:
