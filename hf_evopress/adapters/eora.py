@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 Moments = Callable[[int], Mapping[str, Tensor]]  # block -> unit -> G (out, out)
 Choose = Callable[[str, "Residual"], int]  # unit, its error -> rank
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 
 
 def eora(
@@ -58,6 +58,7 @@ def eora(
     sink: float = 0.05,
     dtype: str = "bfloat16",
     base_model: str | None = None,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> Path:
     """Return `folder` after writing the EoRA adapter of `compressed` into it.
@@ -71,7 +72,10 @@ def eora(
     """
     check_target(folder)
     _check_request(rank, size, error, dtype)
-    walk = Walk(compressed, dense, tokens, prefix=prefix, sink=sink, progress=progress)
+    walk = Walk(
+        compressed, dense, tokens,
+        prefix=prefix, sink=sink, batch_tokens=batch_tokens, progress=progress,
+    )  # fmt: skip
     if size is not None:
         curves = walk.curves(moments)
         ranks = ranks_for_size(curves, parse_size(size))
@@ -125,6 +129,7 @@ class Walk:
         *,
         prefix: bool = False,
         sink: float = 0.05,
+        batch_tokens: int = BATCH_TOKENS,
         progress: Progress | None = None,
     ) -> None:
         check_tokens(tokens, dense.get_input_embeddings().weight.shape[0])
@@ -132,7 +137,7 @@ class Walk:
         self.units = shared_units(compressed, dense)
         check_readable(compressed)
         self.sets = {"gram": tokens, "sink": first_tokens(tokens, 64)[:, None]}
-        self.progress = progress
+        self.batch_tokens, self.progress = batch_tokens, progress
 
     def curves(self, moments: Moments | None = None) -> dict[str, ErrorCurve]:
         """Return the error curve of every layer, on the inputs of the model as it is."""
@@ -164,7 +169,7 @@ class Walk:
             streams["dense"] = BlockStream(self.dense)
         streams["compressed"].check(self.sets["gram"][:1, :8])
         hidden = {
-            (which, kind): [stream.embed(ids) for ids in _batches(tokens)]
+            (which, kind): [stream.embed(ids) for ids in _batches(tokens, self.batch_tokens)]
             for which, stream in streams.items()
             for kind, tokens in self.sets.items()
         }
@@ -319,5 +324,5 @@ def _alike(residuals: Mapping[str, Residual], ranks: Mapping[str, int]) -> list[
     return list(groups.values())
 
 
-def _batches(tokens: Tensor) -> tuple[Tensor, ...]:
-    return tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
+def _batches(tokens: Tensor, batch_tokens: int) -> tuple[Tensor, ...]:
+    return tokens.split(max(1, batch_tokens // tokens.shape[1]))

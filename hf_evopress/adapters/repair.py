@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from ..base.devices import find_device, on_device
+from ..base.memory import within_memory
 from ..base.progress import Progress
 from ..base.target import whole_folder, writes_out
 from ..calibration.data import load_tokens, tokenize_file
+from ..calibration.output_moments import BATCH_TOKENS as SENSITIVITY_BATCH
 from ..calibration.output_moments import load_moments, output_moments
 from ..loading.quantizer import register_with_transformers
 from ..models.classes import ModelClass
 from ..models.plain import make_plain
 from ..models.source import check_context, load_checked, read_config, read_tokenizer, window_of
 from ..scoring.evaluate import Report, compare_many
-from .eora import attached, eora
+from .eora import BATCH_TOKENS, attached, eora
 from .folder import CONFIG, WEIGHTS, Adapter, check_target, read_adapter
 from .foreign import check_package, check_readable
 from .lord import from_peft
@@ -75,11 +77,23 @@ def adapt(
         moments = None
         if size is not None and sensitivity_tokens:
             some = tokens[: max(1, sensitivity_tokens // seq_len)]
-            output_moments(base, some, folder, seed=seed, progress=progress)
+            within_memory(
+                "sensitivities",
+                lambda batch: output_moments(
+                    base, some, folder, seed=seed, batch_tokens=batch, progress=progress
+                ),
+                find_device(), batch_tokens=SENSITIVITY_BATCH, least=seq_len,
+            )  # fmt: skip
             moments = partial(load_moments, folder)
-        return eora(
-            source, base, tokens, out, **request, dtype=dtype, moments=moments, progress=progress
-        )
+        return within_memory(
+            "the adapter",
+            lambda batch: eora(
+                source, base, tokens, out,
+                **request, dtype=dtype, moments=moments, batch_tokens=batch, progress=progress,
+            ),
+            find_device(), batch_tokens=BATCH_TOKENS, least=seq_len,
+            way_out="take shorter sequences (--seq-len), or compute on the CPU (--device cpu)",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

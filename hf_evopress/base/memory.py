@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from typing import TypeVar
@@ -14,6 +15,11 @@ logger = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
 
+WAY_OUT = (
+    "let blocks come one at a time (--offload cpu), or take shorter sequences (--seq-len); what "
+    "was finished is kept, and the same command goes on from there"
+)
+
 
 def within_memory(
     step: str,
@@ -22,6 +28,7 @@ def within_memory(
     *,
     batch_tokens: int = 0,
     least: int = 0,
+    way_out: str = WAY_OUT,
 ) -> Made:
     """Return run(batch_tokens), with half as many tokens each time that memory runs out.
 
@@ -33,13 +40,12 @@ def within_memory(
         if not isinstance(error, torch.OutOfMemoryError):
             return error
         peak = peak_bytes(device)
+        gc.collect()  # a model and its trainer know each other
         let_cache_go(device)
         if batch_tokens // 2 < max(least, 1):
             held = "" if peak is None else f" (at most {peak / 1e9:.3g} GB were in use)"
             raise RuntimeError(
-                f"{step} does not fit in the memory of {device}{held}: let blocks come one at a "
-                "time (--offload cpu), or take shorter sequences (--seq-len); what was finished "
-                "is kept, and the same command goes on from there"
+                f"{step} does not fit in the memory of {device}{held}: {way_out}"
             ) from error.with_traceback(None)
         batch_tokens //= 2
         logger.warning("%s: out of memory on %s, now %d tokens at once", step, device, batch_tokens)

@@ -41,7 +41,7 @@ from .end_moments import FILE, EndRecorder
 from .input_moments import Moment, check_tokens
 
 FOLDER = "moments"
-_BATCH_TOKENS = 1024
+BATCH_TOKENS = 1024
 _HEAD_POSITIONS = 256  # of 150k columns: 150 MB in float32
 
 
@@ -62,7 +62,7 @@ def output_moments(
     units: Sequence[Unit] | None = None,
     counted: Tensor | None = None,
     seed: int = 0,
-    batch_tokens: int = _BATCH_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
     ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> Path:
@@ -159,7 +159,7 @@ def token_losses(
     deltas: Mapping[str, Tensor],
     *,
     seed: int = 0,
-    batch_tokens: int = _BATCH_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, TokenLoss]:
     """Return the token-level loss estimate of each unit's error dW (out, in).
 

@@ -11,14 +11,14 @@ from ..base.memory import within_memory
 from ..base.version import __version__
 from ..calibration.end_moments import load_ends
 from ..calibration.input_moments import calibrate, load_stats
-from ..calibration.output_moments import load_moments, output_moments
+from ..calibration.output_moments import BATCH_TOKENS, load_moments, output_moments
 from ..methods import compose
 from ..models.units import Unit
 from ..store.level_store import LevelStore, Source
 from .job import Job
 from .refinement import refined_levels
 
-CALIBRATION_BATCH, SENSITIVITY_BATCH = 4096, 1024  # tokens
+CALIBRATION_BATCH = 4096  # tokens
 
 
 def build_levels(job: Job) -> LevelStore:
@@ -84,7 +84,7 @@ def calibrated(job: Job) -> Source:
                 progress=job.progress,
             ),
             job.device,
-            batch_tokens=SENSITIVITY_BATCH,
+            batch_tokens=BATCH_TOKENS,
             least=seq_len,
         )
         moments = (lambda block: load_moments(job.work, block)) if n_tokens else None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.memory import within_memory
 from ..base.placement import dtype_of
 from ..calibration.data import tokenize_file
 from ..loading.layers import prepare_layers
@@ -32,6 +33,10 @@ from .job import Job
 
 UNREFINED = "before refinement"
 NOISE = 4.0  # of one order of summation against another, where there are many
+SMALLER = (
+    "take a shorter window (--window), or let blocks come one at a time (--offload cpu); levels "
+    "and search are kept, and the same command goes on from there"
+)
 PROMPT = "The capital of France is"
 
 
@@ -55,7 +60,11 @@ def verify(job: Job, states: LevelStore, plan: Plan, folder: Path) -> None:
         with job.computing_in(dtype):
             reloaded = _reload(job, folder)
             make_plain(reloaded)  # what was scored: experts one by one, Conv1D as nn.Linear
-            check_reloaded(job.evaluator(states), plan, reloaded)
+            within_memory(
+                "checking the checkpoint",
+                lambda _, it=reloaded: check_reloaded(job.evaluator(states), plan, it),
+                job.device,
+            )
 
 
 def measure(
@@ -90,16 +99,28 @@ def measure(
     if is_refined:
         models[UNREFINED] = partial(_logits, evaluator, plan.levels)
         sizes[UNREFINED] = sizes["searched"]
-    if job.kind.continues_text:
-        reports = compare_many(
-            models, dense, tokens, window=window, max_windows=max_windows, progress=job.progress
-        )
-    else:
-        windows = tokens[: len(tokens) // window * window].view(-1, window)[:max_windows]
-        vector = job.kind.is_vector
-        reports = compare_outputs(models, dense, windows, is_vector=vector, progress=job.progress)
+    compared = partial(_compared, job, models, dense, tokens, window, max_windows)
+    reports = within_memory("the figures", lambda _: compared(), job.device, way_out=SMALLER)
     rows = tuple(Row(name, *sizes[name], reports[name]) for name in models)
     return rows, generate(job.tokenizer, reloaded) if job.kind.generates else ""
+
+
+def _compared(
+    job: Job,
+    models: Mapping[str, Any],
+    dense: Any,
+    tokens: Tensor,
+    window: int,
+    max_windows: int | None,
+) -> Mapping[str, Report]:
+    """Return the report of each model, of the kind that its class has."""
+    if job.kind.continues_text:
+        return compare_many(
+            models, dense, tokens, window=window, max_windows=max_windows, progress=job.progress
+        )
+    windows = tokens[: len(tokens) // window * window].view(-1, window)[:max_windows]
+    vector = job.kind.is_vector
+    return compare_outputs(models, dense, windows, is_vector=vector, progress=job.progress)
 
 
 def _reload(job: Job, folder: Path) -> Any:

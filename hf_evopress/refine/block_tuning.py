@@ -95,8 +95,8 @@ def block_loss(
 ) -> float:
     """Return the mean loss of a block over batches of inputs and the dense block's outputs."""
     with torch.no_grad():
-        values = [float(loss(run(x), y)) for x, y in zip(inputs, targets, strict=True)]
-    return sum(values) / len(values)
+        values = [loss(run(x), y) for x, y in zip(inputs, targets, strict=True)]
+        return float(torch.stack(values).double().mean())
 
 
 def tune_block(

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ..adapters.kappa import kappa_targets
 from ..adapters.repair import load, local_folder, perplexity_of, save_checkpoint, tokenizer_of
 from ..base.devices import find_device, has_bfloat16, on_device
 from ..base.fingerprint import claim
+from ..base.memory import within_memory
 from ..base.plugins import did_you_mean
 from ..base.progress import Progress
 from ..base.target import whole_folder, work_beside, writes_out
@@ -180,17 +181,31 @@ def trained(
     to measure perplexities on in windows of `window`.
     """
     stored = read_config(model).dtype
-    made = prepared(load(model), settings, kappa_file=_kappa_file(model, work))
     measures: dict[str, Callable[[Any], float]] = {
         name: partial(perplexity_of, tokens=tokens, window=window)
         for name, tokens in (texts or {}).items()
     }
     if heldout is not None:
         measures[_HELDOUT] = partial(_divergence, targets=heldout)
-    before = {name: measure(made) for name, measure in measures.items()}
+
+    def run(batch_tokens: int) -> tuple[Any, Trainer, dict[str, float]]:
+        made = prepared(load(model), settings, kappa_file=_kappa_file(model, work))
+        before = {name: measure(made) for name, measure in measures.items()}
+        trainer = _trainer(made, _in_batches(settings, batch_tokens), dataset, work)
+        train(trainer, work)
+        return made, trainer, before
+
+    length = settings.seq_len
+    made, trainer, before = within_memory(
+        "training",
+        run,
+        find_device(),
+        batch_tokens=settings.batch * length,
+        least=length,
+        way_out="take shorter sequences (--seq-len), or keep fewer activations "
+        "(--gradient-checkpointing); the same command goes on from the last checkpoint",
+    )
     n_trained = sum(p.numel() for p in made.parameters() if p.requires_grad)
-    trainer = _trainer(made, settings, dataset, work)
-    train(trainer, work)
     if settings.kinds:
         settle(made)
         own = made.dtype
@@ -212,6 +227,13 @@ def trained(
             made.save_pretrained(str(folder), selected_adapters=["default"])
     losses = tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)
     return Tuned(Path(out), losses, n_trained, after, kl, is_kept)
+
+
+def _in_batches(settings: Tuning, batch_tokens: int) -> Tuning:
+    """Return the settings with at most so many tokens at once, and as many per step as before."""
+    batch = max(1, min(settings.batch, batch_tokens // settings.seq_len))
+    rounds = -(-settings.batch * settings.accumulate // batch)
+    return replace(settings, batch=batch, accumulate=rounds)
 
 
 def prepared(model: Any, settings: Tuning, *, kappa_file: Path | None = None) -> Any:

@@ -36,6 +36,9 @@ os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
 sys.stderr = open(f"{out}.log", "w")
 import torch
 torch.set_num_threads(1)
+if recipe["device"] == "sim":
+    from tests import second_device
+from hf_evopress.base.devices import using
 from hf_evopress.jobs import plan_search
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.levels import build_levels
@@ -50,18 +53,24 @@ def keep(job, search, keep=plan_search.keep):
 
 plan_search.keep = keep
 job = Job(Recipe.from_dict(recipe))
-plan = plan_search.find_plan(job, build_levels(job))
+with using(job.device):
+    plan = plan_search.find_plan(job, build_levels(job))
 Path(out).write_text(plan.to_json())
+Path(out).with_suffix(".device").write_text(str(job.device))
 """
 
 
-def run(home: Path, work: str, world: int, *, dies: int = -1) -> tuple[list[int | None], list[str]]:
+def run(
+    home: Path, work: str, world: int, *, dies: int = -1, **changes: Any
+) -> tuple[list[int | None], list[str]]:
     """Return exit codes and plans of `world` processes that do one job together."""
     recipe = {
         **RECIPE,
+        "device": "cpu",
         "model": str(home / "dense"),
         "work": str(home / work),
         "data": {**RECIPE["data"], "sources": [str(home / "text.txt")]},
+        **changes,
     }
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_evopress.jobs.pipeline"])
@@ -111,6 +120,23 @@ def _content(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key).tolist() for key in file.keys()}  # noqa: SIM118
         return tensors | (file.metadata() or {})
+
+
+@pytest.mark.slow
+def test_each_process_has_a_card_of_its_own_and_the_plan_is_the_same(home: Path) -> None:
+    """On the second device, which has two cards: three processes share them.
+
+    Without sensitivities: of such a device, autograd goes backwards on the first card only.
+    """
+    search = {**RECIPE["search"], "sensitivity_tokens": 0}
+    plans = {}
+    for world in (2, 3):
+        work = f"cards{world}"
+        codes, plans[world] = run(home, work, world, device="sim", search=search)
+        assert codes == [0] * world
+        cards = [(home / f"{work}-{world}-{rank}.device").read_text() for rank in range(world)]
+        assert cards == [f"sim:{rank % 2}" for rank in range(world)]
+    assert len({plan for world in plans.values() for plan in world}) == 1
 
 
 @pytest.mark.slow

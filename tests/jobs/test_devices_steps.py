@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from hf_evopress.refine.block_tuning import Tuning as BlockTuning
 from hf_evopress.refine.blockwise import Settings
 from hf_evopress.training.tune import Tuning, tune
 
-from .. import second_device  # noqa: F401  registers the device
+from .. import second_device
 
 SIM = torch.device("sim", 0)
 
@@ -137,6 +138,35 @@ def test_a_model_is_tuned(home: Path, made: pipeline.Result, train: str) -> None
     )
     done = tune(str(made.folder), home / f"tuned-{train}", settings, data=[str(home / "text.txt")])
     assert done.kl is not None
+
+
+def test_training_and_repair_go_on_with_smaller_batches(
+    home: Path, made: pipeline.Result, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = [str(home / "text.txt")]
+    settings = Tuning(steps=1, batch=8, rank=4, seq_len=64, sequences=8)
+    model = str(made.folder)
+    steps: dict[str, Callable[[Path], Any]] = {
+        "training": lambda out: tune(model, out, settings, data=text),
+        "the adapter": lambda out: adapt(
+            model, out, data=text, rank=4, n_sequences=64, seq_len=64
+        ),
+    }
+    for name, step in steps.items():
+        before = second_device.live_bytes()
+        second_device.reset_peak()
+        step(home / f"{name}, whole")
+        needed = second_device.peak_bytes() - before
+        assert "out of memory" not in caplog.text
+        with second_device.memory_of(before + needed * 3 // 4):
+            step(home / f"{name}, in parts")
+        assert f"{name}: out of memory on sim:0, now" in caplog.text
+        with (
+            second_device.memory_of(before + needed // 40),
+            pytest.raises(RuntimeError, match=rf"{name} does not fit .*--|out of memory"),
+        ):
+            step(home / f"{name}, not at all")
+        caplog.clear()
 
 
 def test_export_and_evaluation(home: Path, made: pipeline.Result) -> None:
