@@ -4,8 +4,6 @@ VENV   ?= .venv
 MODEL  := .cache/SmolLM2-135M-Instruct
 # Of the whole file; the dense model has 269 MB.
 SIZE   ?= 90MB
-# What is within reach of that size: the default menu, from 2 bits on, takes two minutes more.
-LEVELS ?= 3,group_size=64 4,group_size=64 4,group_size=32 5,group_size=64 6,group_size=64 8,group_size=64
 OUT    ?= demo/smol-$(SIZE)
 # Text for calibration, search and test; any plain-text file will do: make demo DATA=my.txt
 DATA   ?= .cache/demo.txt
@@ -57,8 +55,8 @@ $(MODEL)/config.json: | venv
 	$(PY) tests/fetch_demo.py text $@
 
 demo: venv $(MODEL)/config.json $(DATA)
-	$(VENV)/bin/hf-evopress compress $(MODEL) --size $(SIZE) --data $(DATA) --strategy knapsack \
-	    $(LEVELS:%=--level gptq:bits=%) --calibration 32 --search-pool 8 --window 1024 $(if $(TEST),--test $(TEST)) --out $(OUT)
+	$(VENV)/bin/hf-evopress run recipes/smollm2-135m-90mb.yaml model=$(MODEL) budget.size=$(SIZE) \
+	    data.sources=$(DATA) $(if $(TEST),--test $(TEST)) out=$(OUT)
 	$(VENV)/bin/hf-evopress show $(OUT) --plot $(OUT).png > /dev/null
 	@echo "checkpoint: $(OUT)  heat map: $(OUT).png"
 

@@ -34,7 +34,8 @@ def compare_outputs(
     for number, ids in enumerate(windows):
         target = _rows(dense, ids)
         for name, model in models.items():
-            found[name].append(_distance(_rows(model, ids), target, is_vector))
+            rows = target if model is dense else _rows(model, ids)
+            found[name].append(_distance(rows, target, is_vector))
         if progress:
             progress("evaluate", number + 1, len(windows))
     reports = {}

@@ -165,7 +165,8 @@ def compare_many(
             if target is not None:
                 dense_nll.append(_score("the dense model", ids, target, None).nll)
             for name, model in models.items():
-                scores[name].append(_score(name, ids, _logits(model, ids), target))
+                logits = target if target is not None and model is dense else _logits(model, ids)
+                scores[name].append(_score(name, ids, logits, target))
             if progress:
                 progress("evaluate", number + 1, len(windows))
     return {

@@ -28,11 +28,10 @@ from ..methods.maths.linalg import Stats, map_shared
 from ..models.units import Unit
 from ..plans.level import Level
 from .index import INDEX, covers, new_index, read_index, same_make, start
+from .judge import Judge, Loss
 from .unit_file import read_scores, read_state, write_unit
 
 logger = logging.getLogger(__name__)
-
-Loss = Callable[[Tensor], float]  # an error (out, in) -> the KL per token it is expected to add
 
 
 @dataclass(frozen=True)
@@ -146,11 +145,8 @@ class LevelStore:
                     if unit.name in there:
                         continue
                     states = [per_level[j] for per_level in made]
-                    known = (stats.get(unit.name), losses.get(unit.name))
-                    scores = [
-                        score(level, state, W, *known)
-                        for level, state in zip(levels, states, strict=True)
-                    ]
+                    judge = Judge(W, stats.get(unit.name), losses.get(unit.name))
+                    scores = [judge.scores(*one) for one in zip(levels, states, strict=True)]
                     states = [on_cpu(state) for state in states]
                     write_unit(_unit_file(folder, numbers[unit.name]), unit.name, states, scores)
                     done += 1
@@ -250,26 +246,6 @@ def _with_outputs(
 
 def _weight(model: Any, unit: Unit) -> Tensor:
     return place_of(model).on_device(model.get_submodule(unit.name).weight.detach()).float()
-
-
-def score(
-    level: Level, state: State, W: Tensor, stats: Stats | None, loss: Loss | None
-) -> dict[str, float]:
-    """Return what is known of a level's error on W, as `LevelStore.scores` has it."""
-    if stats is None:
-        return {}
-    delta = W - compose.decompress(level, state, (W.shape[0], W.shape[1]), torch.float32)
-    scores = {"error": _relative(delta, W, stats.gram)}
-    if stats.heldout is not None:
-        scores["heldout_error"] = _relative(delta, W, stats.heldout)
-    if loss is not None:
-        scores["sensitivity_nats"] = loss(delta)
-    return scores
-
-
-def _relative(delta: Tensor, W: Tensor, H: Tensor) -> float:
-    energy = float(((W @ H) * W).sum())
-    return float(((delta @ H) * delta).sum()) / energy if energy > 0 else 0.0
 
 
 def _unit_file(folder: Path, number: int) -> Path:

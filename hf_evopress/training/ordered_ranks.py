@@ -38,7 +38,8 @@ from ..models.units import Unit, find_units
 from ..plans.level import Level, Term
 from ..plans.plan import Plan
 from ..store.index import new_index, start
-from ..store.level_store import LevelStore, Source, score
+from ..store.judge import Judge
+from ..store.level_store import LevelStore, Source
 from ..store.unit_file import write_unit
 from .tunable import make_tunable
 
@@ -237,8 +238,8 @@ def ordered_store(
 def _write(file: Path, unit: Unit, made: Mapping[Level, Any], dense: Any, source: Source) -> None:
     W = dense.get_submodule(unit.name).weight.detach().float()
     stats, losses = source.known([unit])
-    known = (stats.get(unit.name), losses.get(unit.name))
-    scores = [score(level, state, W, *known) for level, state in made.items()]
+    judge = Judge(W, stats.get(unit.name), losses.get(unit.name))
+    scores = [judge.scores(level, state) for level, state in made.items()]
     write_unit(file, unit.name, [on_cpu(state) for state in made.values()], scores)
 
 

@@ -148,9 +148,7 @@ def test_training_and_repair_go_on_with_smaller_batches(
     model = str(made.folder)
     steps: dict[str, Callable[[Path], Any]] = {
         "training": lambda out: tune(model, out, settings, data=text),
-        "the adapter": lambda out: adapt(
-            model, out, data=text, rank=4, n_sequences=64, seq_len=64
-        ),
+        "the adapter": lambda out: adapt(model, out, data=text, rank=4, n_sequences=64, seq_len=64),
     }
     for name, step in steps.items():
         before = second_device.live_bytes()
