@@ -51,6 +51,14 @@ def within_memory(
         logger.warning("%s: out of memory on %s, now %d tokens at once", step, device, batch_tokens)
 
 
+def whole_within_memory(
+    step: str, run: Callable[[], Made], device: torch.device, *, way_out: str = WAY_OUT
+) -> Made:
+    """Return run(), a step without batches; RuntimeError, as of `within_memory`, if it is too
+    large."""
+    return within_memory(step, lambda _: run(), device, way_out=way_out)
+
+
 def _tried(run: Callable[[int], Made], batch_tokens: int) -> Made | torch.OutOfMemoryError:
     """Return what run makes, or the error; its traceback would keep tensors alive."""
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
-from ..base.memory import within_memory
+from ..base.memory import whole_within_memory, within_memory
 from ..base.version import __version__
 from ..calibration.end_moments import load_ends
 from ..calibration.input_moments import calibrate, load_stats
@@ -29,9 +29,9 @@ def build_levels(job: Job) -> LevelStore:
     else:  # a budget of drops: what is kept stays dense, and nothing is stored
         source = Source({"model": model_fingerprint(job.model)}, lambda block: {})
         folder = job.work / "store-dense"
-    store = within_memory(
+    store = whole_within_memory(
         "the level store",
-        lambda _: LevelStore.build(
+        lambda: LevelStore.build(
             folder,
             job.model,
             job.units,

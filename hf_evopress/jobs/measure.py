@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.memory import within_memory
+from ..base.memory import whole_within_memory
 from ..base.placement import dtype_of
 from ..calibration.data import tokenize_file
 from ..loading.layers import prepare_layers
@@ -60,11 +60,8 @@ def verify(job: Job, states: LevelStore, plan: Plan, folder: Path) -> None:
         with job.computing_in(dtype):
             reloaded = _reload(job, folder)
             make_plain(reloaded)  # what was scored: experts one by one, Conv1D as nn.Linear
-            within_memory(
-                "checking the checkpoint",
-                lambda _, it=reloaded: check_reloaded(job.evaluator(states), plan, it),
-                job.device,
-            )
+            check = partial(check_reloaded, job.evaluator(states), plan, reloaded)
+            whole_within_memory("checking the checkpoint", check, job.device)
 
 
 def measure(
@@ -100,7 +97,7 @@ def measure(
         models[UNREFINED] = partial(_logits, evaluator, plan.levels)
         sizes[UNREFINED] = sizes["searched"]
     compared = partial(_compared, job, models, dense, tokens, window, max_windows)
-    reports = within_memory("the figures", lambda _: compared(), job.device, way_out=SMALLER)
+    reports = whole_within_memory("the figures", compared, job.device, way_out=SMALLER)
     rows = tuple(Row(name, *sizes[name], reports[name]) for name in models)
     return rows, generate(job.tokenizer, reloaded) if job.kind.generates else ""
 

@@ -139,6 +139,20 @@ class Targets(torch.utils.data.Dataset):
         return {**item, "labels": item["input_ids"].clone()}
 
 
+@torch.no_grad()
+def divergence(model: Any, targets: Targets) -> float:
+    """Return the mean KL from the teacher that `targets` are of, in nats per token."""
+    was_training = model.training
+    model.eval()
+    losses = []
+    for i in range(len(targets)):
+        item = {key: value[None].to(model.device) for key, value in targets[i].items()}
+        logits = model(input_ids=item["input_ids"], use_cache=False).logits
+        losses.append(distillation_loss(logits, item["target_ids"], item["target_log_p"]))
+    model.train(was_training)
+    return float(torch.stack(losses).double().mean())
+
+
 class Sequences(torch.utils.data.Dataset):
     """Token sequences (n, seq_len) as items {input_ids, labels}."""
 

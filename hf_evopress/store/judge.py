@@ -1,4 +1,4 @@
-"""What is measured of a level when it is made: its error on the layer's inputs, and what it costs."""
+"""What is measured of a level when it is made: its error, and the KL that it is expected to add."""
 
 from __future__ import annotations
 

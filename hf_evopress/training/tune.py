@@ -36,13 +36,15 @@ from ..calibration.own_text import write_sequences
 from ..calibration.text import bos_of
 from ..models.source import check_context, read_config, window_of
 from ..models.units import linear_layers
-from ..refine.distillation import Sequences, Targets, distillation_loss, precompute_targets
+from ..refine.distillation import Sequences, Targets, divergence, precompute_targets
 from .arguments import training_arguments
 from .checkpoints import train
 from .trainer import DistillationTrainer
 from .tunable import KINDS, check_trainable, make_tunable, settle
 
 logger = logging.getLogger(__name__)
+
+Measures = dict[str, Callable[[Any], float]]
 
 _HELDOUT = "held-out text"
 
@@ -181,30 +183,13 @@ def trained(
     to measure perplexities on in windows of `window`.
     """
     stored = read_config(model).dtype
-    measures: dict[str, Callable[[Any], float]] = {
+    measures: Measures = {
         name: partial(perplexity_of, tokens=tokens, window=window)
         for name, tokens in (texts or {}).items()
     }
     if heldout is not None:
-        measures[_HELDOUT] = partial(_divergence, targets=heldout)
-
-    def run(batch_tokens: int) -> tuple[Any, Trainer, dict[str, float]]:
-        made = prepared(load(model), settings, kappa_file=_kappa_file(model, work))
-        before = {name: measure(made) for name, measure in measures.items()}
-        trainer = _trainer(made, _in_batches(settings, batch_tokens), dataset, work)
-        train(trainer, work)
-        return made, trainer, before
-
-    length = settings.seq_len
-    made, trainer, before = within_memory(
-        "training",
-        run,
-        find_device(),
-        batch_tokens=settings.batch * length,
-        least=length,
-        way_out="take shorter sequences (--seq-len), or keep fewer activations "
-        "(--gradient-checkpointing); the same command goes on from the last checkpoint",
-    )
+        measures[_HELDOUT] = partial(divergence, targets=heldout)
+    made, trainer, before = _run(model, settings, dataset, measures, work)
     n_trained = sum(p.numel() for p in made.parameters() if p.requires_grad)
     if settings.kinds:
         settle(made)
@@ -227,6 +212,31 @@ def trained(
             made.save_pretrained(str(folder), selected_adapters=["default"])
     losses = tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)
     return Tuned(Path(out), losses, n_trained, after, kl, is_kept)
+
+
+def _run(
+    model: str, settings: Tuning, dataset: Any, measures: Measures, work: Path
+) -> tuple[Any, Trainer, dict[str, float]]:
+    """Return the trained model, its trainer, and what was measured before; smaller batches where
+    memory runs out."""
+
+    def run(batch_tokens: int) -> tuple[Any, Trainer, dict[str, float]]:
+        made = prepared(load(model), settings, kappa_file=_kappa_file(model, work))
+        before = {name: measure(made) for name, measure in measures.items()}
+        trainer = _trainer(made, _in_batches(settings, batch_tokens), dataset, work)
+        train(trainer, work)
+        return made, trainer, before
+
+    length = settings.seq_len
+    return within_memory(
+        "training",
+        run,
+        find_device(),
+        batch_tokens=settings.batch * length,
+        least=length,
+        way_out="take shorter sequences (--seq-len), or keep fewer activations "
+        "(--gradient-checkpointing); the same command goes on from the last checkpoint",
+    )
 
 
 def _in_batches(settings: Tuning, batch_tokens: int) -> Tuning:
@@ -350,20 +360,6 @@ def _written(
     return write_sequences(
         writer, learn, settings.written, where / "written", bos=bos, seed=seed, progress=progress
     )
-
-
-@torch.no_grad()
-def _divergence(model: Any, targets: Targets) -> float:
-    """Return the mean KL from the teacher that `targets` are of, in nats per token."""
-    was_training = model.training
-    model.eval()
-    losses = []
-    for i in range(len(targets)):
-        item = {key: value[None].to(model.device) for key, value in targets[i].items()}
-        logits = model(input_ids=item["input_ids"], use_cache=False).logits
-        losses.append(float(distillation_loss(logits, item["target_ids"], item["target_log_p"])))
-    model.train(was_training)
-    return math.fsum(losses) / len(losses)
 
 
 def _trainer(model: Any, settings: Tuning, dataset: Any, work: Path) -> Trainer:
