@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.devices import find_device, has_bfloat16
+from ..base.devices import find_device, has_bfloat16, name_of
 from ..base.fingerprint import model_fingerprint, tensor_fingerprint, text_fingerprint
 from ..base.placement import Place, computing_in, decide, put
 from ..base.progress import Progress
@@ -96,6 +96,9 @@ class Job:
                 f"search.dtype is bfloat16, and the model ships in {self.dtype}, of which "
                 "bfloat16 keeps a part only: leave search.dtype out"
             )
+        if self.device.type != "cpu" and self.dtype == torch.bfloat16 != self.compute_dtype:
+            name = name_of(self.device)
+            logger.warning("%s does not multiply in bfloat16: computing in float32", name)
         with torch.device("meta"):
             skeleton = self.kind.loader.from_config(
                 self.config, dtype=self.dtype, trust_remote_code=recipe.trust_remote_code

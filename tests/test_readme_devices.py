@@ -1,0 +1,126 @@
+"""Every command of the README runs on the second device, on a tiny model, in the README's order.
+
+Sizes are scaled to the model, texts and searches are short, and what names a device is on "sim".
+Commands that need an extra which is not installed are left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+from typer.core import TyperGroup
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from hf_evopress.base.devices import using
+from hf_evopress.cli import app
+from hf_evopress.recipes.recipe import Distil
+from hf_evopress.refine.block_tuning import Tuning as BlockTuning
+from hf_evopress.refine.blockwise import Settings
+
+from . import second_device
+from .conftest import make_structured_text
+from .hub_server import Hub
+from .test_readme import of
+
+DENSE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MEGABYTES = 0.0022  # of the tiny model for one of the README's
+SHORT = {
+    "--seq-len": "32",
+    "--calibration": "8",
+    "--search-pool": "4",
+    "--generations": "1",
+    "--window": "32",
+    "--max-windows": "2",
+    "--steps": "2",
+    "--batch": "1",
+    "--sequences": "4",
+    "--heldout": "2",
+    "--limit": "2",
+    "--prompt": "8",
+    "--repeats": "1",
+    "--data": "my.txt",
+}
+EXTRAS = {"--tasks": "lm_eval", "gguf": "xllamacpp"}
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Callable[..., nn.Module],
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """A working folder with a dense model of four blocks under both of its names, and texts."""
+    monkeypatch.chdir(tmp_path)
+    for name in (DENSE, "MODEL"):
+        tiny_model(num_hidden_layers=4).save_pretrained(tmp_path / name)
+        byte_tokenizer.save_pretrained(tmp_path / name)
+    for name in ("my.txt", "task.txt", "wiki.test.raw"):
+        (tmp_path / name).write_text(make_structured_text(900, seed=len(name)))
+    return tmp_path
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refinement takes some steps only: where tensors lie is what counts here."""
+    tuning = BlockTuning(steps=2, looks=1, attempts=1, bfloat16=True)
+    settings = lambda job, mode: Settings(mode, tuning=tuning)  # noqa: E731
+    monkeypatch.setattr("hf_evopress.jobs.refinement.refine_settings", settings)
+    monkeypatch.setattr(Distil.__init__, "__defaults__", (2, None))
+
+
+def adjusted(line: str) -> list[str]:
+    """Return the words of a command line, made small and for the second device."""
+    line = re.sub(r"\b(\d+)MB\b", lambda m: f"{float(m[1]) * MEGABYTES * 1000:.0f}KB", line)
+    line = re.sub(r"--device \S+", "", line)
+    line = line.replace("--family trellis", "-l trellis:bits=2,state_bits=8 --ends dense")
+    line = line.replace("--family all", "--family codes --family sparse")
+    line = re.sub(r"--written \d+", "--written 2", line)
+    words = shlex.split(line)
+    known = _options(words[0])
+    for name, value in SHORT.items():
+        if name in known and name not in words:
+            words += [name, value]
+    words += ["--overwrite"] if "--overwrite" in known else []
+    return words + (["--device", "sim"] if "--device" in known else [])
+
+
+def _options(command: str) -> set[str]:
+    group: Any = get_command(app)
+    assert isinstance(group, TyperGroup)
+    return {name for p in group.commands[command].params for name in p.opts}
+
+
+def lines() -> list[str]:
+    """The README's commands but those whose extra is not installed."""
+    found = [line.removeprefix("hf-evopress ") for line in of("hf-evopress")]
+    absent = [w for w, package in EXTRAS.items() if importlib.util.find_spec(package) is None]
+    return [line for line in found if not any(word in line for word in absent)]
+
+
+@pytest.mark.slow
+def test_every_command_runs_there(hub: Hub, place: Path, few_steps: None) -> None:
+    run = CliRunner()
+    with using("sim"):
+        for extra in (
+            f"compress {DENSE} --size 90MB --data my.txt --out demo/smol-90MB",
+            "compress MODEL --size 120MB --ends dense -l gptq:bits=4 --data my.txt --out other",
+        ):
+            done = run.invoke(app, adjusted(extra))
+            assert done.exit_code == 0, (extra, done.output, done.exception)
+    second_device.reset_peak()
+    for line in lines():
+        before = second_device.live_bytes()
+        done = run.invoke(app, adjusted(line))
+        assert done.exit_code == 0, (line, done.output[-3000:], done.exception)
+        assert second_device.live_bytes() == before, line
+    assert second_device.peak_bytes() > 0
