@@ -53,7 +53,7 @@ def test_optimum_lists_the_command_without_importing_torch() -> None:
     assert "'hf_evopress'" not in modules
 
 
-@pytest.mark.parametrize("words", [["--help"], ["show", "--help"], ["list", "gptq"]])
+@pytest.mark.parametrize("words", [["--help"], ["export", "--help"], ["list", "gptq"]])
 def test_it_prints_what_hf_evopress_prints(words: list[str]) -> None:
     ours, theirs = hf_evopress(*words), optimum_cli("evopress", *words)
     assert theirs.returncode == ours.returncode == 0

@@ -67,9 +67,10 @@ def model_size(model: nn.Module, *, shapes: Mapping[str, tuple[int, int]] | None
 def stored_bytes(folder: str | Path) -> int:
     """Return the bytes of the weight files of a checkpoint folder, headers included.
 
-    Those of the safetensors files, or of GGUF files where there are none.
+    Those of the safetensors files, or of GGUF or ONNX files where there are none.
     """
-    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.gguf"))
+    kinds = ("*.safetensors", "*.gguf", "*.onnx*")
+    files = next((found for kind in kinds if (found := sorted(Path(folder).glob(kind)))), None)
     if not files:
         raise FileNotFoundError(f"no .safetensors file in {folder}; is it a checkpoint folder?")
     return sum(file.stat().st_size for file in files)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from hf_evopress.cli import main
 from hf_evopress.export import onnx as export
 from hf_evopress.export.onnx import FILE, TOLERANCE, OnnxExport, replace_layers
 from hf_evopress.export.onnx_format.codes import Codes, block_of
@@ -210,6 +211,17 @@ def test_the_folder_has_all_that_is_needed_and_no_paths_of_this_machine(folder: 
     assert names >= {FILE, f"{FILE}.data", "config.json", "tokenizer.json", "evopress_plan.json"}
     assert str(Path.cwd()).encode() not in (folder / "onnx" / FILE).read_bytes()
     assert b"stack_trace" not in (folder / "onnx" / FILE).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_command_says_the_size_of_graph_and_weights(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "by-command"
+    with pytest.raises(SystemExit) as exit:
+        main(["export", str(folder / "small"), "--format", "onnx", "--out", str(out)])
+    size = sum((out / name).stat().st_size for name in (FILE, f"{FILE}.data"))
+    assert not exit.value.code and f"by-command: {size / 1e6:.1f} MB" in capsys.readouterr().out
 
 
 @pytest.mark.slow

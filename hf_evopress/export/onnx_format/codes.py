@@ -4,7 +4,7 @@ Codes of 2 and 3 bits are stored in 4. Codes of 5 to 8 bits are two planes of 4 
 and so are their zero points: the weight is (h - zh) 16 s + (l - zl) s, two products that are added,
 exact but for the order of sums. The operator has 2 and 8 bits of its own, but for float32 inputs no
 kernel on CPUs: ONNX Runtime 1.32 unpacks the weight at each call (2048 x 2048, one thread, one
-token: 33 ms at 8 bits, 39 at 2, against 3 at 4).
+token: 25 ms at 8 bits, 26 at 2, against 0.7 at 4).
 """
 
 from __future__ import annotations
