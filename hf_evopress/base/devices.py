@@ -175,3 +175,10 @@ def _module(kind: str) -> Any:
 
 def _absent(name: str) -> str:
     return f"there is no device {name!r} on this machine; there is: {', '.join(available())}"
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of an NVIDIA GPU, None of anything else."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)

@@ -51,6 +51,7 @@ class EvoPressConfig(QuantizationConfigMixin):
         computes a weight whenever its layer is called: the reference, slow. "expanded" also holds
         every weight in the dtype of the model: memory of the dense model and the checkpoint,
         speed of the dense model. "int4" also holds codes for PyTorch's int4 kernel on CPUs.
+        "triton" is "auto" on a GPU, and refused where Triton cannot be had.
         runtimes.py says more. What save_pretrained writes is the same. Where none is given, the
         environment variable HF_EVOPRESS_RUNTIME names one, else it is "auto".
     size: of a model of many sizes (`hf-evopress stack`), how many bytes its tensors may take, such

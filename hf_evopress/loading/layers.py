@@ -17,7 +17,7 @@ from ..plans.plan import Plan
 from .kernels.operators import is_compiled_into_one, linear
 from .packed import PackedWeight
 from .runtime import Runtime
-from .runtimes import RUNTIMES, check_device, log_choices
+from .runtimes import RUNTIMES, log_choices
 
 
 class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
@@ -119,7 +119,6 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
         if self._runtime is None:
             return choice
         self.check_loaded(f"prepare runtime {runtime!r} of")
-        check_device(runtime, self.state[self._state_names[0]].device)
         return runtime if self._prepared() else choice
 
     def _prepared(self) -> State | None:

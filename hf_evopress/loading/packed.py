@@ -13,8 +13,9 @@ from ..methods import compose
 from ..methods.base import Shape, State
 from ..plans.level import Level
 from .computed_weight import READ_ONLY, ComputedWeight
+from .kernels.gpu_layer import triton_kernel_of
 from .kernels.layer import Kernel, kernel_of
-from .runtimes import BY_KERNELS, PACKED, RUNTIMES, chosen
+from .runtimes import BY_KERNELS, PACKED, RUNTIMES, TRITON, check_device, chosen
 
 
 class PackedWeight(nn.Module):
@@ -86,9 +87,11 @@ class PackedWeight(nn.Module):
         if runtime == PACKED:
             return PACKED
         device = self.state[self._state_names[0]].device
-        choice = chosen(self.level, self.shape, device, self.weight_dtype)
-        if runtime in BY_KERNELS:  # also where it is not on a CPU: it may come to one
-            self._kernel = kernel_of(self.level, self.shape)
+        check_device(runtime, device)
+        choice = chosen(self.level, self.shape, device, self.weight_dtype, runtime)
+        if runtime in BY_KERNELS:  # also where it has none for the device: it may be moved
+            find = triton_kernel_of if runtime == TRITON else kernel_of
+            self._kernel = find(self.level, self.shape)
         return choice
 
     @property

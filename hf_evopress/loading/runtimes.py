@@ -1,17 +1,19 @@
 """Runtimes: how a layer computes, and what it prepares from its packed tensors to be faster.
 
-auto      the fastest way that holds nothing besides the packed tensors, chosen per layer: on a CPU
-          kernels that read them as they are stored (kernels/), elsewhere, and for levels without
-          a kernel, as packed.
+auto      the fastest way that holds nothing besides the packed tensors, chosen per layer: kernels
+          that read them as they are stored (kernels/), on a CPU compiled by numba, on a GPU in
+          Triton; elsewhere, and for levels without a kernel, as packed.
 packed    nothing: the weight is computed at each call. The reference: what was scored.
 expanded  the dense weight: dense speed, in dense memory.
+triton    auto on a GPU, and refused where there is no Triton.
 int4      codes as PyTorch's int4 kernel for CPUs takes them (int4.py), 4.5 bits per weight, twice
           that for levels of 5 to 8 bits. What it cannot take computes as auto does.
 
 What save_pretrained writes is the same for all. `expanded` gives the results of `packed` but for
 the order of sums. `auto` does for prompts, trellis codes apart; up to 16 tokens it multiplies the
 weight before it is rounded to bfloat16, with sums in float32, which is nearer to the exact product
-than `packed` is. With trellis codes it rotates the activations instead of the weight.
+than `packed` is (on a GPU, for one token). With trellis codes it rotates the activations instead
+of the weight.
 """
 
 from __future__ import annotations
@@ -27,22 +29,25 @@ from ..methods.base import Shape
 from ..plans.level import Level
 from ..plans.plan import Plan
 from .int4 import Int4, has_int4_kernel
+from .kernels.gpu_layer import triton_kernel_of
+from .kernels.launch import why_not
 from .kernels.layer import DTYPES
 from .kernels.operators import usable
 from .runtime import Expanded, Runtime
 
 logger = logging.getLogger(__name__)
 
-AUTO, PACKED = "auto", "packed"
+AUTO, PACKED, TRITON = "auto", "packed", "triton"
 EXPANDED = Expanded()
 RUNTIMES: dict[str, Runtime | None] = {
     AUTO: None,
     PACKED: None,
     "expanded": EXPANDED,
     "int4": Int4(),
+    TRITON: None,
 }
-BY_KERNELS = (AUTO, "int4")  # what computes with kernels where it has nothing better
-KERNELS = "by CPU kernels"
+BY_KERNELS = (AUTO, "int4", TRITON)  # what computes with kernels where it has nothing better
+KERNELS, TRITON_KERNELS = "by CPU kernels", "by Triton kernels"
 
 
 def check_runtime(name: str, dtype: torch.dtype) -> None:
@@ -67,17 +72,32 @@ def check_device(name: str, device: torch.device) -> None:
         raise ValueError(
             f"runtime {name!r} is for CPUs and the model is on {device}: take runtime 'auto'"
         )
+    if name == TRITON and device.type != "meta" and (reason := why_not(device)) is not None:
+        raise ValueError(
+            f"runtime {name!r} cannot be had on {device}: {reason}; take runtime 'auto'"
+        )
 
 
-def chosen(level: Level, shape: Shape, device: torch.device, dtype: torch.dtype) -> str:
-    """Return what `auto` computes a layer with: KERNELS, or PACKED and why."""
-    if device.type not in ("cpu", "meta"):
-        return f"as {PACKED} (no kernels for {device.type})"
+def chosen(
+    level: Level, shape: Shape, device: torch.device, dtype: torch.dtype, runtime: str = AUTO
+) -> str:
+    """Return what `auto` computes a layer with: kernels, or PACKED and why."""
     if dtype not in DTYPES:
         return f"as {PACKED} (no kernels for {str(dtype).removeprefix('torch.')})"
-    if usable(level, shape) is None:
-        return f"as {PACKED} (no kernel for {' + '.join(t.method for t in level.terms)})"
-    return KERNELS
+    if device.type in ("cpu", "meta") and runtime != TRITON:
+        return KERNELS if usable(level, shape) is not None else _without_kernel(level)
+    if (reason := why_not(device)) is not None:
+        return f"as {PACKED} ({reason})"
+    kernel = triton_kernel_of(level, shape)
+    if kernel is None:
+        return _without_kernel(level)
+    if (failure := kernel.failure()) is not None:
+        return f"as {PACKED} (Triton kernel {failure.family!r} failed)"
+    return TRITON_KERNELS
+
+
+def _without_kernel(level: Level) -> str:
+    return f"as {PACKED} (no kernel for {' + '.join(t.method for t in level.terms)})"
 
 
 def choices(plan: Plan, device: torch.device) -> dict[str, tuple[str, list[str]]]:

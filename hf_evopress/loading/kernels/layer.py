@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -12,9 +14,8 @@ from torch import Tensor
 from ...methods import compose
 from ...methods.base import Shape
 from ...plans.level import Level
-from .matrix import Matrix, Tensors
-from .rotated import Rotated
-from .terms import Factors, factors
+from .matrix import Tensors
+from .terms import factors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations
 MOST_TOKENS = 16  # up to which unpacking a row for a dot product beats unpacking it for a matmul
@@ -29,12 +30,21 @@ class Kernel:
     latter multiplies the weight in the dtype of x, as `packed` does.
     """
 
-    def __init__(self, level: Level, shape: Shape, terms: tuple[Factors, ...]) -> None:
+    runtime = "auto"  # what an operator of PyTorch finds the kernel again by
+    most_tokens = MOST_TOKENS
+    tile = TILE
+    takes_half = False  # float16 is float32 on the way
+
+    def __init__(self, level: Level, shape: Shape, terms: Sequence[Sequence[Any]]) -> None:
         self.level, self.shape, self.text = level, shape, str(level)
         # whole matrices last, so that the bias and all else come in before the one rounding
         self._terms = sorted(terms, key=lambda t: len(t) == 1)
         self._is_one = len(terms) == 1 and len(terms[0]) == 1
         self._has_fix = "bias_fix" in compose.empty(level, shape, torch.float32)
+
+    def on(self, device: torch.device) -> Kernel | None:
+        """Return the kernel that does this on a device, None where there is none."""
+        return self if device.type == "cpu" else _elsewhere(self.level, self.shape, device)
 
     def linear(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
         """Return x W^T + bias for x (..., in) in one of DTYPES, without a graph for gradients."""
@@ -45,7 +55,7 @@ class Kernel:
         if bias is not None and not bias.is_contiguous():
             bias = bias.contiguous()
         tokens = flat.shape[0]
-        if tokens > MOST_TOKENS:
+        if tokens > self.most_tokens:
             y = self._by_tiles(flat, state, bias)
         elif tokens:
             y = self._by_rows(flat, state, bias)
@@ -54,7 +64,7 @@ class Kernel:
         return y.view(*x.shape[:-1], rows)
 
     def _by_rows(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
-        out = torch.float32 if x.dtype == torch.float16 else x.dtype
+        out = torch.float32 if x.dtype == torch.float16 and not self.takes_half else x.dtype
         if self._is_one and out is x.dtype:
             return self._terms[0][0].product(state, x, out, bias=bias)
         y: Tensor | None = None
@@ -74,7 +84,7 @@ class Kernel:
         return y.to(x.dtype)
 
     def _by_tiles(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
-        if x.dtype == torch.float16:
+        if x.dtype == torch.float16 and not self.takes_half:
             wide = None if bias is None else bias.float()
             return self._by_tiles(x.float(), state, wide).half()
         if bias is not None:
@@ -84,7 +94,7 @@ class Kernel:
             last = matrices[-1]
             own = x if len(matrices) == 1 else F.linear(x, matrices[0].weights(state, x.dtype))
             # a bias is rounded together with the product, where that is the output's already
-            added = bias if total is None and not isinstance(last, Rotated) else None
+            added = bias if total is None and not last.is_rotated else None
             y = last.leave(self._tiles(last, last.enter(own), state, added), state)
             if added is None and bias is not None and total is None:
                 y = y + bias
@@ -92,10 +102,10 @@ class Kernel:
         assert total is not None  # a level has a term
         return total
 
-    def _tiles(self, matrix: Matrix, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
+    def _tiles(self, matrix: Any, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
         rows, n = matrix.shape
-        y = torch.empty(len(x), rows, dtype=x.dtype, device="cpu")
-        step = max(1, TILE // n)
+        y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
+        step = max(1, self.tile // n)
         for first in range(0, rows, step):
             last = min(first + step, rows)
             W = matrix.weights(state, x.dtype, first=first, last=last)
@@ -110,7 +120,7 @@ class Kernel:
         rows, n = self.shape
         flat = grad.reshape(-1, rows)
         total = flat.new_zeros(len(flat), n)
-        step = max(1, TILE // n)
+        step = max(1, self.tile // n)
         for matrices in self._terms:
             if len(matrices) == 2:
                 A, B = (m.weights(state, flat.dtype) for m in matrices)
@@ -127,16 +137,22 @@ class Kernel:
     def look_up(self, ids: Tensor, state: Tensors, dtype: torch.dtype) -> Tensor:
         """Return rows ids (n,) int64 of the weight, (n, in) in `dtype`."""
         one = len(self._terms) == 1 and len(self._terms[0]) == 1
-        if one and dtype != torch.float16 and not isinstance(self._terms[0][0], Rotated):
+        has_dtype = dtype != torch.float16 or self.takes_half
+        if one and has_dtype and not self._terms[0][0].is_rotated:
             return self._terms[0][0].look_up(state, ids, dtype)
-        if any(isinstance(t[0], Rotated) for t in self._terms):
+        if any(t[0].is_rotated for t in self._terms):
             known = {name: state[name] for name in state if name not in ("like", "bias")}
             return compose.decompress_rows(self.level, known, self.shape, ids, dtype)
-        total = torch.zeros(len(ids), self.shape[1], dtype=torch.float32, device="cpu")
+        total = torch.zeros(len(ids), self.shape[1], dtype=torch.float32, device=ids.device)
         for matrices in self._terms:
             own = matrices[-1].look_up(state, ids, torch.float32)
             total += own if len(matrices) == 1 else own @ matrices[0].weights(state, torch.float32)
         return total.to(dtype)
+
+
+def _elsewhere(level: Level, shape: Shape, device: torch.device) -> Kernel | None:
+    # there, the kernels of this file are the base class
+    return import_module(".gpu_layer", __package__).for_device(level, shape, device)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=4096)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Matrix:
     chunk: int = 0
     fixed: Mapping[str, int] = field(default_factory=dict)
     table: Tensor | None = None  # masks of an n:m pattern, values of a trellis' states
+    is_rotated: ClassVar[bool] = False  # stored in another basis: enter() and leave() turn
 
     def __post_init__(self) -> None:
         rows, n = self.shape

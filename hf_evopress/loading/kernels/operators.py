@@ -21,6 +21,8 @@ from torch import Tensor
 from ...methods import compose
 from ...methods.base import Shape, State
 from ...plans.level import Level
+from .gpu_layer import TritonKernel, give_up, triton_kernel_of
+from .launch import KernelError
 from .layer import DTYPES, Kernel, kernel_of
 
 logger = logging.getLogger(__name__)
@@ -65,9 +67,12 @@ def linear(
 ) -> Tensor | None:
     """Return x W^T + bias of a layer with these parameters; None if it is not for the kernels.
 
-    The latter: another device or dtype, autocast, packed tensors that are trained.
+    The latter: a device without any, another dtype, autocast, packed tensors that are trained.
     """
-    if not isinstance(x, Tensor) or x.dtype not in DTYPES or not x.is_cpu or _failed:
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+        return None
+    here = _here(kernel, x.device)
+    if here is None:
         return None
     if x.shape[-1] != kernel.shape[1]:
         raise RuntimeError(
@@ -77,18 +82,26 @@ def linear(
     if bias is not None and bias.dtype not in DTYPES:
         return None
     with_graph = torch.is_grad_enabled()
-    if not _are_plain(names, tensors, with_graph) or torch.is_autocast_enabled("cpu"):
+    if not _are_plain(names, tensors, x, with_graph):
         return None
-    if _is_exporting():
+    if torch.is_autocast_enabled(x.device.type) or _is_exporting():
         return None
     has_graph = with_graph and (x.requires_grad or (bias is not None and bias.requires_grad))
     if has_graph or type(x) is not Tensor or _is_traced():
         state = [tensors[name] for name in names]
-        return torch.ops.evopress.linear(x, state, bias, kernel.text, kernel.shape[0])
+        return torch.ops.evopress.linear(
+            x, state, bias, kernel.text, kernel.shape[0], kernel.runtime
+        )
     if not with_graph:
-        return _product(kernel, tensors, x, bias)
+        return _product(here, tensors, x, bias)
     with torch.no_grad():
-        return _product(kernel, tensors, x, bias)
+        return _product(here, tensors, x, bias)
+
+
+def _here(kernel: Kernel | None, device: torch.device) -> Kernel | None:
+    """Return the kernel that does on a device what `kernel` says; None where there is none."""
+    found = None if kernel is None else kernel.on(device)
+    return None if _failed and not isinstance(found, TritonKernel) else found
 
 
 def _product(
@@ -98,8 +111,17 @@ def _product(
     try:
         return kernel.linear(x, tensors, bias)
     except failures() as error:
-        _give_up(error)
+        _give_up_on(kernel, error)
         return None
+
+
+def _give_up_on(kernel: Kernel, error: Exception) -> None:
+    if isinstance(error, KernelError):
+        give_up(error)
+    elif isinstance(kernel, TritonKernel):
+        raise error  # such as too little memory, which is not the kernel's fault
+    else:
+        _give_up(error)
 
 
 def look_up(
@@ -110,21 +132,30 @@ def look_up(
     dtype: torch.dtype,
 ) -> Tensor | None:
     """Return the rows (..., in) for token ids (...); None if it is not for the kernels."""
-    if not isinstance(ids, Tensor) or dtype not in DTYPES or not ids.is_cpu or _failed:
+    if not isinstance(ids, Tensor) or dtype not in DTYPES:
         return None
-    if not _are_plain(names, tensors, torch.is_grad_enabled()) or _is_exporting():
+    here = _here(kernel, ids.device)
+    if here is None:
+        return None
+    if not _are_plain(names, tensors, ids, torch.is_grad_enabled()) or _is_exporting():
         return None
     if type(ids) is not Tensor or _is_traced():
         state = [tensors[name] for name in names]
-        return torch.ops.evopress.look_up(ids, state, kernel.text, [*kernel.shape], dtype)
-    return _rows(kernel, tensors, ids, dtype)
+        options = kernel.text, [*kernel.shape], dtype, kernel.runtime
+        return torch.ops.evopress.look_up(ids, state, *options)
+    return _rows(here, tensors, ids, dtype)
 
 
-def _are_plain(names: tuple[str, ...], tensors: Mapping[str, Tensor], with_graph: bool) -> bool:
-    """Return whether packed tensors are where kernels read them, and are not trained."""
+def _are_plain(
+    names: tuple[str, ...], tensors: Mapping[str, Tensor], x: Tensor, with_graph: bool
+) -> bool:
+    """Return whether packed tensors are where kernels read them with x, and are not trained."""
+    on_cpu = x.is_cpu
     for name in names:
         tensor = tensors[name]
-        if not tensor.is_cpu or not tensor.is_contiguous():
+        if tensor.is_cpu != on_cpu or not tensor.is_contiguous():
+            return False
+        if not on_cpu and tensor.device != x.device:
             return False
         if with_graph and tensor.requires_grad:
             return False
@@ -151,8 +182,18 @@ def is_compiled_into_one() -> bool:
     return torch.compiler.is_compiling() and not _is_exporting()
 
 
-def _rows(kernel: Kernel, tensors: Mapping[str, Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
+def _rows(
+    kernel: Kernel, tensors: Mapping[str, Tensor], ids: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """Return rows (..., in); None, with one warning, where a Triton kernel fails."""
     flat = ids.reshape(-1)
+    if isinstance(kernel, TritonKernel):  # which asks nothing of a GPU: no row is a row of NaN
+        try:
+            rows = kernel.look_up(flat.to(torch.int64), tensors, dtype)
+        except KernelError as error:
+            give_up(error)
+            return None
+        return rows.view(*ids.shape, kernel.shape[1])
     if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < kernel.shape[0]:
         raise IndexError(
             f"token ids from {int(flat.min())} to {int(flat.max())} for an embedding of "
@@ -166,22 +207,27 @@ def _rows(kernel: Kernel, tensors: Mapping[str, Tensor], ids: Tensor, dtype: tor
 
 
 @lru_cache(maxsize=4096)
-def _known(level: str, shape: Shape) -> tuple[Level, Kernel | None, tuple[str, ...]]:
+def _known(level: str, shape: Shape, runtime: str) -> tuple[Level, Kernel | None, tuple[str, ...]]:
     parsed = compose.normalize(level)
     names = tuple(sorted(compose.empty(parsed, shape, torch.float32)))
-    return parsed, kernel_of(parsed, shape), names
-
-
-def _by_kernel(kernel: Kernel | None, x: Tensor) -> bool:
-    return kernel is not None and x.device.type == "cpu" and x.dtype in DTYPES and not _failed
+    find = triton_kernel_of if runtime == TritonKernel.runtime else kernel_of
+    return parsed, find(parsed, shape), names
 
 
 @torch.library.custom_op("evopress::linear", mutates_args=())
-def _linear(x: Tensor, state: list[Tensor], bias: Tensor | None, level: str, rows: int) -> Tensor:
+def _linear(
+    x: Tensor,
+    state: list[Tensor],
+    bias: Tensor | None,
+    level: str,
+    rows: int,
+    runtime: str = "auto",
+) -> Tensor:
     shape = (rows, x.shape[-1])
-    known, kernel, names = _known(level, shape)
+    known, kernel, names = _known(level, shape, runtime)
     tensors = dict(zip(names, state, strict=True))
-    if kernel is not None and _by_kernel(kernel, x):
+    kernel = _here(kernel, x.device) if x.dtype in DTYPES else None
+    if kernel is not None:
         y = _product(kernel, tensors, x, bias)
         if y is not None:
             return y.contiguous()  # as the fake says, which compiled code relies on
@@ -189,27 +235,40 @@ def _linear(x: Tensor, state: list[Tensor], bias: Tensor | None, level: str, row
 
 
 @_linear.register_fake
-def _(x: Tensor, state: list[Tensor], bias: Tensor | None, level: str, rows: int) -> Tensor:
+def _(
+    x: Tensor,
+    state: list[Tensor],
+    bias: Tensor | None,
+    level: str,
+    rows: int,
+    runtime: str = "auto",
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
 @torch.library.custom_op("evopress::linear_input_gradient", mutates_args=())
-def _input_gradient(grad: Tensor, state: list[Tensor], level: str, columns: int) -> Tensor:
+def _input_gradient(
+    grad: Tensor, state: list[Tensor], level: str, columns: int, runtime: str = "auto"
+) -> Tensor:
     shape = (grad.shape[-1], columns)
-    known, kernel, names = _known(level, shape)
+    known, kernel, names = _known(level, shape, runtime)
     tensors: State = dict(zip(names, state, strict=True))
-    if kernel is not None and _by_kernel(kernel, grad) and grad.dtype != torch.float16:
-        return kernel.input_gradient(grad, tensors)
+    kernel = _here(kernel, grad.device) if grad.dtype in DTYPES else None
+    if kernel is not None and (grad.dtype != torch.float16 or kernel.takes_half):
+        try:
+            return kernel.input_gradient(grad, tensors)
+        except KernelError as error:
+            give_up(error)
     return grad @ compose.decompress(known, tensors, shape, grad.dtype)
 
 
 @_input_gradient.register_fake
-def _(grad: Tensor, state: list[Tensor], level: str, columns: int) -> Tensor:
+def _(grad: Tensor, state: list[Tensor], level: str, columns: int, runtime: str = "auto") -> Tensor:
     return grad.new_empty(*grad.shape[:-1], columns)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, state, bias, ctx.level, _ = inputs
+    x, state, bias, ctx.level, _, ctx.runtime = inputs
     ctx.save_for_backward(*state)
     ctx.columns = x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -219,10 +278,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     for_x = for_bias = None
     state = list(ctx.saved_tensors)  # under gradient checkpointing they can be had once only
     if ctx.needs_input_grad[0]:
-        for_x = torch.ops.evopress.linear_input_gradient(grad, state, ctx.level, ctx.columns)
+        how = ctx.level, ctx.columns, ctx.runtime
+        for_x = torch.ops.evopress.linear_input_gradient(grad, state, *how)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         for_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return for_x, [None] * len(state), for_bias, None, None
+    return for_x, [None] * len(state), for_bias, None, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_save)
@@ -230,17 +290,31 @@ _linear.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("evopress::look_up", mutates_args=())
 def _look_up(
-    ids: Tensor, state: list[Tensor], level: str, shape: list[int], dtype: torch.dtype
+    ids: Tensor,
+    state: list[Tensor],
+    level: str,
+    shape: list[int],
+    dtype: torch.dtype,
+    runtime: str = "auto",
 ) -> Tensor:
     size = (shape[0], shape[1])
-    known, kernel, names = _known(level, size)
+    known, kernel, names = _known(level, size, runtime)
     tensors = dict(zip(names, state, strict=True))
-    if kernel is not None and ids.device.type == "cpu" and dtype in DTYPES and not _failed:
-        return _rows(kernel, tensors, ids, dtype)
+    kernel = _here(kernel, ids.device) if dtype in DTYPES else None
+    found = None if kernel is None else _rows(kernel, tensors, ids, dtype)
+    if found is not None:
+        return found
     rows = compose.decompress_rows(known, tensors, size, ids.reshape(-1), dtype)
     return rows.view(*ids.shape, size[1])
 
 
 @_look_up.register_fake
-def _(ids: Tensor, state: list[Tensor], level: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+def _(
+    ids: Tensor,
+    state: list[Tensor],
+    level: str,
+    shape: list[int],
+    dtype: torch.dtype,
+    runtime: str = "auto",
+) -> Tensor:
     return state[0].new_empty(*ids.shape, shape[1], dtype=dtype)

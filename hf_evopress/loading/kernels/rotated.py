@@ -6,6 +6,7 @@ W = s Q_o^T Y Q_i (methods/trellis.py): W x is Q_o^T (Y (Q_i x)) s, and rotation
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Rotated(Matrix):
     rotation: str = "full"
     seed: int = 0
     scale: str = "scale"
+    codebook: str = "strata"
+    is_rotated: ClassVar[bool] = True
 
     def product(
         self,

@@ -112,6 +112,7 @@ def _walks(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
         rotation=params["rotation"],
         seed=params["seed"],
         scale=f"scale{suffix}",
+        codebook=params["codebook"],
     )
 
 

@@ -1,0 +1,381 @@
+"""Packed matrices on a GPU: which Triton kernel multiplies them, and with what.
+
+Each wraps the description that the CPU's kernels read (matrix.py, terms.py): the packed tensors
+are the same. Sizes of tiles follow from shapes; none was tuned on a machine.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...methods.base import Shape
+from ...methods.maths.codebook import codebook
+from ...methods.maths.packing import unpack
+from . import task as T
+from .launch import launch, needs_exact
+from .matrix import Matrix, Tensors
+from .rotated import Rotated
+from .stacked import Stacked
+
+FORMULAS = ("mul1", "mcg", "3inst")  # codebooks that are computed
+LEAST, MOST = 16, 64  # columns of a tile; tl.dot takes no fewer
+
+
+@dataclass(frozen=True)
+class OnGPU(ABC):
+    """A packed matrix (rows, n) on a GPU; the methods are those of Matrix."""
+
+    matrix: Matrix
+    family: ClassVar[str] = ""
+    is_walked: ClassVar[bool] = False  # from left to right by one program, for rows as well
+
+    @property
+    def shape(self) -> Shape:
+        return self.matrix.shape
+
+    @property
+    def is_rotated(self) -> bool:
+        return self.matrix.is_rotated
+
+    @property
+    def families(self) -> frozenset[str]:
+        """The kernels that this needs, by the names of their files."""
+        return frozenset({self.family})
+
+    def product(
+        self,
+        state: Tensors,
+        x: Tensor,
+        dtype: torch.dtype,
+        *,
+        bias: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """Return x W^T + bias + start in `dtype`; x (tokens, n) contiguous, start float32."""
+        y = torch.empty(len(x), self.shape[0], dtype=dtype, device=x.device)
+        self.into(y, state, x, bias=bias, start=start)
+        return y
+
+    def into(
+        self,
+        y: Tensor,
+        state: Tensors,
+        x: Tensor,
+        *,
+        bias: Tensor | None = None,
+        start: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> None:
+        """Write x W^T + bias + start to y (tokens, width), to the columns that `order` names."""
+        (rows, n), tokens, width = self.shape, len(x), y.shape[1]
+        exact = x.dtype == torch.float32 or needs_exact(x.device)
+        tile = self.tile(tokens)
+        grid = (-(-rows // tile["BN"]), -(-tokens // tile["BM"]))
+        given = {
+            **{"x": x, "start": start, "bias": bias, "order": order, "y": y},
+            **{"tokens": tokens, "rows": rows, "n": n, "width": width},
+            **{"ONE": tokens == 1, "EXACT": exact},
+        }
+        launch(
+            self.family,
+            "product",
+            grid,
+            x.device,
+            given | self.constants | self.tensors(state) | tile,
+        )
+
+    def weights(
+        self, state: Tensors, dtype: torch.dtype, *, first: int = 0, last: int | None = None
+    ) -> Tensor:
+        """Return rows first .. last of the weight in `dtype`."""
+        last = self.shape[0] if last is None else last
+        return self._unpacked(state, dtype, None, first, last - first)
+
+    def look_up(self, state: Tensors, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return rows (n,) int64 of the weight in `dtype`; NaN for numbers of no row."""
+        return self._unpacked(state, dtype, ids.contiguous(), 0, len(ids))
+
+    def _unpacked(
+        self, state: Tensors, dtype: torch.dtype, ids: Tensor | None, first: int, count: int
+    ) -> Tensor:
+        device = state[self.matrix.codes].device
+        y = torch.empty(count, self.shape[1], dtype=dtype, device=device)
+        tile = self.tile(1)
+        sizes = {"first": first, "rows": count, "all_rows": self.shape[0], "n": self.shape[1]}
+        given = {"ids": ids, "y": y, "BN": tile["BN"], "BK": tile["BK"]}
+        programs = 1 if self.is_walked else -(-self.across() // tile["BK"])
+        grid = (-(-count // tile["BN"]), programs)
+        if y.numel():
+            given |= sizes | self.constants | self.tensors(state)
+            launch(self.family, "unpack", grid, device, given)
+        return y
+
+    def tile(self, tokens: int) -> dict[str, int]:
+        """Return the sizes of a program's tile: BM tokens, BN rows, BK columns at a time."""
+        bk = self.columns_at_once()
+        if tokens == 1:
+            return {"BM": 1, "BN": 16 if self.shape[0] >= 4096 else 8, "BK": bk}
+        if tokens <= 16:
+            return {"BM": 16, "BN": 32, "BK": bk}
+        return {"BM": 32 if tokens <= 32 else 64, "BN": 64, "BK": bk}
+
+    def columns_at_once(self) -> int:
+        """Return BK, a power of two from LEAST to MOST."""
+        return min(MOST, max(LEAST, _power_above(self.across())))
+
+    def across(self) -> int:
+        """Return how many columns, or what stands for several, a program goes through."""
+        return self.shape[1]
+
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        """What the kernels of this family take besides what all of them do: never changes."""
+        return {}
+
+    @abstractmethod
+    def tensors(self, state: Tensors) -> dict[str, Any]:
+        """Return the tensors that they read."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        return self.matrix.enter(x)
+
+    def leave(self, y: Tensor, state: Tensors) -> Tensor:
+        return self.matrix.leave(y, state)
+
+    def enter_back(self, grad: Tensor, state: Tensors) -> Tensor:
+        return self.matrix.enter_back(grad, state)
+
+    def leave_back(self, total: Tensor) -> Tensor:
+        return self.matrix.leave_back(total)
+
+
+class Codes(OnGPU):
+    """Codes of 1 to 8 bits; eight columns, an eighth of a row apart, stand at one place."""
+
+    family = "codes"
+
+    def across(self) -> int:
+        return -(-self.shape[1] // 8)
+
+    def columns_at_once(self) -> int:
+        return self._aligned() or super().columns_at_once()
+
+    def _aligned(self) -> int:
+        """Return the most columns at once that have one scale in each eighth, 0 for too few."""
+        groups = self.matrix.fixed.get("groups", 1)
+        if groups == 1:
+            return super().columns_at_once()
+        octets, group = self.across(), self.shape[1] // groups
+        fits = (size for size in (64, 32, LEAST) if octets % size == 0 and group % size == 0)
+        return next(fits, 0)
+
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        bits, octets = self.matrix.fixed["bits"], self.across()
+        return {
+            **_grid_sizes(self.matrix),
+            **{"octets": octets, "BITS": bits, "ALIGNED": self._aligned() > 0},
+        }
+
+    def tensors(self, state: Tensors) -> dict[str, Any]:
+        return {"codes": state[self.matrix.codes], **_grids(self.matrix, state)}
+
+
+class Floats(OnGPU):
+    """Numbers in 16 bits: factors of a low-rank term."""
+
+    family = "floats"
+
+    def tensors(self, state: Tensors) -> dict[str, Any]:
+        return {"values": state[self.matrix.codes]}
+
+
+class Sparse(OnGPU):
+    """A mask, or numbers of n:m masks, and the kept weights in 16 bits or as codes."""
+
+    family = "sparse"
+    is_walked = True
+
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        m, (rows, n) = self.matrix, self.shape
+        kept, group = m.fixed["kept"], 1 if m.table is None else int(m.table.shape[-1])
+        has_codes = m.fixed["source"] == T.SPARSE_CODES
+        grid = {"groups": 1, "zero_octets": 1, "GROUP": 1}
+        return {
+            **{"octets": -(-(n // group) // 8), "row_kept": kept // rows},
+            **(_grid_sizes(m) if has_codes else grid),
+            **{"M": group, "NUMBER_BITS": m.fixed.get("number_bits", 1)},
+            **{"code_octets": -(-kept // 8), "BITS": m.fixed["bits"] if has_codes else 16},
+        }
+
+    def tensors(self, state: Tensors) -> dict[str, Any]:
+        m = self.matrix
+        assert m.places is not None  # terms.py gives it
+        places = state[m.places]
+        return {
+            "places": places,
+            "table": None if m.table is None else _on(m.table, places.device),
+            "starts": _starts(places, self.shape[0]) if m.table is None else None,
+            "values": state[m.codes],
+            **_grids(m, state),
+        }
+
+
+class Walks(OnGPU):
+    """Trellis codes: activations are rotated, and the product is rotated back."""
+
+    family = "walks"
+
+    def across(self) -> int:
+        return 2 * int(self.matrix.fixed["width"])  # half rows of tiles
+
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        fixed = self.matrix.fixed
+        book = self.book if self.book in FORMULAS else "table"
+        sizes = {"tiles": fixed["width"], "K": fixed["bits"], "L": fixed["number_bits"]}
+        return {**sizes, "BOOK": book}
+
+    @property
+    def book(self) -> str:
+        """The name of the codebook."""
+        assert isinstance(self.matrix, Rotated)  # terms.py gives it
+        return self.matrix.codebook
+
+    def tensors(self, state: Tensors) -> dict[str, Any]:
+        codes, sizes = state[self.matrix.codes], self.constants
+        if self.book in FORMULAS:
+            return {"codes": codes, "table": None}
+        return {"codes": codes, "table": _values(self.book, sizes["L"], sizes["K"], codes.device)}
+
+    def product(
+        self,
+        state: Tensors,
+        x: Tensor,
+        dtype: torch.dtype,
+        *,
+        bias: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        own = self.enter(x.float() if len(x) == 1 else x).contiguous()
+        y = self.leave(super().product(state, own, torch.float32), state)
+        for more in (start, bias):
+            y = y if more is None else y + more
+        return y.to(dtype)
+
+
+@dataclass(frozen=True)
+class RowsOfTwoKinds(OnGPU):
+    """Rows that a packed mask says to be in `top`, in order, and the rest in `rest`."""
+
+    top: OnGPU
+    rest: OnGPU
+
+    @property
+    def families(self) -> frozenset[str]:
+        return self.top.families | self.rest.families
+
+    def into(
+        self,
+        y: Tensor,
+        state: Tensors,
+        x: Tensor,
+        *,
+        bias: Tensor | None = None,
+        start: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> None:
+        n_top, own = self.top.shape[0], self._order(state)
+        for part, some in ((self.top, own[:n_top]), (self.rest, own[n_top:])):
+            part.into(y, state, x, bias=bias, start=start, order=some)
+
+    def _unpacked(
+        self, state: Tensors, dtype: torch.dtype, ids: Tensor | None, first: int, count: int
+    ) -> Tensor:
+        is_top = self._is_top(state)
+        if ids is None:
+            ids = torch.arange(first, first + count, device=is_top.device)
+        known = ids.clamp(0, self.shape[0] - 1)
+        before, own = is_top.long().cumsum(0)[known], is_top[known].unsqueeze(-1)
+        top = self.top.look_up(state, (before - 1).clamp(min=0), dtype)
+        rest = self.rest.look_up(state, (known - before).clamp(max=self.rest.shape[0] - 1), dtype)
+        rows = torch.where(own, top, rest)
+        return rows.masked_fill_((ids != known).unsqueeze(-1), torch.nan)
+
+    def _order(self, state: Tensors) -> Tensor:
+        """Return which output each stored row is, int32: the top rows, then the rest."""
+        is_top = self._is_top(state)
+        number = torch.arange(len(is_top), device=is_top.device)
+        before = is_top.long().cumsum(0)
+        place = torch.where(is_top, before - 1, self.top.shape[0] + number - before)
+        return torch.empty_like(number, dtype=torch.int32).scatter_(0, place, number.int())
+
+    def _is_top(self, state: Tensors) -> Tensor:
+        return unpack(state[self.matrix.codes], 1, self.shape[0]).bool()
+
+    def tensors(self, state: Tensors) -> dict[str, Any]:
+        return {}
+
+
+def on_gpu(matrix: Matrix) -> OnGPU:
+    """Return the matrix as kernels in Triton read it."""
+    if isinstance(matrix, Stacked):
+        assert matrix.top is not None and matrix.rest is not None  # terms.py gives both
+        return RowsOfTwoKinds(matrix, on_gpu(matrix.top), on_gpu(matrix.rest))
+    kinds: dict[int, type[OnGPU]] = {
+        T.CODED: Codes,
+        T.SPARSE_CODES: Sparse,
+        T.SPARSE_FLOATS: Sparse,
+        T.FLOATS: Floats,
+        T.WALKS: Walks,
+    }
+    return kinds[matrix.fixed.get("source", T.CODED)](matrix)
+
+
+def _grids(m: Matrix, state: Tensors) -> dict[str, Any]:
+    """Return scales and zero points, None where there are none."""
+    return {
+        "scales": None if m.scales is None else state[m.scales],
+        "zeros": None if m.zeros is None else state[m.zeros],
+    }
+
+
+def _grid_sizes(m: Matrix) -> dict[str, Any]:
+    (rows, n), groups = m.shape, m.fixed.get("groups", 1)
+    return {"groups": groups, "zero_octets": -(-rows * groups // 8), "GROUP": n // groups}
+
+
+def _starts(mask: Tensor, rows: int) -> Tensor:
+    """Return before which kept weight each row of a packed mask begins, int32."""
+    counts = torch.empty(rows, dtype=torch.int32, device=mask.device)
+    sizes = {"rows": rows, "width": mask.shape[1], "BN": 16, "BK": 64}
+    launch(
+        "sparse",
+        "count",
+        (-(-rows // 16),),
+        mask.device,
+        {"places": mask, "counts": counts} | sizes,
+    )
+    return torch.cumsum(counts, 0, dtype=torch.int32) - counts
+
+
+def _power_above(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@lru_cache(maxsize=None)
+def _on(table: Tensor, device: torch.device) -> Tensor:
+    return table.to(device)
+
+
+@lru_cache(maxsize=None)
+def _values(name: str, state_bits: int, bits: int, device: torch.device) -> Tensor:
+    """Return a codebook's values in the half precision that they have."""
+    return codebook(name, state_bits, bits).half().to(device)

@@ -1,0 +1,95 @@
+"""Compile every kernel in Triton, as it is launched, for GPUs that need not be here.
+
+python tests/loading/compile_for_gpus.py    # without TRITON_INTERPRET; prints a line per binary
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_evopress.loading.kernels import gpu
+from hf_evopress.loading.kernels.gpu_layer import triton_kernel_of
+from hf_evopress.methods import compose
+from hf_evopress.methods.maths.linalg import Stats
+
+TARGETS = [GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)]
+LEVELS = [
+    "rtn:bits=3,group_size=64",
+    "rtn:bits=7,group_size=32,symmetric=true",
+    "rows:bits=4,top_bits=8,top=0.2,group_size=128",
+    "magnitude:sparsity=0.5",
+    "magnitude:pattern=2:4,bits=4,group_size=32",
+    "rtn:bits=4,group_size=24 + lowrank:rank=5,metric=plain",
+    "trellis:bits=3,state_bits=8,feedback=none",
+    "trellis:bits=5,state_bits=8,feedback=none,codebook=mul1",
+    "trellis:bits=2,state_bits=8,feedback=none,codebook=3inst",
+]
+KINDS = {
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+}
+_seen: set[str] = set()
+
+
+def compile_as_launched(
+    family: str, name: str, grid: tuple[int, ...], device: torch.device, given: Mapping[str, Any]
+) -> None:
+    """Compile a kernel for all TARGETS with the types and constants that it is launched with."""
+    kernel = getattr(import_module(f"hf_evopress.loading.kernels.triton_{family}"), name)
+    signature, constants, aligned = {}, {}, {}
+    for i, (key, parameter) in enumerate(inspect.signature(kernel.fn).parameters.items()):
+        value = given[key]
+        if isinstance(value, torch.Tensor):
+            signature[key] = KINDS[value.dtype]
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif value is None or "constexpr" in str(parameter.annotation):
+            signature[key], constants[(i,)] = "constexpr", value
+        else:
+            signature[key] = "i32"
+            if value % 16 == 0:
+                aligned[(i,)] = [["tt.divisibility", 16]]
+    what = f"{family}.{name} {signature} {constants}"
+    if what in _seen:
+        return
+    _seen.add(what)
+    for target in TARGETS:
+        made = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target)
+        assert "cubin" in made.asm or "hsaco" in made.asm
+        print(target.backend, target.arch, family, name, constants)
+
+
+def main() -> None:
+    gpu.launch, gpu.needs_exact = compile_as_launched, lambda device: False
+    torch.manual_seed(0)
+    shape = (48, 384)
+    for text in LEVELS:
+        level = compose.normalize(text)
+        if "group_size=24" in text:
+            shape = (48, 96)
+        X = torch.randn(64, shape[1])
+        stats = Stats(X.T @ X / len(X), None, X.mean(0), len(X))
+        kernel, state = (
+            triton_kernel_of(level, shape),
+            compose.compress(level, torch.randn(shape), stats),
+        )
+        assert kernel is not None
+        for tokens in (1, 3, 65):
+            x = torch.randn(tokens, shape[1], dtype=torch.bfloat16)
+            kernel.linear(x, state, torch.randn(shape[0], dtype=torch.bfloat16))
+        kernel.look_up(torch.tensor([1, 2]), state, torch.bfloat16)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Kernels in Triton compute what the reference path does: on a GPU, else in Triton's interpreter.
+
+The interpreter cuts float32 to bfloat16 instead of rounding it, so that bfloat16 results are up to
+twice as far off there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_evopress.loading.kernels import gpu_layer, launch
+from hf_evopress.loading.kernels.gpu_layer import MOST_TOKENS, TritonKernel, triton_kernel_of
+from hf_evopress.loading.layers import CompressedLinear, prepare_layers
+from hf_evopress.loading.runtimes import KERNELS, TRITON_KERNELS, check_device, chosen
+from hf_evopress.methods import compose
+from hf_evopress.methods.base import State
+
+from .test_kernels import CODES, SPARSE, SUMS, TRELLIS, error, make
+
+pytest.importorskip("triton", reason='no Triton: pip install "hf-evopress[dev]" on Linux')
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDS = DEVICE != "cpu"
+MORE = [
+    "trellis:bits=3,state_bits=8,feedback=none,codebook=mcg",
+    "trellis:bits=4,state_bits=8,feedback=none,codebook=3inst",
+    "lowrank:rank=4,centred=true",
+]
+SHAPES = [(17, 192), (33, 48), (16, 13)]  # the last: no whole bytes, no groups
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_layer, "_failed", {})
+
+
+def kernel_at(level: str, shape: tuple[int, int]) -> tuple[TritonKernel, State]:
+    own, state = make(level, shape)
+    kernel = triton_kernel_of(own.level, shape)
+    assert kernel is not None
+    return kernel, {name: tensor.to(DEVICE) for name, tensor in state.items()}
+
+
+def fitting(level: str) -> list[tuple[int, int]]:
+    if "trellis" in level:
+        return [(40, 72)]
+    known, fits = compose.normalize(level), []
+    for shape in SHAPES:
+        try:
+            compose.check_shape(known, shape)
+        except ValueError:
+            continue
+        fits.append(shape)
+    return fits or [(8, 384)]
+
+
+def most_error(dtype: torch.dtype, dense: float) -> float:
+    if dtype == torch.float32:
+        return 1e-6
+    return (1.05 if dtype == torch.float16 or ROUNDS else 3.5) * dense
+
+
+ALL = CODES + SPARSE + SUMS + TRELLIS + MORE
+CASES = [
+    (level, fitting(level)[i % len(fitting(level))], DTYPES[(i + j) % 3], tokens)
+    for i, level in enumerate(ALL)
+    for j, tokens in enumerate((1, 3, MOST_TOKENS + 1))
+]
+
+
+@pytest.mark.parametrize("level, shape, dtype, tokens", CASES, ids=str)
+def test_products_are_as_near_to_the_exact_ones_as_those_of_a_dense_layer(
+    level: str, shape: tuple[int, int], dtype: torch.dtype, tokens: int
+) -> None:
+    kernel, state = kernel_at(level, shape)
+    W = compose.decompress(kernel.level, state, shape, torch.float32)
+    x = torch.randn(tokens, shape[1], device=DEVICE).to(dtype)
+    bias = torch.randn(shape[0], device=DEVICE).to(dtype)
+    fix = compose.bias_fix(kernel.level, state)
+    added = bias.double() if fix is None else bias.double() + fix.double()
+    exact = x.double() @ W.double().T + added
+    found = kernel.linear(x, state, bias)
+    dense = F.linear(x, W.to(dtype), added.to(dtype))
+    assert found.dtype == dtype and found.shape == dense.shape
+    turns = 1.5 if "trellis" in level else 1.0  # rotated activations are rounded as well
+    terms = 1.6 if "+" in level or "lowrank" in level else 1.0  # and each term by itself
+    assert error(found, exact) <= turns * terms * most_error(dtype, error(dense, exact))
+
+
+@pytest.mark.parametrize("level", CODES + SPARSE)
+def test_rows_are_those_of_the_reference_to_the_bit(level: str) -> None:
+    shape = fitting(level)[-1]
+    kernel, state = kernel_at(level, shape)
+    ids = torch.tensor([3, 0, shape[0] - 1, 3], device=DEVICE)
+    for dtype in (torch.float32, torch.bfloat16 if ROUNDS else torch.float16):
+        W = compose.decompress(kernel.level, state, shape, dtype)
+        assert torch.equal(kernel._terms[0][0].weights(state, dtype, first=1), W[1:])
+        assert torch.equal(kernel.look_up(ids, state, dtype), W[ids])
+
+
+@pytest.mark.parametrize("level", [CODES[0], CODES[-1], SPARSE[0]])
+def test_numbers_of_no_row_give_nan_and_are_not_read(level: str) -> None:
+    kernel, state = kernel_at(level, fitting(level)[0])
+    ids = torch.tensor([0, kernel.shape[0], -1, 2**40], device=DEVICE)
+    found = kernel.look_up(ids, state, torch.float32)
+    assert found.isnan().all(1).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("level", [CODES[1], SPARSE[0], SUMS[3], TRELLIS[1]])
+def test_gradients_are_those_of_the_reference(level: str) -> None:
+    kernel, state = kernel_at(level, (40, 96))
+    W = compose.decompress(kernel.level, state, (40, 96), torch.float32)
+    grad = torch.randn(5, 40, device=DEVICE)
+    assert torch.allclose(kernel.input_gradient(grad, state), grad @ W, atol=1e-4)
+
+
+def layer(level: str = "rtn:bits=3,group_size=32", **how: torch.dtype) -> CompressedLinear:
+    torch.manual_seed(0)
+    shape = (24, 96)
+    state = compose.compress(compose.normalize(level), torch.randn(shape), None)
+    made = CompressedLinear.from_state(level, state, torch.randn(24), shape, **how).to(DEVICE)
+    assert made.prepare("triton") == TRITON_KERNELS
+    return made
+
+
+@pytest.fixture
+def reference_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError("the weight was computed")
+
+    monkeypatch.setattr(compose, "decompress", never)
+    monkeypatch.setattr(compose, "operator", never)
+
+
+@pytest.mark.usefixtures("reference_is_not_used")
+def test_shapes_and_strides_of_inputs_are_kept() -> None:
+    made, x = layer(), torch.randn(2, 3, 96, device=DEVICE)
+    y = made(x)
+    assert torch.allclose(made(x.transpose(0, 1)), y.transpose(0, 1), atol=1e-5)
+    spread = torch.randn(2, 3, 192, device=DEVICE)[..., ::2].copy_(x)
+    assert not spread.is_contiguous()
+    assert torch.allclose(made(spread), y, atol=1e-5)
+    assert torch.allclose(made(x[0, 0]), y[0, 0], atol=1e-5)
+    assert made(x[:0]).shape == (0, 3, 24) and made(x[:, :0]).shape == (2, 0, 24)
+    made.bias = torch.nn.Parameter(torch.randn(48, device=DEVICE)[::2])
+    assert torch.allclose(made(x[0]) - made.bias, y[0] - layer().bias, atol=1e-5)
+    with pytest.raises(RuntimeError, match="an input of shape .2, 95. for a layer of 96 inputs"):
+        made(torch.randn(2, 95, device=DEVICE))
+
+
+@pytest.mark.usefixtures("reference_is_not_used")
+def test_inputs_and_bias_get_their_gradient_without_the_weight() -> None:
+    made, x = layer(), torch.randn(3, 96, device=DEVICE, requires_grad=True)
+    y = made(x)
+    y.square().sum().backward()
+    W = (made(torch.eye(96, device=DEVICE)) - made.bias).detach()  # (in, out)
+    assert torch.allclose(x.grad, 2 * y.detach() @ W.T, atol=1e-3)
+    assert torch.allclose(made.bias.grad, 2 * y.detach().sum(0), atol=1e-3)
+
+
+def test_a_compiled_layer_is_one_graph_that_calls_the_kernel() -> None:
+    made, x = layer(), torch.randn(3, 96, device=DEVICE)
+    whole = torch.compile(made, fullgraph=True, backend="aot_eager")
+    calls = []
+    original = TritonKernel.linear
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(TritonKernel, "linear", lambda *a: calls.append(a) or original(*a))
+        found = whole(x)
+    assert len(calls) == 1
+    assert torch.allclose(found, made(x), atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_the_operators_keep_the_rules_of_pytorch() -> None:
+    made, x = layer(), torch.randn(3, 96, device=DEVICE, requires_grad=True)
+    state = [getattr(made, name) for name in made._state_names]
+    rest = (state, made.bias.detach(), made.level_text, 24, "triton")
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.evopress.linear.default, (x, *rest), test_utils=tests)
+
+
+def test_models_look_up_rows_and_say_what_they_compute_with(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from hf_evopress.loading.embedding import compress_embedding
+
+    shape, level = (20, 64), "rtn:bits=4,group_size=32"
+    state = compose.compress(compose.normalize(level), torch.randn(shape), None)
+    model = torch.nn.Sequential(compress_embedding(torch.nn.Embedding(*shape), level, state))
+    model.to(DEVICE)
+    with caplog.at_level(logging.INFO, "hf_evopress"):
+        assert prepare_layers(model, "triton") == {"0": TRITON_KERNELS}
+    assert "runtime triton: 1 layers by Triton kernels" in caplog.messages
+    ids = torch.tensor([[1, 2], [19, 0]], device=DEVICE)
+    assert torch.equal(model(ids), model[0].weight[ids])
+
+
+def test_a_kernel_that_fails_is_left_with_one_warning_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, x = layer(), torch.randn(3, 96, device=DEVICE)
+    wanted = made(x)
+    original = launch.import_module
+
+    def fails(name: str, package: str | None = None) -> object:
+        if name == ".triton_codes":
+            raise OSError("Failed to find C compiler.\nPlease specify")
+        return original(name, package)
+
+    monkeypatch.setattr(launch, "import_module", fails)
+    with caplog.at_level(logging.WARNING):
+        found = [made(x) for _ in range(3)]
+    assert all(torch.allclose(y, wanted, atol=1e-5) for y in found)
+    assert caplog.messages == [
+        "the Triton kernel 'codes' of hf_evopress does not work here (OSError: Failed to find C "
+        "compiler.): layers that need it compute as with runtime 'packed', which is slower"
+    ]
+    assert made.prepare("triton") == "as packed (Triton kernel 'codes' failed)"
+    assert layer("magnitude:sparsity=0.5").prepare("triton") == TRITON_KERNELS
+
+
+def test_too_little_memory_is_an_error_and_not_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    made = layer()
+    monkeypatch.setattr(TritonKernel, "linear", fails)
+    with pytest.raises(torch.OutOfMemoryError), torch.no_grad():
+        made(torch.randn(3, 96, device=DEVICE))
+
+
+def test_the_choice_says_why_a_device_has_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    level, card = compose.normalize("rtn:bits=4,group_size=32"), torch.device("cuda:0")
+    shape = (64, 64)
+    launch._why_not.cache_clear()
+    monkeypatch.setattr(launch, "capability", lambda device: (7, 5))
+    wanted = "as packed (compute capability 7.5 is below 8.0)"
+    assert chosen(level, shape, card, torch.bfloat16) == wanted
+    launch._why_not.cache_clear()
+    monkeypatch.setattr(launch, "capability", lambda device: (9, 0))
+    assert chosen(level, shape, card, torch.bfloat16) == TRITON_KERNELS
+    zero = compose.normalize("zero")
+    assert chosen(zero, shape, card, torch.bfloat16) == "as packed (no kernel for zero)"
+    assert chosen(level, shape, torch.device("mps"), torch.bfloat16) == (
+        "as packed (no kernels for mps)"
+    )
+    launch._why_not.cache_clear()
+    reason = "Triton cannot be imported: No module named 'triton'"
+    monkeypatch.setattr(launch, "_missing", lambda: reason)
+    assert chosen(level, shape, card, torch.bfloat16) == f"as packed ({reason})"
+    with pytest.raises(ValueError, match="'triton' cannot be had on cuda:0: Triton cannot be impo"):
+        check_device("triton", card)
+    with pytest.raises(ValueError, match="'triton' cannot be had on cpu: Triton is for GPUs; take"):
+        check_device("triton", torch.device("cpu"))
+    assert chosen(level, shape, torch.device("cpu"), torch.bfloat16) == KERNELS
+    launch._why_not.cache_clear()
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    script = Path(__file__).parent / "compile_for_gpus.py"
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    run = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = run.stdout.split("\n")
+    assert sum(line.startswith("cuda 80") for line in lines) >= 14
+    assert sum(line.startswith("hip gfx942") for line in lines) >= 14
