@@ -23,6 +23,7 @@ from .kernels.operators import is_compiled_into_one
 from .kernels.operators import look_up as kernel_look_up
 from .layers import CompressedLinear
 from .packed import PackedWeight
+from .runtimes import AUTO
 
 _OWN = (
     "level",
@@ -83,7 +84,7 @@ class CompressedEmbedding(PackedWeight, nn.Embedding):
                 return rows
         if is_compiled_into_one() and not any(t.requires_grad for t in self.state.values()):
             state = [self._parameters[name] for name in self._state_names]
-            options = self.level_text, [*self.shape], self.weight_dtype
+            options = self.level_text, [*self.shape], self.weight_dtype, AUTO
             return torch.ops.evopress.look_up(input, state, *options)
         return look_up(self.level, self.state, self.shape, input, self.weight_dtype)
 

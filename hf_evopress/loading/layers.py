@@ -17,7 +17,7 @@ from ..plans.plan import Plan
 from .kernels.operators import is_compiled_into_one, linear
 from .packed import PackedWeight
 from .runtime import Runtime
-from .runtimes import RUNTIMES, log_choices
+from .runtimes import AUTO, RUNTIMES, log_choices
 
 
 class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
@@ -103,7 +103,8 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
     def _run(self, x: Tensor) -> Tensor:
         if is_compiled_into_one() and not any(t.requires_grad for t in self.state.values()):
             tensors = [self._parameters[name] for name in self._state_names]
-            return torch.ops.evopress.linear(x, tensors, self.bias, self.level_text, self.shape[0])
+            own = self.level_text, self.shape[0], AUTO
+            return torch.ops.evopress.linear(x, tensors, self.bias, *own)
         return compose.operator(self.level, self.state, self.bias, self.shape, x.dtype)(x)
 
     def prepare(self, runtime: str) -> str:

@@ -15,7 +15,8 @@ from hf_evopress.base import plugins
 from hf_evopress.export.compressed_tensors import check_plan
 from hf_evopress.export.gguf import fits_file
 from hf_evopress.export.onnx_format.layers import is_packed
-from hf_evopress.loading.runtimes import KERNELS, chosen
+from hf_evopress.loading.kernels import launch
+from hf_evopress.loading.runtimes import KERNELS, TRITON_KERNELS, chosen
 from hf_evopress.methods import compose
 from hf_evopress.methods.menu import fits
 from hf_evopress.plans.level import Level
@@ -56,7 +57,7 @@ def told(level: Level, model: nn.Module, unit: str) -> list[str]:
         return ["works"] * 6
     here = [chosen(level, SHAPE, torch.device(name), torch.bfloat16) for name in ("cpu", "cuda")]
     return [
-        *("fast" if choice == KERNELS else "works" for choice in here),
+        *("fast" if choice in (KERNELS, TRITON_KERNELS) else "works" for choice in here),
         "works" if compose.looks_up_rows(level) else "refused",
         stock,
         "works" if fits_file(level) else "refused; rounded with `--requantise`",
@@ -64,7 +65,10 @@ def told(level: Level, model: nn.Module, unit: str) -> list[str]:
     ]
 
 
-def test_the_table_in_the_docs_is_what_is(tiny_model: Callable[..., nn.Module]) -> None:
+def test_the_table_in_the_docs_is_what_is(
+    tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_why_not", lambda device: None)  # a GPU with Triton
     model = tiny_model("llama", hidden_size=256, num_attention_heads=4, num_key_value_heads=4)
     unit = "model.layers.0.self_attn.q_proj"
     assert tuple(model.get_submodule(unit).weight.shape) == SHAPE

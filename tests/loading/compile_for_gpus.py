@@ -1,11 +1,12 @@
 """Compile every kernel in Triton, as it is launched, for GPUs that need not be here.
 
-python tests/loading/compile_for_gpus.py    # without TRITON_INTERPRET; prints a line per binary
+python tests/loading/compile_for_gpus.py [cuda] [hip]    # without TRITON_INTERPRET; prints each
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -20,17 +21,16 @@ from hf_evopress.loading.kernels.gpu_layer import triton_kernel_of
 from hf_evopress.methods import compose
 from hf_evopress.methods.maths.linalg import Stats
 
-TARGETS = [GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)]
+KNOWN = {"cuda": GPUTarget("cuda", 80, 32), "hip": GPUTarget("hip", "gfx942", 64)}
+TARGETS = [KNOWN[name] for name in sys.argv[1:] or KNOWN]
 LEVELS = [
     "rtn:bits=3,group_size=64",
-    "rtn:bits=7,group_size=32,symmetric=true",
-    "rows:bits=4,top_bits=8,top=0.2,group_size=128",
+    "rows:bits=4,top_bits=7,top=0.2,group_size=128",
     "magnitude:sparsity=0.5",
     "magnitude:pattern=2:4,bits=4,group_size=32",
-    "rtn:bits=4,group_size=24 + lowrank:rank=5,metric=plain",
+    "rtn:bits=8,group_size=24,symmetric=true + lowrank:rank=5,metric=plain",
     "trellis:bits=3,state_bits=8,feedback=none",
     "trellis:bits=5,state_bits=8,feedback=none,codebook=mul1",
-    "trellis:bits=2,state_bits=8,feedback=none,codebook=3inst",
 ]
 KINDS = {
     torch.uint8: "*u8",

@@ -245,10 +245,10 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 def test_the_operators_keep_the_rules_of_pytorch() -> None:
     made, x = layer(), torch.randn(3, 96, requires_grad=True)
     state = [getattr(made, name) for name in made._state_names]
-    rest = (state, made.bias.detach(), made.level_text, 48)
+    rest = (state, made.bias.detach(), made.level_text, 48, "auto")
     torch.library.opcheck(torch.ops.evopress.linear.default, (x, *rest))
     ids = torch.tensor([[1, 2], [40, 0]])
-    look_up = (ids, state, made.level_text, [48, 96], torch.float32)
+    look_up = (ids, state, made.level_text, [48, 96], torch.float32, "auto")
     torch.library.opcheck(torch.ops.evopress.look_up.default, look_up)
 
 
@@ -259,7 +259,7 @@ def test_the_operator_answers_in_the_layout_that_compiled_code_was_told(level: s
     tensors = [state[name] for name in sorted(state)]
     for tokens in (1, MOST_TOKENS + 4):
         x = torch.randn(tokens, shape[1])
-        y = torch.ops.evopress.linear(x, tensors, None, kernel.text, shape[0])
+        y = torch.ops.evopress.linear(x, tensors, None, kernel.text, shape[0], "auto")
         assert y.stride() == (shape[0], 1)
 
 

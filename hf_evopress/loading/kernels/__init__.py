@@ -1,5 +1,6 @@
-"""Products with packed weights on a CPU: rows are unpacked in the cache, never into memory.
+"""Products with packed weights: rows are unpacked in caches and registers, never into memory.
 
 In: activations and the packed tensors of a level, as they are stored. Out: activations. Open
-first: layer.py, which steps a level takes, then native.py, which does them.
+first: layer.py, which steps a level takes; then native.py, which does them on a CPU, and gpu.py
+with triton_*.py, which do them on a GPU.
 """

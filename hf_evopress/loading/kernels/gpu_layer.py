@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ...methods import compose
 from ...methods.base import Shape
 from ...plans.level import Level
 from .gpu import on_gpu
 from .launch import KernelError, why_not
 from .layer import Kernel, kernel_of
+from .matrix import Tensors
 
 logger = logging.getLogger(__name__)
 
 MOST_TOKENS = 64  # up to which weights are unpacked in the kernel that multiplies them
+CHECKED = 4  # tokens, or rows, of the first result of a kind
+MOST_OFF = 0.05  # of its norm: float16 and bfloat16 weights are off by less than a tenth of that
 TILE = 2**24  # weights that are unpacked at once for a matmul after: 32 MB in bfloat16
 
 _failed: dict[str, KernelError] = {}  # by the kernel's name
@@ -27,6 +33,9 @@ class TritonKernel(Kernel):
 
     Up to MOST_TOKENS tokens one kernel unpacks and multiplies: for one token in float32, for more
     with weights in the dtype of x. For more tokens, tiles of rows are unpacked for a matmul.
+
+    The first result of each kind on a device is compared with the reference: a compiler or a
+    driver that gets it wrong is found out before it matters.
     """
 
     runtime = "triton"
@@ -37,14 +46,54 @@ class TritonKernel(Kernel):
     def __init__(self, level: Level, shape: Shape, own: Kernel) -> None:
         terms = [[on_gpu(matrix) for matrix in matrices] for matrices in own._terms]
         super().__init__(level, shape, terms)
-        self.families = frozenset().union(*(m.families for t in terms for m in t))
+        self.families = frozenset(name for t in terms for m in t for name in m.families)
+        self._checked: set[tuple[torch.device, str]] = set()
 
     def on(self, device: torch.device) -> Kernel | None:
         return None if why_not(device) or self.failure() is not None else self
 
     def failure(self) -> KernelError | None:
         """Return why one of the kernels that this needs is not used any more."""
-        return next((_failed[name] for name in self.families if name in _failed), None)
+        return next((_failed[n] for n in (*self.families, self._name) if n in _failed), None)
+
+    @property
+    def _name(self) -> str:
+        return f"{'+'.join(sorted(self.families))} at {self.text}"
+
+    def linear(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
+        y = super().linear(x, state, bias)
+        tokens = x.numel() // x.shape[-1]
+        way = "one" if tokens == 1 else "few" if tokens <= self.most_tokens else "many"
+        if tokens and (x.device, way) not in self._checked:
+            some, own = x.reshape(tokens, -1)[:CHECKED], y.reshape(tokens, -1)[:CHECKED]
+            names = compose.empty(self.level, self.shape, torch.float32)
+            known = {name: state[name] for name in names}
+            reference = compose.operator(self.level, known, bias, self.shape, x.dtype)
+            self._check((x.device, way), own, reference(some))
+        return y
+
+    def look_up(self, ids: Tensor, state: Tensors, dtype: torch.dtype) -> Tensor:
+        rows = super().look_up(ids, state, dtype)
+        if len(ids) and (ids.device, "rows") not in self._checked:
+            names = compose.empty(self.level, self.shape, torch.float32)
+            known, some = {name: state[name] for name in names}, ids[:CHECKED]
+            some = some.clamp(0, self.shape[0] - 1)
+            wanted = compose.decompress_rows(self.level, known, self.shape, some, dtype)
+            own = torch.where((some == ids[:CHECKED]).unsqueeze(-1), rows[:CHECKED], wanted)
+            self._check((ids.device, "rows"), own, wanted)
+        return rows
+
+    def _check(self, key: tuple[torch.device, str], found: Tensor, wanted: Tensor) -> None:
+        """Raise KernelError where the first result of a kind is not that of the reference."""
+        found, wanted = found.double(), wanted.double()
+        size = float(wanted.norm())
+        if not math.isfinite(size):
+            return  # nothing to compare with: the next call is looked at
+        off = float((found - wanted).norm())
+        if not off <= MOST_OFF * size + 1e-6:
+            share = f"{100 * off / max(size, 1e-30):.3g} %"
+            raise KernelError(self._name, ValueError(f"it is {share} off the reference"))
+        self._checked.add(key)
 
     def __reduce__(self) -> Any:
         return triton_kernel_of, (self.level, self.shape)

@@ -71,7 +71,8 @@ def linear(
     """
     if not isinstance(x, Tensor) or x.dtype not in DTYPES:
         return None
-    here = _here(kernel, x.device)
+    # while torch.compile traces, the operator asks this later: the device is the same then
+    here = kernel if torch.compiler.is_compiling() else _here(kernel, x.device)
     if here is None:
         return None
     if x.shape[-1] != kernel.shape[1]:
@@ -134,7 +135,7 @@ def look_up(
     """Return the rows (..., in) for token ids (...); None if it is not for the kernels."""
     if not isinstance(ids, Tensor) or dtype not in DTYPES:
         return None
-    here = _here(kernel, ids.device)
+    here = kernel if torch.compiler.is_compiling() else _here(kernel, ids.device)
     if here is None:
         return None
     if not _are_plain(names, tensors, ids, torch.is_grad_enabled()) or _is_exporting():
@@ -221,7 +222,7 @@ def _linear(
     bias: Tensor | None,
     level: str,
     rows: int,
-    runtime: str = "auto",
+    runtime: str,
 ) -> Tensor:
     shape = (rows, x.shape[-1])
     known, kernel, names = _known(level, shape, runtime)
@@ -241,14 +242,14 @@ def _(
     bias: Tensor | None,
     level: str,
     rows: int,
-    runtime: str = "auto",
+    runtime: str,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
 @torch.library.custom_op("evopress::linear_input_gradient", mutates_args=())
 def _input_gradient(
-    grad: Tensor, state: list[Tensor], level: str, columns: int, runtime: str = "auto"
+    grad: Tensor, state: list[Tensor], level: str, columns: int, runtime: str
 ) -> Tensor:
     shape = (grad.shape[-1], columns)
     known, kernel, names = _known(level, shape, runtime)
@@ -263,7 +264,7 @@ def _input_gradient(
 
 
 @_input_gradient.register_fake
-def _(grad: Tensor, state: list[Tensor], level: str, columns: int, runtime: str = "auto") -> Tensor:
+def _(grad: Tensor, state: list[Tensor], level: str, columns: int, runtime: str) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], columns)
 
 
@@ -295,7 +296,7 @@ def _look_up(
     level: str,
     shape: list[int],
     dtype: torch.dtype,
-    runtime: str = "auto",
+    runtime: str,
 ) -> Tensor:
     size = (shape[0], shape[1])
     known, kernel, names = _known(level, size, runtime)
@@ -315,6 +316,6 @@ def _(
     level: str,
     shape: list[int],
     dtype: torch.dtype,
-    runtime: str = "auto",
+    runtime: str,
 ) -> Tensor:
     return state[0].new_empty(*ids.shape, shape[1], dtype=dtype)
