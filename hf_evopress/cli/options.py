@@ -174,8 +174,9 @@ For = Annotated[
     str,
     typer.Option(
         "--for",
-        help="gguf: offer the tensor types of GGUF files, count the bytes of such a file under "
-        "--size, and write one for llama.cpp to OUT-gguf as well.",
+        help="What the model is for, which is what levels it is offered: cpu, gpu, vllm, "
+        "transformers or gguf (tensor types and bytes of GGUF files; one is written to OUT-gguf "
+        "as well). Default: what this machine is.",
     ),
 ]
 EndsWords = Annotated[

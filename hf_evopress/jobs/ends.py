@@ -25,6 +25,7 @@ from ..models.ends import find_ends
 from ..models.units import Unit
 from ..plans.level import DENSE, Level
 from ..recipes.recipe import Recipe
+from ..recipes.targets import APART
 
 Shape = tuple[int, int]
 
@@ -63,6 +64,10 @@ class Ends:
 def choose_ends(skeleton: nn.Module, recipe: Recipe) -> Ends:
     """Return what `recipe` leaves open of the ends of a model."""
     said, budget, every = recipe.ends, recipe.budget, tuple(find_ends(skeleton))
+    if recipe.export == "vllm":
+        if said not in ("auto", "dense"):
+            raise ValueError(f"embedding and head stay dense for vllm, got ends={said!r}")
+        return Ends(every=every)
     in_budget = said == "budget" or (said == "auto" and budget.counts_file)
     if budget.sparsity is not None or budget.drop is not None:
         if said not in ("auto", "dense"):
@@ -94,7 +99,7 @@ def _menu(unit: Unit, recipe: Recipe) -> list[Level]:
     Of the latter an embedding is offered those whose rows can be looked up one by one.
     """
     shape = unit.shape
-    if recipe.export != "evopress":
+    if recipe.export in APART:
         words = [*family_menu(shape, recipe.offered_families, None), *(recipe.levels or ())]
         found = dict.fromkeys(compose.normalize(word) for word in words)
         return _by_cost([x for x in found if not x.is_drop and _serves(x, shape)], shape)
@@ -124,7 +129,7 @@ def _serves(level: Level, shape: Shape) -> bool:
 def _level(unit: Unit, said: str, recipe: Recipe) -> Level:
     """Return the level of an end outside the budget; the last pin that matches it wins."""
     level = compose.normalize(said) if said != "auto" else default_level(unit.shape)
-    if said == "auto" and recipe.export != "evopress":
+    if said == "auto" and recipe.export in APART:
         level = family_menu(unit.shape, recipe.offered_families, None)[-1]  # of 8 bits
     for pattern, text in recipe.pin.items():
         if matches(unit.name, pattern):

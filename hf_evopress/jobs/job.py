@@ -59,6 +59,7 @@ from ..scoring.objective import fitness_of
 from ..search.space import Genome
 from ..store.level_store import LevelStore
 from .class_rules import fitted, masked, pooling_said
+from .for_target import for_this_machine
 from .problem import pose
 from .reporting import Reports
 
@@ -85,7 +86,7 @@ class Job:
         self.device = find_device(recipe.device)
         self.config = _dense_config(recipe)
         self.kind = kind_of(self.config, recipe.model)
-        recipe = fitted(recipe, self.kind)
+        recipe = fitted(for_this_machine(recipe, self.device), self.kind)
         self.recipe, self.ranks = recipe, start()
         self.fitness = fitness if fitness is not None else fitness_of(recipe.search.fitness)
         self.fitness_words = recipe.search.fitness if fitness is None else repr(fitness)

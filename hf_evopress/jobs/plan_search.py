@@ -9,6 +9,7 @@ from pathlib import Path
 from ..base.fingerprint import text_fingerprint, versions
 from ..base.resources import atomic_write
 from ..plans.plan import Plan
+from ..recipes.targets import DEFAULT
 from ..search.ask_tell import Search
 from ..search.space import Genome
 from ..store.level_store import LevelStore
@@ -28,6 +29,7 @@ def find_plan(job: Job, store: LevelStore) -> Plan:
         search={
             **search.report,
             "fitness": job.recipe.search.fitness,
+            **({} if job.recipe.export == DEFAULT else {"for": job.recipe.export}),
             "history": search.history,
             "versions": versions(),
         },

@@ -23,11 +23,13 @@ from ..models.units import Unit, find_units
 from ..plans.level import DENSE, DROP, Level
 from ..plans.plan import Plan
 from ..recipes.recipe import Recipe
+from ..recipes.targets import fused_for
 from ..search.budget import Budget
 from ..search.drop_counts import drop_counts
 from ..search.space import Genome, SearchSpace
 from .ends import Ends, choose_ends, default_level
 from .for_gguf import check_menus, fitting_menus, fixed_bits, is_for_gguf
+from .for_target import check_for_vllm
 
 NOTHING = Droppable({}, {}, {})
 
@@ -98,6 +100,8 @@ def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
     offered = _pinned(offered, recipe.pin)
     if is_for_gguf(recipe):
         check_menus(offered)
+    if recipe.export == "vllm":
+        check_for_vllm(offered)
     added = NOTHING
     if recipe.drop.kinds or said.drop is not None:
         added = droppable(
@@ -146,7 +150,7 @@ def _space(
         menu,
         fixed_bits=fixed - added.kept_bits,
         dense_bits=dense,
-        ties=_ties([*((u.name, u.block) for u in units), *added.blocks.items()], recipe.tie),
+        ties=_ties([*((u.name, u.block) for u in units), *added.blocks.items()], recipe),
         pins=_pins(menu, recipe.pin, outside=[*ends.fixed]),
         forbid=_forbidden(menu, added, recipe.forbid),
         inside=added.inside,
@@ -264,18 +268,18 @@ def _drop_limits(sub_blocks: Mapping[str, SubBlock], recipe: Recipe) -> dict[str
     return limits
 
 
-def _ties(units: Sequence[tuple[str, int]], tie: tuple[tuple[str, ...], ...]) -> list[list[str]]:
+def _ties(units: Sequence[tuple[str, int]], recipe: Recipe) -> list[list[str]]:
     """Return the units to tie: those of one block whose last name part is in one tuple of `tie`.
 
     units: (name, block), droppable sub-blocks among them.
     """
-    known = {name.rpartition(".")[2] for name, _ in units}
+    known, tie = {name.rpartition(".")[2] for name, _ in units}, recipe.tie
     for part in (p for parts in tie for p in parts):
         if part not in known:
             raise ValueError(f"tie names {part!r}; units of this model are {sorted(known)}")
     groups: dict[tuple[int, int], list[str]] = {}
     for name, block in units:
-        for number, parts in enumerate(tie):
+        for number, parts in enumerate(tie or fused_for(recipe.export)):
             if name.rpartition(".")[2] in parts:
                 groups.setdefault((block, number), []).append(name)
     return [names for names in groups.values() if len(names) > 1]

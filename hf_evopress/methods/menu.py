@@ -35,8 +35,12 @@ TRELLIS_BITS = (1, 2, 3, 4, 5, 6)
 GGUF_NARROW = ("iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0")
 GGUF_WIDE = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k")
 
-FAMILIES = ("quant", "trellis", "sparse", "lowrank", "residual", "gguf")
-_APART = ("gguf",)  # not under `all`: for files of other programs
+# What vLLM's own kernels take of compressed-tensors; without zero points, as stock transformers
+# reads those only where all layers have one level.
+VLLM_BITS, VLLM_GROUPS = (4, 8), (32, 64, 128)
+
+FAMILIES = ("quant", "trellis", "sparse", "lowrank", "residual", "gguf", "vllm")
+_APART = ("gguf", "vllm")  # not under `all`: for files of other programs
 
 
 def default_levels(method: str = "gptq") -> list[str]:
@@ -89,6 +93,12 @@ def family_menu(shape: Shape, families: Sequence[str], sparsity: float | None) -
             words += [f"trellis:bits={b}" for b in TRELLIS_BITS]
         if family == "gguf":
             words += [f"gguf:type={t}" for t in (*GGUF_NARROW, *GGUF_WIDE)]
+        if family == "vllm":
+            words += [
+                f"gptq:bits={b},group_size={g},symmetric=true"
+                for b in VLLM_BITS
+                for g in VLLM_GROUPS
+            ]
         if family == "residual":
             words += [
                 f"gptq:bits={b},group_size={group} + lowrank:rank={r},factors=int8"
@@ -101,7 +111,7 @@ def family_menu(shape: Shape, families: Sequence[str], sparsity: float | None) -
             words += _lowrank(shape, sparsity)
     offered = dict.fromkeys(compose.normalize(word) for word in words)
     able = [level for level in offered if fits(level, shape)]
-    if not able and "gguf" in families:  # rows of no multiple of 32
+    if not able and set(families) & set(_APART):  # rows of no multiple of 32
         return [DENSE]
     return _by_cost(able, shape)
 
@@ -128,7 +138,7 @@ def _families(families: Sequence[str], sparsity: float | None) -> list[str]:
             else list(families or ("quant",))
         )
     for family in families:
-        if family in ("quant", "trellis", "residual", "gguf"):
+        if family in ("quant", "trellis", "residual", *_APART):
             raise ValueError(
                 f"family {family} removes no weights, so a budget of sparsity {sparsity} means "
                 "nothing to it; take sparse or lowrank, or a budget in bits"

@@ -23,6 +23,7 @@ from ..base.reading import reading
 from ..base.resources import atomic_write, bundled, parse_size
 from ..search.ask_tell import STARTING, STRATEGIES, check_settings
 from .mixture import parse as parse_fitness
+from .targets import APART, DEFAULT, EXPORTS, families_for, without_for
 
 KINDS = ("attention", "mlp")
 BLOCKWISE = ("none", "fast", "best")  # see hf_evopress/refine
@@ -31,7 +32,6 @@ REFINE = (*BLOCKWISE, END_TO_END, *(f"{mode}+{END_TO_END}" for mode in BLOCKWISE
 ENDS = ("auto", "budget", "dense")
 OFFLOAD = ("auto", "none", "cpu", "disk")  # see base/placement.py
 DTYPES = ("auto", "bfloat16", "float16")
-EXPORTS = ("evopress", "gguf")  # what a search can be for
 SEARCH_DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -196,7 +196,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     levels: tuple[str, ...] | None = None  # none: the menu of `families`
     families: tuple[str, ...] = ()  # quant, sparse, lowrank, residual, all; none: what fits
-    export: str = "evopress"  # gguf: levels that GGUF files hold, and one is written to OUT-gguf
+    export: str = DEFAULT  # what it is for (or `for`): cpu, gpu, vllm, gguf, transformers
     ends: str = "auto"  # of embedding and head: auto, budget, dense or a level; see jobs.ends
     drop: Drop = field(default_factory=Drop)
     skip: tuple[str, ...] = ()  # glob patterns of units that stay dense
@@ -236,7 +236,7 @@ class Recipe:
                 raise ValueError("a budget of drops says how many go; leave out drop.max")
 
     def _check_export(self) -> None:
-        if self.export == "evopress":
+        if self.export not in APART:
             return
         others = [family for family in self.families if family != self.export]
         if others:
@@ -245,14 +245,15 @@ class Recipe:
             )
         if self.drop.kinds or self.budget.drop is not None or self.budget.sparsity is not None:
             raise ValueError(
-                f"a {self.export} file holds every weight and every sub-block: give a budget of "
-                "bits, size or ratio, and no drop"
+                f"what is for {self.export} holds every weight and every sub-block: give a budget "
+                "of bits, size or ratio, and no drop"
             )
 
     @property
     def offered_families(self) -> tuple[str, ...]:
         """The families whose levels are offered where no levels are given."""
-        return self.families if self.export == "evopress" else (self.export,)
+        removes = self.budget.sparsity is not None or self.budget.drop is not None
+        return self.families or families_for(self.export, removes_weights=removes)
 
     @property
     def blockwise(self) -> str:
@@ -267,7 +268,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """Return the recipe that `data` holds; unknown keys name the nearest valid key."""
-        return _build(cls, data, "")
+        return _build(cls, without_for(data), "")
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

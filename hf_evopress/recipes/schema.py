@@ -18,7 +18,8 @@ from typing import Any
 from ..base.plugins import names
 from ..base.resources import atomic_write, bundled
 from ..search.ask_tell import STRATEGIES
-from .recipe import DTYPES, EXPORTS, OFFLOAD, REFINE, SEARCH_DTYPES, Recipe, Search
+from .recipe import DTYPES, OFFLOAD, REFINE, SEARCH_DTYPES, Recipe, Search
+from .targets import EXPORTS
 
 _BASIC = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
@@ -26,6 +27,7 @@ _BASIC = {str: "string", int: "integer", float: "number", bool: "boolean"}
 def recipe_schema() -> dict[str, Any]:
     """Return the schema (JSON Schema draft 2020-12) of a recipe."""
     schema = _object(Recipe)
+    schema["properties"]["for"] = schema["properties"]["export"]
     schema["properties"]["budget"] |= {"minProperties": 1, "maxProperties": 1}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -124,6 +124,27 @@ def test_gradients_are_those_of_the_reference(level: str) -> None:
     assert torch.allclose(kernel.input_gradient(grad, state), grad @ W, atol=1e-4)
 
 
+def among_nan(tensor: Tensor) -> Tensor:
+    """Return a copy with bytes around it that are NaN as numbers."""
+    size = tensor.numel() * tensor.itemsize
+    around = torch.full((size + 512,), 255, dtype=torch.uint8, device=tensor.device)
+    around[256 : 256 + size] = tensor.contiguous().view(-1).view(torch.uint8)
+    return around[256 : 256 + size].view(tensor.dtype).view(tensor.shape)
+
+
+@pytest.mark.parametrize(
+    "level", [CODES[9], CODES[10], CODES[-1], SPARSE[0], SPARSE[3], SUMS[0], SUMS[1], TRELLIS[1]]
+)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_nothing_beside_the_packed_tensors_gets_into_the_result(level: str, tokens: int) -> None:
+    shape = fitting(level)[-1]
+    kernel, state = kernel_at(level, shape)
+    x, bias = torch.randn(tokens, shape[1], device=DEVICE), torch.randn(shape[0], device=DEVICE)
+    wanted = compose.operator(kernel.level, state, bias, shape, torch.float32)(x)
+    found = kernel.linear(among_nan(x), {k: among_nan(v) for k, v in state.items()}, bias)
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
 def layer(level: str = "rtn:bits=3,group_size=32", **how: torch.dtype) -> CompressedLinear:
     torch.manual_seed(0)
     shape = (24, 96)

@@ -79,7 +79,8 @@ def weights_of(  # type: ignore[no-untyped-def]
     base = codes + row.to(tl.int64)[:, None] * (BITS * octets)
     q = eighth(base, i[None, :], is_there, octets, E, BITS)
     if ALIGNED:
-        at = row * groups + (E * octets + i0) // GROUP
+        # columns that pad the last byte of a row belong to no group
+        at = row * groups + tl.minimum((E * octets + i0) // GROUP, groups - 1)
         scale, zero = grid_at(scales, zeros, at, is_row, zero_octets, BITS)
         w = (q.to(tl.float32) - zero[:, None]) * scale[:, None]
     else:
