@@ -22,6 +22,9 @@ esac
 if [ "$small" != --small ]; then
     # the tests with a device fixture, on the card
     "$python" -m pytest -q -m gpu -p no:cacheprovider
+    case "$device" in
+        cuda*) "$python" -m pytest -q tests/loading/test_triton.py -p no:cacheprovider ;;
+    esac
 fi
 
 "$python" -m tests.gpu.line --device "$device" --size tiny
