@@ -47,7 +47,6 @@ def test_the_default_menu_is_that_of_a_cpu() -> None:
         ("cpu", {"gptq"}),
         ("gpu", {"gptq", "trellis"}),
         ("vllm", {"gptq"}),
-        ("gguf", {"gguf"}),
         ("transformers", {"gptq", "trellis", "sparsegpt", "lowrank"}),
     ],
 )
@@ -66,8 +65,8 @@ def test_what_is_for_vllm_has_no_obstacle_there() -> None:
     problem = pose(model, recipe(**{"for": "vllm"}))
     shapes = {unit.name: unit.shape for unit in problem.units}
     assert not problem.ends.units, "embedding and head stay dense"
-    for menu in zip(*problem.menus.values(), strict=True):
-        plan = Plan(dict(zip(problem.menus, menu, strict=True)), shapes)
+    for n in range(4):  # the least of all menus
+        plan = Plan({unit: menu[n] for unit, menu in problem.menus.items()}, shapes)
         check_plan(model, plan)
         assert all("CPU takes 4 bits only" in said for said in vllm_obstacles(plan))
     groups = [set(gene.units) for gene in problem.space.genes if len(gene.units) > 1]
