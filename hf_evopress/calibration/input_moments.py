@@ -30,9 +30,11 @@ from ..base.ranks import ALONE, Ranks
 from ..base.reading import ANEW, reading
 from ..base.resources import atomic_path
 from ..methods.maths.linalg import Stats
+from ..models import images
 from ..models.ends import output_head
 from ..models.experts import others
 from ..models.head import head_inputs
+from ..models.images import example
 from ..models.source import sees_ahead
 from ..models.stream import BlockStream
 from ..models.two_stacks import stream_of
@@ -88,7 +90,7 @@ def calibrate(
         ranks.wait()
         return root
     stream = stream_of(model)
-    stream.check(tokens[:1, :8])
+    stream.check(example(model, tokens))
     with torch.no_grad(), stream:
         runs = {k: _Run(stream, ids, batch_tokens) for k, ids in sets.items()}
         n_blocks = stream.n_blocks if needs_head else missing[-1] + 1
@@ -329,6 +331,7 @@ def _made_from(
         "model": model_fingerprint(model),
         "units": text_fingerprint(*(unit.name for unit in units)),
         "accumulate": str(accumulate).removeprefix("torch."),
+        **images.made_from(model),
         **{names[k]: tensor_fingerprint(sets[k]) if k in sets else None for k in names},
     }
 

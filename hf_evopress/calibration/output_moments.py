@@ -33,8 +33,10 @@ from ..base.progress import Progress
 from ..base.ranks import ALONE, Ranks
 from ..base.reading import ANEW, reading
 from ..base.resources import atomic_path
+from ..models import images
 from ..models.classes import class_of
 from ..models.experts import others
+from ..models.images import example, n_text, only_text
 from ..models.two_stacks import stream_of
 from ..models.units import Unit, find_units
 from .end_moments import FILE, EndRecorder
@@ -84,6 +86,7 @@ def output_moments(
         "units": text_fingerprint(*(unit.name for unit in units)),
         "tokens": tensor_fingerprint(tokens),
         "seed": seed,
+        **images.made_from(model),
     }
     with ranks.first_alone():
         claim(root, made_from, what="output moments")
@@ -103,6 +106,7 @@ def output_moments(
             names = by_block[block] if block in missing else []
             # a loss per token, or where there is one output per text, per text
             n = len(tokens) * backward.kind.n_rows(tokens.shape[1])
+            n -= tokens.numel() - n_text(model, tokens)
             moments = _block_moments(backward, block, names, n)
             if names:
                 _write(_file(root, block), moments, names)
@@ -225,7 +229,7 @@ class _Backward:
     def __enter__(self) -> _Backward:
         self.model.requires_grad_(False)
         try:
-            self.stream.check(self.batches[0][:1, :8])
+            self.stream.check(example(self.model, self.batches[0]))
             self._forward()
         except BaseException:
             self.__exit__()
@@ -291,7 +295,7 @@ class _Backward:
         watching = self._recorder.watching() if self._recorder else nullcontext()
         with torch.enable_grad(), watching:
             hidden = self.stream.place.on_device(hidden.detach()).requires_grad_()
-            logits = self.stream.head(ids, hidden).flatten(0, 1).float()
+            logits = self.stream.head(*only_text(self.model, ids, hidden)).flatten(0, 1).float()
             if self.kind.is_vector:
                 return self._vector_gradient(logits, hidden)
             with torch.no_grad():

@@ -38,6 +38,7 @@ from ..calibration.text import OWN, bos_of
 from ..calibration.token_cache import cached_splits
 from ..models.classes import set_pooling
 from ..models.experts import warn_of_experts
+from ..models.images import give_images
 from ..models.plain import make_plain
 from ..models.source import (
     check_context,
@@ -62,6 +63,7 @@ from .class_rules import fitted, masked, pooling_said
 from .for_target import for_this_machine
 from .problem import pose
 from .reporting import Reports
+from .with_images import image_text
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +107,7 @@ class Job:
                 self.config, dtype=self.dtype, trust_remote_code=recipe.trust_remote_code
             )
         check_head(recipe.model, skeleton)
+        self.image_text = image_text(recipe, self.kind, self.work)
         make_plain(skeleton)
         check_streamable(skeleton)
         warn_of_experts(skeleton)
@@ -171,6 +174,9 @@ class Job:
         """Disjoint calibration, search, held-out and test sequences, (n, seq_len) each."""
         data = self.recipe.data
         counts = {k: getattr(data, k) for k in ("calibration", "search", "heldout", "test")}
+        writers = {kind: self._writer(kind) for kind in data.sources if kind in OWN}
+        if (made := self.image_text) is not None:
+            writers[str(made.source)] = (made.fingerprint, made.write)
         found = cached_splits(
             self.work / "tokens",
             data.sources,
@@ -180,9 +186,11 @@ class Job:
             seed=data.seed,
             split=data.split,
             column=data.column,
-            writers={kind: self._writer(kind) for kind in data.sources if kind in OWN},
+            writers=writers,
             n_wrapped=self.kind.n_texts,
         )
+        for part in found.values() if made is not None else ():
+            made.images.check(part)
         return {name: self.masked(part) for name, part in found.items()}
 
     def masked(self, tokens: Tensor) -> Tensor:
@@ -242,12 +250,13 @@ class Job:
             dtype=self.dtype,
             trust_remote_code=self.recipe.trust_remote_code,
         )
-        self.pool(model)
+        self.fit(model)
         make_plain(model)
         return model.eval().requires_grad_(False)
 
-    def pool(self, model: Any) -> None:
-        """Say how the states of an embedding model become a vector."""
+    def fit(self, model: Any) -> None:
+        """Say how the states of an embedding model become a vector, and where images are."""
+        give_images(model, None if self.image_text is None else self.image_text.images)
         if self.kind.is_vector:
             set_pooling(model, pooling_said(self.recipe.model, is_decoder(self.config)))
 

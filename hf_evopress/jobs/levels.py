@@ -13,6 +13,7 @@ from ..calibration.end_moments import load_ends
 from ..calibration.input_moments import calibrate, load_stats
 from ..calibration.output_moments import BATCH_TOKENS, load_moments, output_moments
 from ..methods import compose
+from ..models.images import made_from
 from ..models.units import Unit
 from ..store.level_store import LevelStore, Source
 from .job import Job
@@ -118,5 +119,6 @@ def _fingerprint(job: Job) -> dict[str, Any]:
             k: tensor_fingerprint(v) for k, v in data.items() if k in ("calibration", "heldout")
         },
         "sensitivity": [job.recipe.search.sensitivity_tokens, job.recipe.data.seed],
+        **made_from(job.model),
         "hf_evopress": __version__,
     }

@@ -111,20 +111,27 @@ def _compared(
     max_windows: int | None,
 ) -> Mapping[str, Report]:
     """Return the report of each model, of the kind that its class has."""
-    if job.kind.continues_text:
+    images = None if job.image_text is None else job.image_text.images
+    if job.kind.continues_text and images is None:
         return compare_many(
             models, dense, tokens, window=window, max_windows=max_windows, progress=job.progress
         )
     windows = tokens[: len(tokens) // window * window].view(-1, window)[:max_windows]
-    vector = job.kind.is_vector
-    return compare_outputs(models, dense, windows, is_vector=vector, progress=job.progress)
+    return compare_outputs(
+        models,
+        dense,
+        windows,
+        is_vector=job.kind.is_vector,
+        rows=None if images is None else images.text,
+        progress=job.progress,
+    )
 
 
 def _reload(job: Job, folder: Path) -> Any:
     trust = {"trust_remote_code": True} if job.recipe.trust_remote_code else {}
     model = job.kind.loader.from_pretrained(folder, dtype=dtype_of(job.model), **trust)
     prepare_layers(model, PACKED)  # the reference that plans were scored with
-    job.pool(model)
+    job.fit(model)
     return model.eval().to(job.device)
 
 

@@ -23,6 +23,9 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from ..base.placement import place_of
+from .images import images_of
+
 
 @dataclass(frozen=True)
 class ModelClass:
@@ -135,18 +138,28 @@ def pooled(states: Tensor, pooling: str) -> Tensor:
     return F.normalize(states, dim=-1)
 
 
-def call(model: Any, ids: Tensor) -> Tensor:
-    """Return the outputs of a model for token ids (batch, seq) without padding."""
-    return outputs(model, forward(model, ids), ids, pooling=pooling_of(model))
+def call(model: Any, ids: Tensor, *, with_images: bool = True) -> Tensor:
+    """Return the outputs of a model for token ids (batch, seq) without padding.
+
+    with_images: take along the images of rows, where the model was given some (see `images`).
+    """
+    out = forward(model, ids, with_images=with_images)
+    return outputs(model, out, ids, pooling=pooling_of(model))
 
 
-def forward(model: Any, ids: Tensor) -> Any:
+def forward(model: Any, ids: Tensor, *, with_images: bool = True) -> Any:
     """Return what a model's forward returns, with no cache made where it would make one."""
     options: dict[str, Any] = {"use_cache": False} if _takes_cache(model) else {}
     if class_of(model).has_encoder:
         n = n_source(ids.shape[1])
         ids, target = ids[:, :n], ids[:, n:]
         options["decoder_input_ids"] = shifted(target, start_of(model.config, type(model).__name__))
+    images = images_of(model) if with_images else None
+    if images is not None:
+        place = place_of(model)
+        dtype = place.dtype or model.dtype
+        for key, value in images.of(ids).items():
+            options[key] = value.to(ids.device, dtype if value.is_floating_point() else None)
     return model(input_ids=ids, **options)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from ..base.reading import read_object, reading
 from ..plans.repo import is_repo_id
@@ -79,6 +79,26 @@ def read_tokenizer(
     return AutoTokenizer.from_pretrained(
         name, revision=revision, trust_remote_code=trust_remote_code, **file
     )
+
+
+def read_processor(
+    name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Return the processor of a vision-language model; ValueError where it has none."""
+    try:
+        made = AutoProcessor.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{name} has no processor that can be loaded: {error}") from error
+    if not hasattr(made, "image_processor") or getattr(made, "image_token_id", None) is None:
+        raise ValueError(
+            f"{name} has no processor of images: copy preprocessor_config.json and "
+            "processor_config.json of the model that it comes from into it"
+        )
+    if not getattr(made, "chat_template", None):
+        raise ValueError(f"the processor of {name} has no chat template for conversations")
+    return made
 
 
 def load_checked(name: str | Path, *, kind: ModelClass | None = None, **options: Any) -> Any:

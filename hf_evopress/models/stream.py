@@ -156,7 +156,7 @@ class BlockStream:
         if i == 0:
             patches[0] = self._inject(0, hidden)
         with self._patched(patches):
-            return self._forward(input_ids)
+            return self._forward(input_ids, with_images=False)  # they are in `hidden`
 
     def head(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
         """Return the logits of the last block's output, (batch, seq, vocab)."""
@@ -196,10 +196,10 @@ class BlockStream:
     def _key(self, of: Tensor) -> tuple[int, int, Place]:
         return (int(of.shape[0]), int(of.shape[1]), self.place)
 
-    def _forward(self, input_ids: Tensor) -> Tensor:
+    def _forward(self, input_ids: Tensor, *, with_images: bool = True) -> Tensor:
         self._bring("ends", 0, self._outside)
         device = next(self.model.get_input_embeddings().parameters()).device  # type: ignore[operator]
-        return call(self.model, input_ids.to(device))
+        return call(self.model, input_ids.to(device), with_images=with_images)
 
     def _give(self, i: int, hidden: Tensor) -> Callable[..., Any]:
         """Return a forward for block i that ignores its input and gives `hidden`."""

@@ -27,26 +27,31 @@ def compare_outputs(
     windows: Tensor,
     *,
     is_vector: bool,
+    rows: Callable[[Tensor], Tensor] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Report]:
-    """Return one report per model on token ids (n, window), against one pass of `dense` each."""
+    """Return one report per model on token ids (n, window), against one pass of `dense` each.
+
+    rows: the rows of a window (window,) that count, by default all.
+    """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for number, ids in enumerate(windows):
-        target = _rows(dense, ids)
+        kept = slice(None) if rows is None else rows(ids)
+        target = _rows(dense, ids)[kept]
         for name, model in models.items():
-            rows = target if model is dense else _rows(model, ids)
-            found[name].append(_distance(rows, target, is_vector))
+            found_rows = target if model is dense else _rows(model, ids)[kept]
+            found[name].append(_distance(found_rows, target, is_vector))
         if progress:
             progress("evaluate", number + 1, len(windows))
     reports = {}
     for name, pairs in found.items():
         first, second = (tuple(column) for column in zip(*pairs, strict=True))
-        kept: dict[str, Any] = (
+        scores: dict[str, Any] = (
             {"cosine_windows": first}
             if is_vector
             else {"kl_windows": first, "agreement_windows": second}
         )
-        reports[name] = Report(window=windows.shape[1], nll_windows=(), **kept)
+        reports[name] = Report(window=windows.shape[1], nll_windows=(), **scores)
     return reports
 
 

@@ -27,6 +27,7 @@ from ..methods.base import Operator
 from ..models.classes import class_of
 from ..models.dropped import dropped_forward
 from ..models.head import SomeColumns
+from ..models.images import only_text
 from ..models.patching import unit_operators
 from ..models.sub_blocks import find_sub_blocks
 from ..models.two_stacks import stream_of
@@ -233,6 +234,7 @@ class Evaluator:
 
     def _loss(self, number: int, ids: Tensor, hidden: Tensor, weight: Tensor | None) -> Loss:
         targets = self._targets[number]
+        ids, hidden = only_text(self.model, ids, hidden)
         return sum(
             self._share(ids, hidden, targets, part, weight) for part in self._parts(ids.shape[1])
         )
@@ -279,6 +281,7 @@ class Evaluator:
             self._targets[number] = self._targets_of(one, self.stream.place.on_device(states))
 
     def _targets_of(self, ids: Tensor, hidden: Tensor) -> Targets:
+        ids, hidden = only_text(self.model, ids, hidden)
         if self._some is not None and not self._targets:
             first = slice(0, 8)
             logits = self._head(ids, hidden, first)
