@@ -15,15 +15,24 @@ from torch import Tensor
 
 from ..base.devices import find_device, on_device
 from ..base.memory import within_memory
+from ..base.own_code import is_trusted, trusts_code
 from ..base.progress import Progress
 from ..base.target import whole_folder, writes_out
 from ..calibration.data import load_tokens, tokenize_file
 from ..calibration.output_moments import BATCH_TOKENS as SENSITIVITY_BATCH
 from ..calibration.output_moments import load_moments, output_moments
+from ..export.source_files import copy_source_files
 from ..loading.quantizer import register_with_transformers
 from ..models.classes import ModelClass
 from ..models.plain import make_plain
-from ..models.source import check_context, load_checked, read_config, read_tokenizer, window_of
+from ..models.source import (
+    check_class,
+    check_context,
+    load_checked,
+    read_config,
+    read_tokenizer,
+    window_of,
+)
 from ..scoring.evaluate import Report, compare_many
 from .eora import BATCH_TOKENS, attached, eora
 from .folder import CONFIG, WEIGHTS, Adapter, check_target, read_adapter
@@ -36,6 +45,7 @@ logger = logging.getLogger(__name__)
 _HELD_OUT = 4  # sequences of the data that figures are measured on
 
 
+@trusts_code
 @on_device
 @writes_out("model", "data", "dense")
 def adapt(
@@ -64,6 +74,7 @@ def adapt(
     ranks are shared out by what errors cost the model (`sensitivity_tokens`; 0: by their size).
     """
     check_target(out)
+    refuse_other_classes(model)
     source = load(model)
     dense = dense or dense_name(source, model)
     check_readable(source)
@@ -108,6 +119,7 @@ class Merged:
     reports: Mapping[str, Report] = field(default_factory=dict)
 
 
+@trusts_code
 @on_device
 @writes_out("model", "adapter", "data", "work", "against", "test")
 def merge(
@@ -134,7 +146,7 @@ def merge(
     Otherwise the levels are made anew from the sum, at the same bits: text from `data`, or the
     statistics in `work`, calibrate those that need it.
     """
-    config = read_config(model)
+    config = refuse_other_classes(model)
     window = window_of(config, window, default=512)
     factors = read_adapter(local_folder(adapter))
     tokens = held_out = None
@@ -195,6 +207,16 @@ def _measure(
 
 
 # -- what the three share --------------------------------------------------------------------
+
+
+def refuse_other_classes(name: str) -> Any:
+    """Return the config of a model that continues text, None of a GGUF file; ValueError names
+    the class of another, before any weights are read."""
+    if name.endswith(".gguf"):
+        return None
+    config = read_config(name)
+    check_class(config, name)
+    return config
 
 
 def load(name: str, *, dtype: Any = None, kind: ModelClass | None = None) -> Any:
@@ -268,6 +290,8 @@ def save_checkpoint(model: Any, out: str | Path, source: str) -> Path:
     with whole_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer_of(source).save_pretrained(folder)
+        if is_trusted():
+            copy_source_files(source, folder, with_code=True)
         model.hf_quantizer.quantization_config.plan.save(folder)
     return Path(out)
 

@@ -8,7 +8,17 @@ import typer
 
 from .console import console
 from .device import computes
-from .options import Calibration, Column, Out, Overwrite, Revision, Seed, SeqLen, Texts
+from .options import (
+    Calibration,
+    Column,
+    Out,
+    Overwrite,
+    Revision,
+    Seed,
+    SeqLen,
+    Texts,
+    TrustRemoteCode,
+)
 
 
 @computes
@@ -24,6 +34,7 @@ def apply(
     seq_len: SeqLen = 1024,
     calibration: Calibration = 56,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Compress a model by a plan that is already there, without a search.
@@ -43,6 +54,7 @@ def apply(
         seq_len=seq_len,
         seed=seed,
         revision=revision,
+        trust_remote_code=trust_remote_code,
         overwrite=overwrite,
     )
     console.print(f"model written to {folder}", markup=False)

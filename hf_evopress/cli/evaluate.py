@@ -10,7 +10,7 @@ import typer
 
 from .console import bars, console, table
 from .device import computes
-from .options import Column, Window
+from .options import Column, TrustRemoteCode, Window
 
 COLUMNS = {  # of the table of probes
     "n_questions": "questions",
@@ -82,6 +82,7 @@ def evaluate(
     kick: Kick = False,
     kick_data: KickData = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure perplexity, tasks and knowledge; with --against, what changed from the dense model.
@@ -110,6 +111,7 @@ def evaluate(
             questions=questions,
             card=card,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if as_json:

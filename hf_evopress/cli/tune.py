@@ -9,7 +9,7 @@ import typer
 
 from .console import bars, console, table
 from .device import computes
-from .options import Column, Overwrite
+from .options import Column, Overwrite, TrustRemoteCode
 
 if TYPE_CHECKING:
     from ..adapters.repair import Merged
@@ -70,6 +70,7 @@ def adapt(
     calibration: Annotated[int, typer.Option(help="Sequences of text.")] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
     seed: Seed = 0,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Compute an EoRA adapter: each layer's compression error, added back at low rank.
@@ -98,6 +99,7 @@ def adapt(
             n_sequences=calibration,
             seq_len=seq_len,
             seed=seed,
+            trust_remote_code=trust_remote_code,
             overwrite=overwrite,
             progress=progress,
         )
@@ -137,6 +139,7 @@ def tune(
         typer.Option(help="Folder for the teacher's predictions, for other runs to use as well."),
     ] = None,
     seed: Seed = 0,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a compressed model on a text, or let it learn from its dense model.
@@ -155,6 +158,7 @@ def tune(
 
     settings = Tuning(**{k: words[k] for k in Tuning.__dataclass_fields__ if k in words})
     common: dict[str, Any] = {"data": data, "targets": targets, "overwrite": overwrite}
+    common["trust_remote_code"] = trust_remote_code
     with bars() as progress:
         tests = {path: path for path in test or ()}
         result = run(model, out, settings, tests=tests, **common, progress=progress)
@@ -186,6 +190,7 @@ def merge(
     calibration: Annotated[int, typer.Option(help="Calibration sequences.")] = 56,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
     seed: Seed = 0,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Fold an adapter into the packed model, and measure what that costs.
@@ -210,6 +215,7 @@ def merge(
             n_sequences=calibration,
             seq_len=seq_len,
             seed=seed,
+            trust_remote_code=trust_remote_code,
             overwrite=overwrite,
             progress=progress,
         )

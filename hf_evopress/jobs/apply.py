@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..base.devices import on_device
+from ..base.own_code import is_trusted, trusts_code
 from ..base.target import whole_folder, writes_out
+from ..export.source_files import copy_source_files
 from ..loading.config import EvoPressConfig
 from ..loading.quantizer import register_with_transformers
-from ..models.source import load_checked, read_tokenizer
+from ..models.source import kind_of, load_checked, read_config, read_tokenizer
 
 
+@trusts_code
 @on_device
 @writes_out("plan", "model", "data")
 def apply_plan(
@@ -45,11 +48,13 @@ def apply_plan(
     source = model or (config.plan.base_model if config.plan else None)
     if source is None:
         raise ValueError(f"the plan {plan} does not name its model; give one with --model")
+    kind = kind_of(read_config(source, revision=revision), source)
     tokenizer = read_tokenizer(source, revision=revision)
-    compressed = load_checked(source, revision=revision, quantization_config=config)
+    compressed = load_checked(source, kind=kind, revision=revision, quantization_config=config)
     with whole_folder(Path(out)) as folder:
         compressed.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        copy_source_files(source, folder, revision=revision, with_code=is_trusted())
         if config.plan is not None:
             config.plan.save(folder)
     return Path(out)

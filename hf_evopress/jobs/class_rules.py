@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.text import OWN
-from ..models.classes import MASKED, ModelClass
+from ..models.classes import CAUSAL, MASKED, ModelClass
 from ..recipes.mixture import parse
 from ..recipes.recipe import Recipe
 
@@ -25,6 +25,12 @@ _POOLING = "1_Pooling/config.json"  # of sentence-transformers
 
 def fitted(recipe: Recipe, kind: ModelClass) -> Recipe:
     """Return `recipe` with what suits the class of its model; ValueError for what does not."""
+    after = "adapter" if recipe.adapter else "tune" if recipe.tune else None
+    if after and kind is not CAUSAL:
+        raise ValueError(
+            f"{after} is of causal language models, and {recipe.model} is of class {kind.name}: "
+            f"leave out {after}"
+        )
     if kind.continues_text:
         return recipe
     terms = parse(recipe.search.fitness)

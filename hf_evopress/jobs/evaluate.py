@@ -6,27 +6,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..adapters.repair import load, tokenizer_of
 from ..base.devices import on_device
+from ..base.own_code import trusts_code
 from ..base.progress import Progress
 from ..calibration.data import tokenize_file
 from ..loading.layers import prepare_layers
 from ..loading.quantizer import register_with_transformers
 from ..loading.runtimes import PACKED
+from ..models.classes import ModelClass, set_pooling
 from ..models.size import model_size, stored_bytes
-from ..models.source import load_checked, read_config, read_tokenizer, window_of
+from ..models.source import (
+    is_decoder,
+    kind_of,
+    load_checked,
+    read_config,
+    read_tokenizer,
+    window_of,
+)
 from ..plans.plan import Plan
-from ..scoring.evaluate import compare
+from ..scoring.compare_outputs import compare_outputs
+from ..scoring.evaluate import Report, compare
 from ..scoring.kick.probes import kick
 from ..scoring.kick.questions import BUILT_IN, KickSet, questions_of_tasks, read_questions
 from ..scoring.kick.speaker import Speaker
 from ..scoring.tasks import TaskRequest, check_tasks, run_tasks
 from ..sharing.cards import CARD, is_ours, write_card
 from ..sharing.task_results import add_results
+from .class_rules import masked, pooling_said
 
 TASK = "task:"  # before the name of a task of lm-eval that questions come from
 
 
+@trusts_code
 @on_device
 def evaluate_model(
     model: str,
@@ -44,7 +58,9 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Return what `model` scores, what it stores, and how far from the dense model `against` it is.
 
-    On the text file `data`; under "tasks" by tasks of lm-evaluation-harness, with flips; under
+    On the text file `data` (of models that continue no text what their class puts out is compared
+    with that of `against`: KL of labels, of masked tokens, of a decoder's predictions, or
+    cosine); under "tasks" by tasks of lm-evaluation-harness, with flips; under
     "kick" by the probes of LLM-KICK. Each model is loaded once for all of them, and computes by
     the reference, so that figures are the same on every machine. card: have the results of tasks
     in the card of `model`, a folder of ours.
@@ -55,17 +71,21 @@ def evaluate_model(
     if card:
         check_card(model, tasks)
     manager = None if tasks is None else check_tasks(tasks)
+    kind = _kind(model, against, tasks is not None or questions is not None)
     text = None if data is None else _text(model, data, column, window)
-    size = model_size(load_checked(model, dtype="auto")) if text else None  # as stored
-    made = load(model, dtype=dtype)
+    stored = load_checked(model, kind=kind, dtype="auto") if text else None
+    size = model_size(stored) if text else None
+    made = load(model, dtype=dtype, kind=kind)
     prepare_layers(made, PACKED)
-    dense = load(against, dtype=dtype) if against else None
+    dense = load(against, dtype=dtype, kind=kind) if against else None
     found: dict[str, Any] = {}
     if text is not None and size is not None:
         tokens, window = text
-        report = compare(
-            made, dense, tokens, window=window, max_windows=max_windows, progress=progress
-        )
+        on: dict[str, Any] = {"window": window, "max_windows": max_windows, "progress": progress}
+        if kind is None or kind.continues_text:
+            report = compare(made, dense, tokens, **on)
+        else:
+            report = compare_class(kind, model, made, dense, tokens, **on)
         found |= report.to_dict()
         found["bits_per_weight"] = size.bits_per_weight
         found["bits_per_weight_with_embeddings"] = size.bits_per_weight_with_embeddings
@@ -81,6 +101,48 @@ def evaluate_model(
         add_results(model, found["tasks"])
         write_card(model)
     return found
+
+
+def compare_class(
+    kind: ModelClass,
+    name: str,
+    model: Any,
+    dense: Any,
+    tokens: Tensor,
+    *,
+    window: int,
+    max_windows: int | None,
+    progress: Progress | None,
+) -> Report:
+    """Return how far what a model that continues no text puts out is from the dense model."""
+    config = read_config(name)
+    for one in (model, dense) if kind.is_vector else ():
+        set_pooling(one, pooling_said(name, is_decoder(config)))
+    tokens = masked(tokens, read_tokenizer(name), kind, seed=0)
+    windows = tokens[: len(tokens) // window * window].view(-1, window)[:max_windows]
+    return compare_outputs(
+        {"model": model}, dense, windows, is_vector=kind.is_vector, progress=progress
+    )["model"]
+
+
+def _kind(model: str, against: str | None, is_asked: bool) -> ModelClass | None:
+    """Return the class of a model, None of a GGUF file; ValueError for what it is not asked."""
+    if model.endswith(".gguf"):
+        return None
+    kind = kind_of(read_config(model), model)
+    if kind.continues_text:
+        return kind
+    if is_asked:
+        raise ValueError(
+            f"tasks and --kick ask models that continue text, and {model} is of class {kind.name}: "
+            "give a text (--data) and the dense model (--against)"
+        )
+    if against is None:
+        raise ValueError(
+            f"{model} is of class {kind.name}, which is compared with the dense model: give it "
+            "with --against"
+        )
+    return kind
 
 
 def kick_questions(

@@ -57,6 +57,7 @@ def follow_up(
             n_sequences=wanted.calibration,
             seq_len=recipe.data.seq_len,
             seed=recipe.data.seed,
+            trust_remote_code=recipe.trust_remote_code,
             overwrite=overwrite,
             progress=progress,
         )
@@ -67,6 +68,7 @@ def follow_up(
             f"{folder}-tuned",
             settings,
             data=recipe.tune.sources or recipe.data.sources,
+            trust_remote_code=recipe.trust_remote_code,
             overwrite=overwrite,
             progress=progress,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..base.devices import using
+from ..base.own_code import trusting
 from ..base.plugins import load
 from ..base.progress import Progress
 from ..base.ranks import start
@@ -56,6 +57,7 @@ def compress(
     fitness: Fitness | None = None,
     report_to: Sequence[str] = (),
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Return the model of `recipe`, compressed, written to its folder, reloaded and measured.
@@ -64,9 +66,12 @@ def compress(
     the model's context); by default sequences of the
     recipe's own data that neither calibration nor search has seen. fitness: what to minimise,
     where the recipe's words cannot say it. report_to: as of transformers' Trainer, such as
-    tensorboard. overwrite: replace all that is in the folder, also what is not ours. Of several
+    tensorboard. overwrite: replace all that is in the folder, also what is not ours.
+    trust_remote_code: run the code that the model brings, as the recipe may say as well. Of several
     processes all search, the first writes.
     """
+    if trust_remote_code:
+        recipe = replace(recipe, trust_remote_code=True)
     if recipe.out is None:
         raise ValueError("say where to write the model: out in the recipe, or --out FOLDER")
     work = recipe.work or work_beside(recipe.out)
@@ -79,7 +84,7 @@ def compress(
         for out in outs if is_first else []:
             held.enter_context(claimed(out, reads=reads, overwrite=overwrite))
         job = Job(recipe, fitness=fitness, report_to=report_to, progress=progress)
-        with using(job.device, offload=recipe.offload):
+        with using(job.device, offload=recipe.offload), trusting(recipe.trust_remote_code):
             return _compressed(job, test, window, max_windows)
 
 

@@ -8,7 +8,6 @@ checkpoint lacks or that are not numbers, text longer than the context.
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from ..base.reading import read_object, reading
+from ..base.own_code import is_trusted
+from ..base.reading import reading
 from ..plans.repo import is_repo_id
 from .classes import (
     CAUSAL,
@@ -30,28 +30,30 @@ from .classes import (
     find_class,
     start_of,
 )
+from .file_checks import check_config, check_index
 from .units import SUPPORTED
 
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _OURS = "evopress"
-_COUNT = re.compile(r"(num|n)_\w*(layer|head|expert)")
-MOST = 2**20  # layers, heads or experts; building more would take hours before the first error
 
 
 def read_config(
-    name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str | Path, *, revision: str | None = None, trust_remote_code: bool | None = None
 ) -> Any:
-    """Return the config of a model, a folder or a Hub name; errors name the way out."""
+    """Return the config of a model, a folder or a Hub name; errors name the way out.
+
+    trust_remote_code: here and below, None is what the job says (`base.own_code`).
+    """
     _check_place(name)
     if (file := Path(name) / "config.json").is_file():
         try:
-            _check_config(file)
+            check_config(file)
         except (ValueError, TypeError) as error:
             raise type(error)(f"the config of {name} cannot be read: {error}") from error
     try:
         with reading(file):
             return AutoConfig.from_pretrained(
-                name, revision=revision, trust_remote_code=trust_remote_code
+                name, revision=revision, trust_remote_code=_may_run(trust_remote_code)
             )
     except OSError as error:
         raise type(error)(_no_model(name, error)) from error
@@ -60,12 +62,17 @@ def read_config(
             raise
         raise ValueError(
             f"{file}: {name} brings code of its own, which would run here: read it, then say "
-            "--trust-remote-code (trust_remote_code: true in a recipe)"
+            "--trust-remote-code (trust_remote_code: true in a recipe, trust_remote_code=True in "
+            "Python)"
         ) from error
 
 
 def read_tokenizer(
-    name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, **file: Any
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool | None = None,
+    **file: Any,
 ) -> Any:
     """Return the tokenizer of a model; ValueError where its folder has none."""
     if not file:
@@ -77,17 +84,17 @@ def read_tokenizer(
             "tokenizer_config.json of the model that it comes from into it"
         )
     return AutoTokenizer.from_pretrained(
-        name, revision=revision, trust_remote_code=trust_remote_code, **file
+        name, revision=revision, trust_remote_code=_may_run(trust_remote_code), **file
     )
 
 
 def read_processor(
-    name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str | Path, *, revision: str | None = None, trust_remote_code: bool | None = None
 ) -> Any:
     """Return the processor of a vision-language model; ValueError where it has none."""
     try:
         made = AutoProcessor.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
+            name, revision=revision, trust_remote_code=_may_run(trust_remote_code)
         )
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"{name} has no processor that can be loaded: {error}") from error
@@ -108,10 +115,11 @@ def load_checked(name: str | Path, *, kind: ModelClass | None = None, **options:
     Checkpoints of other quantizers are left to them.
     """
     if kind is None and "gguf_file" not in options:
-        check_class(read_config(name, revision=options.get("revision")), name)
+        asked = {k: options[k] for k in ("revision", "trust_remote_code") if k in options}
+        check_class(read_config(name, **asked), name)
     if "gguf_file" not in options:
-        _check_index(Path(name) / "model.safetensors.index.json")
-    options = {"output_loading_info": True, "trust_remote_code": False, **options}
+        check_index(Path(name) / "model.safetensors.index.json")
+    options = {"output_loading_info": True, "trust_remote_code": is_trusted(), **options}
     with reading(name):
         loaded = (kind or CAUSAL).loader.from_pretrained(name, **options)
     model, info = loaded
@@ -203,6 +211,8 @@ def is_decoder(config: Any) -> bool:
 def check_class(config: Any, name: str | Path) -> None:
     """Raise ValueError unless the checkpoint is of the causal language model of its config."""
     mapping: Any = AutoModelForCausalLM._model_mapping
+    if CAUSAL.auto in (getattr(config, "auto_map", None) or {}):
+        return  # of its own code
     if type(config) not in mapping:
         raise ValueError(
             f"{name} is a {_said(config)}, which is no causal language model; supported: "
@@ -268,50 +278,6 @@ def window_of(config: Any, window: int | None, *, default: int = 2048) -> int:
     return window
 
 
-def _check_config(file: Path) -> None:
-    """Raise an error that names `file` where transformers would trip over what it says."""
-    config = read_object(file)
-    said, saved = config.get("quantization_config"), config.get("architectures")
-    with reading(file):
-        if saved is not None and not _are_names(saved):
-            raise TypeError(f"architectures is a list of names, got {saved!r:.200}")
-        for key, value in config.items():
-            if _COUNT.match(key) and type(value) is int and abs(value) > MOST:
-                raise ValueError(f"{key} is {value:.3g}, more than any model has")
-        if said is None:
-            return
-        if not isinstance(said, dict):
-            raise TypeError(f"quantization_config is an object, got {said!r:.200}")
-        method = said.get("quant_method")
-        if method is not None and not isinstance(method, str):
-            raise TypeError(
-                f"quantization_config has a quant_method, a name such as {_OURS!r}, got "
-                f"{method!r:.200}"
-            )
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _check_index(file: Path) -> None:
-    """Raise an error that names a shard index which is not what transformers takes for one."""
-    if not file.is_file():
-        return
-    index = read_object(file, way_out="export or download the model again")
-    with reading(file, way_out="export or download the model again"):
-        if not isinstance(index.get("metadata", {}), dict) or "metadata" not in index:
-            raise TypeError(f"metadata is an object, got {index.get('metadata')!r:.200}")
-        shards = index.get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise TypeError(f"weight_map is an object of names and files, got {shards!r:.200}")
-        for name, shard in shards.items():
-            if not isinstance(shard, str) or Path(shard).name != shard or not shard:
-                raise ValueError(f"weight_map gives {name} no plain file name but {shard!r:.200}")
-            if not shard.endswith(".safetensors") or not (file.parent / shard).is_file():
-                raise ValueError(f"weight_map gives {name} the file {shard!r:.200}, not there")
-
-
 def _check_keys(name: str | Path, kind: str, info: Any) -> None:
     parts = {
         "lacks": [*info["missing_keys"]],
@@ -339,6 +305,11 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         except (SafetensorError, OSError):  # loading will say what is wrong with it
             return {}
     return shapes
+
+
+def _may_run(said: bool | None) -> bool:
+    """Return whether a model's own code may run."""
+    return is_trusted() if said is None else said
 
 
 def _said(config: Any) -> str:

@@ -24,10 +24,18 @@ from transformers import Trainer
 from ..adapters.folder import activate, check_target, load_adapter
 from ..adapters.kappa import FILE as KAPPA
 from ..adapters.kappa import kappa_targets
-from ..adapters.repair import load, local_folder, perplexity_of, save_checkpoint, tokenizer_of
+from ..adapters.repair import (
+    load,
+    local_folder,
+    perplexity_of,
+    refuse_other_classes,
+    save_checkpoint,
+    tokenizer_of,
+)
 from ..base.devices import find_device, has_bfloat16, on_device
 from ..base.fingerprint import claim
 from ..base.memory import within_memory
+from ..base.own_code import trusts_code
 from ..base.plugins import did_you_mean
 from ..base.progress import Progress
 from ..base.target import whole_folder, work_beside, writes_out
@@ -129,6 +137,7 @@ class Tuned:
     is_kept: bool = True
 
 
+@trusts_code
 @on_device
 @writes_out("model", "data", "tests", "targets")
 def tune(
@@ -152,7 +161,7 @@ def tune(
     if not settings.kinds:
         check_target(out)
     if not model.endswith(".gguf"):
-        config = read_config(model)
+        config = refuse_other_classes(model)
         check_context(config, settings.seq_len, "seq_len")
         window = window_of(config, window, default=512)
     work = work_beside(out)

@@ -19,13 +19,21 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from hf_evopress.adapters.repair import adapt, merge
 from hf_evopress.calibration.data import load_tokens
+from hf_evopress.cli import main
+from hf_evopress.jobs.apply import apply_plan
+from hf_evopress.jobs.bench import bench
+from hf_evopress.jobs.evaluate import evaluate_model
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.pipeline import compress
 from hf_evopress.models.classes import call, find_class, set_pooling
 from hf_evopress.models.source import sees_ahead
 from hf_evopress.models.units import find_blocks
+from hf_evopress.plans.plan import Plan
 from hf_evopress.recipes.recipe import Recipe
+from hf_evopress.scoring.kick.questions import KickSet
+from hf_evopress.training.tune import Tuning, tune
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.arange(2, 34).view(2, 16)
@@ -307,3 +315,80 @@ def test_a_vector_of_a_text_is_pooled_as_its_folder_says(folder: Callable[[str],
             assert torch.allclose(found, torch.nn.functional.normalize(expected, dim=-1))
     with pytest.raises(ValueError, match="pooling is mean, first, last, got 'max'"):
         set_pooling(model, "max")
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "T5ForConditionalGeneration",
+        "BertForMaskedLM",
+        "DistilBertForSequenceClassification",
+        "Qwen3Model",
+        "LlavaForConditionalGeneration",
+    ],
+)
+def test_each_class_is_evaluated_against_its_dense_model(
+    architecture: str, folder: Callable[[str], Path]
+) -> None:
+    here, kind = folder(architecture), find_class(architecture)
+    if not (here / "out").is_dir():
+        compress(recipe(here))
+    words = (str(here / "out"), str(here / "text.txt"))
+    found = evaluate_model(*words, against=str(here / "dense"), window=32, max_windows=3)
+    assert kind is not None
+    losses = found["cosine_windows" if kind.is_vector else "kl_windows"]
+    assert len(losses) == 3 and all(0 < loss < 1 for loss in losses)
+    assert 3 < found["bits_per_weight"] < 5
+    if kind.continues_text:
+        return
+    with pytest.raises(ValueError, match=f"is of class {kind.name}, .* give it with --against"):
+        evaluate_model(*words)
+    with pytest.raises(ValueError, match=f"that continue text, .* is of class {kind.name}"):
+        evaluate_model(words[0], questions=KickSet((), ()))
+
+
+@pytest.mark.parametrize(
+    "architecture", ["T5ForConditionalGeneration", "BertForMaskedLM", "BertModel"]
+)
+def test_what_adapts_and_trains_refuses_other_classes_by_name(
+    architecture: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    here = folder(architecture)
+    model, text = str(here / "dense"), [str(here / "text.txt")]
+    doors: list[Callable[[], Any]] = [
+        lambda: adapt(model, tmp_path / "a", data=text, rank=2),
+        lambda: tune(model, tmp_path / "b", Tuning(seq_len=32), data=text),
+        lambda: merge(model, "nowhere", tmp_path / "c"),
+        lambda: bench(model),
+    ]
+    for door in doors:
+        with pytest.raises(ValueError, match=f"{architecture}.*supported"):
+            door()
+    for more in ({"adapter": {"rank": 2}}, {"tune": {}}):
+        with pytest.raises(ValueError, match=f"{[*more][0]} is of causal language models.*leave"):
+            Job(recipe(here, **more))
+
+
+def test_a_plan_is_applied_to_an_encoder_decoder(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    here = folder("BartForConditionalGeneration")
+    if not (here / "out").is_dir():
+        compress(recipe(here))
+    words = {"model": str(here / "dense"), "data": [str(here / "text.txt")], "seq_len": 32}
+    made = apply_plan(str(here / "out"), tmp_path / "applied", n_sequences=4, **words)
+    plans = [Plan.load(path).levels for path in (made, here / "out")]
+    assert plans[0] == plans[1]
+    model = transformers.BartForConditionalGeneration.from_pretrained(made)
+    assert model.generate(IDS, max_new_tokens=3).shape[0] == 2
+
+
+def test_the_command_line_takes_an_encoder_decoder(folder: Callable[[str], Path]) -> None:
+    here = folder("T5ForConditionalGeneration")
+    words = ["compress", str(here / "dense"), "--out", str(here / "by-words"), "--bits", "5"]
+    words += ["--data", str(here / "text.txt"), "--seq-len", "32", "--calibration", "4"]
+    words += ["--search-pool", "2", "--level", "rtn:bits=4,group_size=32", "--generations", "1"]
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert not end.value.code
+    assert (here / "by-words" / "model.safetensors").is_file()

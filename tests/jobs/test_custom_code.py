@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import pytest
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from hf_evopress.adapters.repair import adapt
+from hf_evopress.jobs.apply import apply_plan
+from hf_evopress.jobs.evaluate import evaluate_model
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.pipeline import compress
 from hf_evopress.recipes.recipe import Recipe
+from hf_evopress.training.tune import Tuning, tune
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -70,8 +75,30 @@ def test_code_that_was_not_trusted_is_not_run(home: Path) -> None:
 
 
 def test_trusted_code_comes_along_and_loads_the_result(home: Path) -> None:
-    folder = compress(recipe(home, trust=True)).folder
+    folder = compress(recipe(home, trust=False), trust_remote_code=True).folder
     assert (folder / "modeling_own.py").read_text() == CODE
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert type(model).__name__ == "OwnForCausalLM"
     assert type(model.hf_quantizer).__name__ == "EvoPressQuantizer"
+
+
+def test_every_door_takes_and_asks_for_trust(home: Path, tmp_path: Path) -> None:
+    small = home / "out"
+    if not small.is_dir():  # another process did the test above
+        compress(recipe(home, trust=True))
+    text, dense = str(home / "text.txt"), str(home / "dense")
+    data: dict[str, Any] = {"data": [text], "seq_len": 32}
+    plan = str(small / "evopress_plan.json")
+    doors: dict[str, Callable[..., Any]] = {
+        "evaluate": partial(evaluate_model, str(small), text, against=dense, window=32),
+        "adapt": partial(adapt, str(small), dense=dense, rank=2, n_sequences=4, **data),
+        "tune": partial(tune, str(small), settings=Tuning(steps=1, seq_len=32, sequences=4)),
+        "apply": partial(apply_plan, plan, model=dense),
+    }
+    for name, door in doors.items():
+        more: dict[str, Any] = {} if name == "evaluate" else {"out": tmp_path / name}
+        more |= {"data": [text]} if name == "tune" else {}
+        with pytest.raises(ValueError, match=r"code of its own.*trust_remote_code=True"):
+            door(**more)
+        assert door(**more, trust_remote_code=True)
+    assert (tmp_path / "apply" / "modeling_own.py").read_text() == CODE
