@@ -24,7 +24,7 @@ from hf_evopress.calibration.data import load_tokens
 from hf_evopress.cli import main
 from hf_evopress.jobs.apply import apply_plan
 from hf_evopress.jobs.bench import bench
-from hf_evopress.jobs.evaluate import evaluate_model
+from hf_evopress.jobs.evaluate import evaluate_model, kick_questions
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.pipeline import compress
 from hf_evopress.models.classes import call, find_class, set_pooling
@@ -32,7 +32,6 @@ from hf_evopress.models.source import sees_ahead
 from hf_evopress.models.units import find_blocks
 from hf_evopress.plans.plan import Plan
 from hf_evopress.recipes.recipe import Recipe
-from hf_evopress.scoring.kick.questions import KickSet
 from hf_evopress.training.tune import Tuning, tune
 
 ROOT = Path(__file__).parents[2]
@@ -344,7 +343,7 @@ def test_each_class_is_evaluated_against_its_dense_model(
     with pytest.raises(ValueError, match=f"is of class {kind.name}, .* give it with --against"):
         evaluate_model(*words)
     with pytest.raises(ValueError, match=f"that continue text, .* is of class {kind.name}"):
-        evaluate_model(words[0], questions=KickSet((), ()))
+        evaluate_model(words[0], questions=kick_questions(()))
 
 
 @pytest.mark.parametrize(
