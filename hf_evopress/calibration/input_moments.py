@@ -39,6 +39,7 @@ from ..models.source import sees_ahead
 from ..models.stream import BlockStream
 from ..models.two_stacks import stream_of
 from ..models.units import Unit, find_units
+from ..models.vision import BLOCK as VISION
 from .end_moments import HEAD_FILE, STATS
 
 logger = logging.getLogger(__name__)
@@ -92,8 +93,10 @@ def calibrate(
     stream = stream_of(model)
     stream.check(example(model, tokens))
     with torch.no_grad(), stream:
+        if VISION in missing:
+            _write_vision(_file(root, VISION), stream, sets, by_block[VISION], batch_tokens)
         runs = {k: _Run(stream, ids, batch_tokens) for k, ids in sets.items()}
-        n_blocks = stream.n_blocks if needs_head else missing[-1] + 1
+        n_blocks = stream.n_blocks if needs_head else max(0, missing[-1] + 1)
         for i in range(n_blocks):
             if i in missing:
                 _write_block(_file(root, i), runs, i, by_block[i], accumulate)
@@ -217,6 +220,22 @@ def _write_block(
         for k, run in runs.items()
     }
     _lend(made["gram"], names)
+    _write(path, made, names)
+
+
+def _write_vision(
+    path: Path, stream: BlockStream, sets: dict[str, Tensor], names: list[str], batch_tokens: int
+) -> None:
+    """Run the vision tower over the images among the sequences, and write its inputs' moments."""
+    made: dict[str, dict[Group, Moment]] = {}
+    for kind in (kind for kind in ("gram", "heldout") if kind in sets):
+        for ids in sets[kind].split(max(1, batch_tokens // sets[kind].shape[1])):
+            with unit_inputs(stream.model, names) as seen:
+                stream.embed(ids)
+            for group, x in distinct_inputs(seen):
+                made.setdefault(kind, {}).setdefault(group, Moment(x, torch.float32)).add(x)
+    if "gram" not in made:
+        raise ValueError("the calibration text has no images for the vision tower: give more")
     _write(path, made, names)
 
 

@@ -39,6 +39,7 @@ from ..models.experts import others
 from ..models.images import example, n_text, only_text
 from ..models.two_stacks import stream_of
 from ..models.units import Unit, find_units
+from ..models.vision import BLOCK as VISION
 from .end_moments import FILE, EndRecorder
 from .input_moments import Moment, check_tokens
 
@@ -101,18 +102,20 @@ def output_moments(
     with _Backward(
         model, tokens, root, seed=seed, batch_tokens=batch_tokens, recorder=recorder
     ) as backward:
-        first = 0 if lacks_ends else min(missing)
+        first = 0 if lacks_ends else max(0, min(missing))
+        # a loss per token, or where there is one output per text, per text
+        n = len(tokens) * backward.kind.n_rows(tokens.shape[1])
+        n -= tokens.numel() - n_text(model, tokens)
         for block in reversed(range(first, backward.stream.n_blocks)):
             names = by_block[block] if block in missing else []
-            # a loss per token, or where there is one output per text, per text
-            n = len(tokens) * backward.kind.n_rows(tokens.shape[1])
-            n -= tokens.numel() - n_text(model, tokens)
             moments = _block_moments(backward, block, names, n)
             if names:
                 _write(_file(root, block), moments, names)
             if progress:
                 total = backward.stream.n_blocks - first
                 progress("sensitivity", backward.stream.n_blocks - block, total)
+        if VISION in missing:
+            _write(_file(root, VISION), backward.vision(by_block[VISION], n), by_block[VISION])
         if recorder is not None:
             backward.end()
             recorder.write(root / FILE, tokens if counted is None else counted)
@@ -268,6 +271,27 @@ class _Backward:
         for ids, gradient in zip(self.batches, self._gradients, strict=True):
             self._recorder.embedding(self.stream, ids, gradient, self._scale)
 
+    def vision(self, names: Sequence[str], n_rows: int) -> dict[str, Tensor]:
+        """Return G of the linears called `names` in the vision tower, once the first block is done.
+
+        Zeros where nothing depends on one: LLaVA leaves out the last block of its tower.
+        """
+        moments: dict[str, Moment] = {}
+        for ids, gradient in zip(self.batches, self._gradients, strict=True):
+            with _outputs(self.model, names) as seen, torch.enable_grad():
+                hidden = self.stream.embed(ids)
+            outputs = [y for _, y in seen.values()]
+            if not outputs or not hidden.requires_grad:
+                continue  # no image
+            coming = self.stream.place.on_device(gradient)
+            found = torch.autograd.grad(hidden, outputs, coming, allow_unused=True)
+            for name, y, g in zip(seen, outputs, found, strict=True):
+                g = torch.zeros_like(y) if g is None else g
+                moments.setdefault(name, Moment(g, torch.float32)).add(g.float() / self._scale)
+        for moment in moments.values():
+            moment.n_tokens = n_rows
+        return {name: moment.gram() for name, moment in moments.items()}
+
     @torch.no_grad()
     def _forward(self) -> None:
         """Put the input of each block on disk, and the gradients at the last output in memory."""
@@ -326,6 +350,8 @@ def _outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple
 
     def note(name: str):  # type: ignore[no-untyped-def]
         def noted(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if torch.is_grad_enabled() and not output.requires_grad:
+                output.requires_grad_()  # a vision tower has nothing before it that does
             seen[name] = (args[0], output)
 
         return noted

@@ -53,6 +53,7 @@ from .options import (
     Texts,
     Tie,
     TrustRemoteCode,
+    Vision,
     Window,
     Work,
     Written,
@@ -89,6 +90,7 @@ def compress(
     keep_last: KeepLast = 0,
     export: For = "evopress",
     ends: EndsWords = "auto",
+    vision: Vision = False,
     skip: Skip = None,
     tie: Tie = None,
     pin: Pin = None,
@@ -156,6 +158,7 @@ def levels(
     level: Levels = None,
     export: For = "evopress",
     ends: EndsWords = "auto",
+    vision: Vision = False,
     skip: Skip = None,
     pin: Pin = None,
     seed: Seed = 0,
@@ -208,6 +211,7 @@ def search(
     keep_last: KeepLast = 0,
     export: For = "evopress",
     ends: EndsWords = "auto",
+    vision: Vision = False,
     skip: Skip = None,
     tie: Tie = None,
     pin: Pin = None,
@@ -283,15 +287,13 @@ def _run(recipe: Recipe, *, overwrite: bool, **words: Any) -> None:
     from ..jobs.pipeline import compress as run_line
 
     if recipe.adapter is not None or recipe.tune is not None:
-        from ..jobs.follow_up import check_follow_up
+        from ..jobs.follow_up import check_follow_up, follow_up
 
         check_follow_up(recipe, overwrite=overwrite)
     with bars() as progress:
         result = run_line(recipe, overwrite=overwrite, progress=progress, **words)
     show_result(result)
     if recipe.adapter is not None or recipe.tune is not None:
-        from ..jobs.follow_up import follow_up
-
         with bars() as progress:
             made = follow_up(recipe, result.folder, overwrite=overwrite, progress=progress)
         show_follow_up(made)
@@ -317,11 +319,10 @@ def show_result(result: Result) -> None:
         for row in result.rows
     ]
     unused = [k for k in (rows[0] if rows else {}) if not any(_is_there(row[k]) for row in rows)]
-    rows = [{k: v for k, v in row.items() if k not in unused} for row in rows]
-    if rows:
+    if rows := [{k: v for k, v in row.items() if k not in unused} for row in rows]:
         console.print("\n" + results_table(rows), markup=False, soft_wrap=True)
-    if told := ends_line(result.plan):
-        console.print(f"\n{told}", markup=False)
+    if ends := ends_line(result.plan):
+        console.print(f"\n{ends}", markup=False)
     for notes in refined(result.plan.results):
         kept = "" if notes["is_kept"] else ", not kept"
         console.print(
@@ -335,11 +336,11 @@ def show_result(result: Result) -> None:
     if result.gguf is not None:
         from ..models.size import stored_bytes
 
-        size = f"{stored_bytes(result.gguf) / 1e6:.1f} MB"
-        told = f"\nThe GGUF file for llama.cpp is in {result.gguf}: {size}"
+        size_mb = stored_bytes(result.gguf) / 1e6
+        told = f"\nThe GGUF file for llama.cpp is in {result.gguf}: {size_mb:.1f} MB"
         console.print(told, markup=False, soft_wrap=True)
-    where = f"\nModel, plan, recipe and heat map are in {result.folder}"
-    console.print(where + (f" ({spent})" if spent else ""), markup=False)
+    spent = f" ({spent})" if spent else ""
+    console.print(f"\nModel, plan, recipe, heat map are in {result.folder}{spent}", markup=False)
 
 
 def _is_there(value: Any) -> bool:

@@ -179,6 +179,12 @@ For = Annotated[
         "as well). Default: what this machine is.",
     ),
 ]
+Vision = Annotated[
+    bool,
+    typer.Option(
+        "--vision", help="Compress the vision tower, too; --data has conversations with images."
+    ),
+]
 EndsWords = Annotated[
     str,
     typer.Option(
@@ -244,6 +250,7 @@ def recipe_of(**words: Any) -> Recipe:
                 "revision",
                 "trust_remote_code",
                 "ends",
+                "vision",
                 "skip",
                 "refine",
                 "refine_levels",

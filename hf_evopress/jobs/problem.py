@@ -20,6 +20,7 @@ from ..methods.menu import menus
 from ..models.size import NOTICE, header_bytes
 from ..models.sub_blocks import KINDS, Droppable, SubBlock, droppable, find_sub_blocks
 from ..models.units import Unit, find_units
+from ..models.vision import find_vision_units
 from ..plans.level import DENSE, DROP, Level
 from ..plans.plan import Plan
 from ..recipes.recipe import Recipe
@@ -89,6 +90,8 @@ def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
     """Return the problem that `recipe` poses for a model, in the dtype to ship, on any device."""
     said = recipe.budget
     units = [] if said.drop is not None else find_units(skeleton, skip=recipe.skip)
+    if recipe.vision and said.drop is None:
+        units = [*find_vision_units(skeleton, skip=recipe.skip), *units]
     shapes = {unit.name: unit.shape for unit in units}
     if is_for_gguf(recipe) and recipe.levels:
         offered = fitting_menus(shapes, recipe.levels)

@@ -19,6 +19,13 @@ def image_text(recipe: Recipe, kind: ModelClass, work: Path) -> ImageText | None
     what cannot be done with images.
     """
     found = [source for source in recipe.data.sources if has_images(source)]
+    if recipe.vision and (kind is not IMAGE_TEXT or not found):
+        raise ValueError(
+            f"--vision compresses the vision tower of a vision-language model, and {recipe.model} "
+            f"is of class {kind.name}"
+            if kind is not IMAGE_TEXT
+            else "--vision needs images to calibrate on: give conversations with --data FILE.jsonl"
+        )
     if not found:
         return None
     if kind is not IMAGE_TEXT:

@@ -54,6 +54,11 @@ def _compress(model: Any, plan: Plan, tokens: Tensor | None, progress: Progress 
             "device_map, save it, and load the result with this device_map"
         )
     units = [unit for unit in find_units(model) if unit.name in levels]
+    if unknown := set(levels) - {u.name for u in [*units, *find_ends(model)]}:
+        raise ValueError(
+            f"the plan has a level for {min(unknown)}, which is outside the blocks of the text "
+            "part: make such a model with compress --vision"
+        )
     ends = [unit for unit in find_ends(model) if unit.name in levels]
     with tempfile.TemporaryDirectory(prefix="evopress-") as folder, torch.no_grad():
         if any(compose.needs_stats(level) for level in levels.values()):

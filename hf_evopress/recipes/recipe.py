@@ -198,6 +198,7 @@ class Recipe:
     families: tuple[str, ...] = ()  # quant, sparse, lowrank, residual, all; none: what fits
     export: str = DEFAULT  # what it is for (or `for`): cpu, gpu, vllm, gguf, transformers
     ends: str = "auto"  # of embedding and head: auto, budget, dense or a level; see jobs.ends
+    vision: bool = False  # compress the vision tower of a vision-language model, too
     drop: Drop = field(default_factory=Drop)
     skip: tuple[str, ...] = ()  # glob patterns of units that stay dense
     tie: tuple[tuple[str, ...], ...] = ()  # last name parts that share a level in each block

@@ -31,6 +31,7 @@ from ..models.images import only_text
 from ..models.patching import unit_operators
 from ..models.sub_blocks import find_sub_blocks
 from ..models.two_stacks import stream_of
+from ..models.vision import BLOCK as VISION
 from ..plans.level import Level
 from ..store.level_store import LevelStore
 from .fitness.base import Fitness, Loss, Targets
@@ -80,6 +81,7 @@ class Evaluator:
         self._units: dict[int, list[str]] = defaultdict(list)
         for unit in store.units.values():
             self._units[unit.block].append(unit.name)
+        self._first = [*self._units.get(VISION, []), *self._units.get(-1, [])]
         self._dropped: dict[str, Operator] = {}
         for sub in find_sub_blocks(model):
             self._units[sub.block].append(sub.name)
@@ -149,7 +151,7 @@ class Evaluator:
     def logits(self, plan: Mapping[str, Level], input_ids: Tensor) -> Tensor:
         """Return the logits (batch, seq, vocabulary) of the model compressed by `plan`."""
         with self.stream:
-            with self._installed(plan, self._units.get(-1, [])):
+            with self._installed(plan, self._first):
                 hidden = self.stream.embed(input_ids)
             for block in range(self.stream.n_blocks):
                 with self._installed(plan, self._units[block]):
@@ -201,7 +203,7 @@ class Evaluator:
 
     def _embed(self, ids: list[Tensor], plans: Plans) -> Iterator[Group]:
         """Yield the input of the first block for each distinct choice of the embedding's level."""
-        units = self._units.get(-1, [])
+        units = self._first
         for members in self._choices(range(len(plans)), plans, units):
             with self._installed(plans[members[0]], units):
                 rest = self.stream.place.let_rest

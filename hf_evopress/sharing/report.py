@@ -28,6 +28,7 @@ _CIVIDIS = (
 )
 
 
+_VISION = re.compile(r"(?:^|\.)(?:vision_|visual|image_tower)")
 _ENCODER = re.compile(r"(?:^|\.)encoder\.")
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")  # of the block, in the name of a unit
 
@@ -232,7 +233,9 @@ def _place(unit: str, *, is_beside: bool = False) -> tuple[int, str]:
         raise ValueError(f"unit {unit!r} has no block number in its name")
     kind = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", unit[match.end() :])
     # the decoder of an encoder-decoder has blocks of the same numbers, and is a kind of its own
-    stack = "decoder." if is_beside and "decoder." in unit[: match.start()] else ""
+    before = unit[: match.start()]
+    stack = "decoder." if is_beside and "decoder." in before else ""
+    stack = "vision." if _VISION.search(before) else stack
     return int(match[1]), stack + (kind or "block")
 
 

@@ -17,10 +17,12 @@ from transformers import AutoConfig, CLIPImageProcessorPil, LlavaProcessor, PreT
 from hf_evopress.cli import main
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.pipeline import compress
+from hf_evopress.loading.layers import compressed_linears
 from hf_evopress.models.classes import call
 from hf_evopress.models.images import give_images
 from hf_evopress.models.two_stacks import stream_of
 from hf_evopress.recipes.recipe import Recipe
+from hf_evopress.store.level_store import LevelStore
 
 IMAGE = 256  # the token at places of images
 SIDE = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
@@ -121,6 +123,23 @@ def test_a_model_is_compressed_on_conversations_with_images(home: Path) -> None:
     )
     assert (asked["input_ids"] == IMAGE).sum() == 4
     assert loaded.generate(**asked, max_new_tokens=4, do_sample=False).shape[1] > 4
+
+
+def test_the_vision_tower_is_compressed_where_asked(home: Path) -> None:
+    more = {"out": str(home / "seeing"), "levels": [f"gptq:bits={b}" for b in (2, 4)]}
+    result = compress(recipe(home, vision=True, **more))  # raises if the logits differ in a bit
+    tower = [unit for unit in result.plan if "vision_tower" in unit]
+    assert len(tower) == 2 * 6 and any("language_model" in unit for unit in result.plan)
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(result.folder)
+    assert {name for name in compressed_linears(loaded) if "vision" in name} == set(tower)
+    # LLaVA reads the states before the tower's last block: nothing depends on that block's levels
+    scores = LevelStore(home / "seeing.work" / "store").scores
+    for unit in tower:
+        felt = scores(unit, "gptq:bits=2")["sensitivity_nats"]
+        assert felt == 0 if ".layers.1." in unit else felt > 0
+    with pytest.raises(ValueError, match="--vision needs images to calibrate on"):
+        text = {"sources": [str(home / "dense" / "chat_template.jinja")], "seq_len": 64}
+        Job(recipe(home, vision=True, data=text))
 
 
 def test_sequences_hold_whole_images_and_no_padding(home: Path) -> None:
