@@ -27,6 +27,7 @@ from ..models.images import Images
 _LINES = (".jsonl", ".ndjson")
 _CHATS = ("messages", "conversations")
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_WRONG = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)
 _OTHER_WAYS = ("url", "image", "base64", "image_url")
 
 
@@ -133,11 +134,13 @@ class ImageText:
 
     def _rendered(self, conversation: Conversation) -> _Piece:
         """Return the tokens of a conversation and what its images became."""
+        from jinja2 import TemplateError
+
         try:
             out = self.processor.apply_chat_template(
                 conversation.messages, tokenize=True, return_dict=True, return_tensors="pt"
             )
-        except Exception as error:  # templates and decoders of images raise what they like
+        except (TemplateError, OSError, *_WRONG) as error:  # of templates, decoders, processors
             raise ValueError(
                 f"line {conversation.line} of {self.source} cannot be rendered: {error}"
             ) from error

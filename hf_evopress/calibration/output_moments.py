@@ -103,9 +103,7 @@ def output_moments(
         model, tokens, root, seed=seed, batch_tokens=batch_tokens, recorder=recorder
     ) as backward:
         first = 0 if lacks_ends else max(0, min(missing))
-        # a loss per token, or where there is one output per text, per text
-        n = len(tokens) * backward.kind.n_rows(tokens.shape[1])
-        n -= tokens.numel() - n_text(model, tokens)
+        n = backward.n_losses
         for block in reversed(range(first, backward.stream.n_blocks)):
             names = by_block[block] if block in missing else []
             moments = _block_moments(backward, block, names, n)
@@ -221,6 +219,9 @@ class _Backward:
         self.model, self._recorder = model, recorder
         self.stream = stream_of(model)
         self.kind = class_of(model)
+        # one per token of text, or where there is one output per text, per text
+        self.n_losses = len(tokens) * self.kind.n_rows(tokens.shape[1])
+        self.n_losses -= tokens.numel() - n_text(model, tokens)
         self.batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
         self._scratch = TemporaryDirectory(dir=folder, prefix=".inputs.")
         self._generator = torch.Generator().manual_seed(seed)

@@ -176,7 +176,7 @@ def levels(
 
     The store in WORK serves any number of searches: hf-evopress search MODEL --work WORK ...
     """
-    words = {key: value for key, value in locals().items() if key != "diagnose"}
+    words = {k: v for k, v in locals().items() if k != "diagnose"}
     recipe = recipe_of(**words, ratio=None if sparsity else 1.0)
     from ..jobs.job import Job
     from ..jobs.levels import build_levels
@@ -189,13 +189,16 @@ def levels(
         _diagnose(job, store, diagnose)
 
 
+PlanFile = Annotated[
+    str, typer.Option("--out", "-o", help="Plan file to write; a folder for several plans.")
+]
+
+
 @computes
 def search(
     model: Model,
     work: Annotated[str, typer.Option(help="The folder that `levels` or `compress` filled.")],
-    out: Annotated[
-        str, typer.Option("--out", "-o", help="Plan file to write; a folder for several plans.")
-    ] = "plan.json",
+    out: PlanFile = "plan.json",
     bits: Bits = None,
     size: Size = None,
     ratio: Ratio = None,

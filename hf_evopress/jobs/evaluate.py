@@ -73,8 +73,7 @@ def evaluate_model(
     manager = None if tasks is None else check_tasks(tasks)
     kind = _kind(model, against, tasks is not None or questions is not None)
     text = None if data is None else _text(model, data, column, window)
-    stored = load_checked(model, kind=kind, dtype="auto") if text else None
-    size = model_size(stored) if text else None
+    size = model_size(load_checked(model, kind=kind, dtype="auto")) if text else None  # as stored
     made = load(model, dtype=dtype, kind=kind)
     prepare_layers(made, PACKED)
     dense = load(against, dtype=dtype, kind=kind) if against else None

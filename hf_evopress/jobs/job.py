@@ -189,8 +189,8 @@ class Job:
             writers=writers,
             n_wrapped=self.kind.n_texts,
         )
-        for part in found.values() if made is not None else ():
-            made.images.check(part)
+        if made is not None:
+            made.images.check(torch.cat(list(found.values())))
         return {name: self.masked(part) for name, part in found.items()}
 
     def masked(self, tokens: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def test_a_model_is_compressed_on_conversations_with_images(home: Path) -> None:
 
 
 def test_the_vision_tower_is_compressed_where_asked(home: Path) -> None:
-    more = {"out": str(home / "seeing"), "levels": [f"gptq:bits={b}" for b in (2, 4)]}
+    more = {"out": str(home / "seeing"), "levels": [f"gptq:bits={b},group_size=32" for b in (2, 4)]}
     result = compress(recipe(home, vision=True, **more))  # raises if the logits differ in a bit
     tower = [unit for unit in result.plan if "vision_tower" in unit]
     assert len(tower) == 2 * 6 and any("language_model" in unit for unit in result.plan)
@@ -135,7 +135,7 @@ def test_the_vision_tower_is_compressed_where_asked(home: Path) -> None:
     # LLaVA reads the states before the tower's last block: nothing depends on that block's levels
     scores = LevelStore(home / "seeing.work" / "store").scores
     for unit in tower:
-        felt = scores(unit, "gptq:bits=2")["sensitivity_nats"]
+        felt = scores(unit, "gptq:bits=2,group_size=32")["sensitivity_nats"]
         assert felt == 0 if ".layers.1." in unit else felt > 0
     with pytest.raises(ValueError, match="--vision needs images to calibrate on"):
         text = {"sources": [str(home / "dense" / "chat_template.jinja")], "seq_len": 64}
