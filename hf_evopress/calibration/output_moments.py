@@ -95,25 +95,23 @@ def output_moments(
     mine = [i for n, i in enumerate(sorted(by_block)) if ranks.owns(n)]
     missing = [i for i in mine if not _file(root, i).is_file()]
     lacks_ends = bool(ends) and ranks.is_first and not (root / FILE).is_file()
-    if not missing and not lacks_ends:
+    recorder = EndRecorder(model, ends, seed=seed + 1) if lacks_ends else None
+    if not missing and recorder is None:
         ranks.wait()
         return root
-    recorder = EndRecorder(model, ends, seed=seed + 1) if lacks_ends else None
     with _Backward(
         model, tokens, root, seed=seed, batch_tokens=batch_tokens, recorder=recorder
     ) as backward:
         first = 0 if lacks_ends else max(0, min(missing))
-        n = backward.n_losses
         for block in reversed(range(first, backward.stream.n_blocks)):
             names = by_block[block] if block in missing else []
-            moments = _block_moments(backward, block, names, n)
+            moments = _block_moments(backward, block, names, backward.n_losses)
             if names:
                 _write(_file(root, block), moments, names)
             if progress:
-                total = backward.stream.n_blocks - first
-                progress("sensitivity", backward.stream.n_blocks - block, total)
+                progress("sensitivity", (n := backward.stream.n_blocks) - block, n - first)
         if VISION in missing:
-            _write(_file(root, VISION), backward.vision(by_block[VISION], n), by_block[VISION])
+            _write(_file(root, VISION), backward.vision(by_block[VISION]), by_block[VISION])
         if recorder is not None:
             backward.end()
             recorder.write(root / FILE, tokens if counted is None else counted)
@@ -272,7 +270,7 @@ class _Backward:
         for ids, gradient in zip(self.batches, self._gradients, strict=True):
             self._recorder.embedding(self.stream, ids, gradient, self._scale)
 
-    def vision(self, names: Sequence[str], n_rows: int) -> dict[str, Tensor]:
+    def vision(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return G of the linears called `names` in the vision tower, once the first block is done.
 
         Zeros where nothing depends on one: LLaVA leaves out the last block of its tower.
@@ -290,7 +288,7 @@ class _Backward:
                 g = torch.zeros_like(y) if g is None else g
                 moments.setdefault(name, Moment(g, torch.float32)).add(g.float() / self._scale)
         for moment in moments.values():
-            moment.n_tokens = n_rows
+            moment.n_tokens = self.n_losses
         return {name: moment.gram() for name, moment in moments.items()}
 
     @torch.no_grad()

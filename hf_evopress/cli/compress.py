@@ -339,8 +339,7 @@ def show_result(result: Result) -> None:
     if result.gguf is not None:
         from ..models.size import stored_bytes
 
-        size_mb = stored_bytes(result.gguf) / 1e6
-        told = f"\nThe GGUF file for llama.cpp is in {result.gguf}: {size_mb:.1f} MB"
+        told = f"\nThe GGUF file of {stored_bytes(result.gguf) / 1e6:.1f} MB is in {result.gguf}"
         console.print(told, markup=False, soft_wrap=True)
     spent = f" ({spent})" if spent else ""
     console.print(f"\nModel, plan, recipe, heat map are in {result.folder}{spent}", markup=False)
@@ -376,10 +375,9 @@ def _diagnose(job: Job, store: LevelStore, level: str) -> None:
     """Print the units that a level costs most, and an alarm for those it breaks."""
     from ..scoring.diagnose import diagnose
 
-    n_tokens = job.recipe.search.sensitivity_tokens
-    n = max(1, n_tokens // job.recipe.data.seq_len)
+    n = max(1, job.recipe.search.sensitivity_tokens // job.recipe.data.seq_len)
     found = diagnose(job.model, store, level, job.tokens["calibration"][:n])
-    alarms = [finding for finding in found if finding.is_alarm]
+    alarms = [f for f in found if f.is_alarm]
     rows = [
         (
             f.unit,
