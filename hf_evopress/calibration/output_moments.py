@@ -315,6 +315,8 @@ class _Backward:
         return torch.cat([self._part_gradient(*part) for part in parts], dim=1)
 
     def _part_gradient(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        if not n_text(self.model, ids):
+            return torch.zeros_like(hidden)  # all of one image
         watching = self._recorder.watching() if self._recorder else nullcontext()
         with torch.enable_grad(), watching:
             hidden = self.stream.place.on_device(hidden.detach()).requires_grad_()
