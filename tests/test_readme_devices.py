@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -28,11 +27,14 @@ from hf_evopress.refine.blockwise import Settings
 
 from . import second_device
 from .conftest import make_structured_text
+from .export.test_gguf import N_TOKENS, by_rule
 from .hub_server import Hub
 from .test_readme import of
 
 DENSE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-MEGABYTES = 0.0022  # of the tiny model for one of the README's
+LEVELS = "-l gptq:bits=2,group_size=32 -l gptq:bits=4,group_size=32"
+TRELLIS = "-l trellis:bits=2,state_bits=6 --ends dense --skip 'model.layers.[123].*'"
+MEGABYTES = 0.0085  # of the tiny model for one of the README's
 SHORT = {
     "--seq-len": "32",
     "--calibration": "8",
@@ -44,12 +46,11 @@ SHORT = {
     "--batch": "1",
     "--sequences": "4",
     "--heldout": "2",
-    "--limit": "2",
+    "--limit": "1",
     "--prompt": "8",
     "--repeats": "1",
-    "--data": "my.txt",
 }
-EXTRAS = {"--tasks": "lm_eval", "gguf": "xllamacpp"}
+EXTRAS = {"--tasks": "lm_eval", "gguf": "xllamacpp", "onnx": "onnxruntime"}
 
 
 @pytest.fixture
@@ -57,13 +58,13 @@ def place(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     tiny_model: Callable[..., nn.Module],
-    byte_tokenizer: PreTrainedTokenizerFast,
 ) -> Path:
     """A working folder with a dense model of four blocks under both of its names, and texts."""
     monkeypatch.chdir(tmp_path)
+    sizes: dict[str, Any] = {"hidden_size": 128, "vocab_size": N_TOKENS, "num_hidden_layers": 4}
     for name in (DENSE, "MODEL"):
-        tiny_model(num_hidden_layers=4).save_pretrained(tmp_path / name)
-        byte_tokenizer.save_pretrained(tmp_path / name)
+        tiny_model(**sizes, max_position_embeddings=2048).save_pretrained(tmp_path / name)
+        by_rule("gpt-2").save_pretrained(tmp_path / name)
     for name in ("my.txt", "task.txt", "wiki.test.raw"):
         (tmp_path / name).write_text(make_structured_text(900, seed=len(name)))
     return tmp_path
@@ -82,14 +83,18 @@ def adjusted(line: str) -> list[str]:
     """Return the words of a command line, made small and for the second device."""
     line = re.sub(r"\b(\d+)MB\b", lambda m: f"{float(m[1]) * MEGABYTES * 1000:.0f}KB", line)
     line = re.sub(r"--device \S+", "", line)
-    line = line.replace("--family trellis", "-l trellis:bits=2,state_bits=8 --ends dense")
-    line = line.replace("--family all", "--family codes --family sparse")
+    line = line.replace("--family trellis", TRELLIS)
+    line = line.replace("--family all", LEVELS + " -l sparsegpt:sparsity=0.5")
     line = re.sub(r"--written \d+", "--written 2", line)
     words = shlex.split(line)
     known = _options(words[0])
     for name, value in SHORT.items():
-        if name in known and name not in words:
+        if name in known and name not in words and not (name == "--steps" and "best" in words):
             words += [name, value]
+    if words[0] == "compress":
+        words += [] if "--data" in words else ["--data", "my.txt"]
+        has_levels = {"-l", "--level", "--sparsity", "--drop-ratio", "--for"} & set(words)
+        words += [] if has_levels else shlex.split(LEVELS)
     words += ["--overwrite"] if "--overwrite" in known else []
     return words + (["--device", "sim"] if "--device" in known else [])
 
@@ -113,7 +118,7 @@ def test_every_command_runs_there(hub: Hub, place: Path, few_steps: None) -> Non
     with using("sim"):
         for extra in (
             f"compress {DENSE} --size 90MB --data my.txt --out demo/smol-90MB",
-            "compress MODEL --size 120MB --ends dense -l gptq:bits=4 --data my.txt --out other",
+            "compress MODEL --size 120MB --ends dense -l gptq:bits=4,group_size=32 --data my.txt --out other",
         ):
             done = run.invoke(app, adjusted(extra))
             assert done.exit_code == 0, (extra, done.output, done.exception)
