@@ -6,6 +6,7 @@ Commands that need an extra which is not installed are left out.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import re
 import shlex
@@ -118,14 +119,17 @@ def test_every_command_runs_there(hub: Hub, place: Path, few_steps: None) -> Non
     with using("sim"):
         for extra in (
             f"compress {DENSE} --size 90MB --data my.txt --out demo/smol-90MB",
-            "compress MODEL --size 120MB --ends dense -l gptq:bits=4,group_size=32 --data my.txt --out other",
+            "compress MODEL --size 120MB --ends dense -l rtn:bits=4,group_size=32 --data my.txt "
+            "--out other",
         ):
             done = run.invoke(app, adjusted(extra))
             assert done.exit_code == 0, (extra, done.output, done.exception)
     second_device.reset_peak()
     for line in lines():
+        gc.collect()
         before = second_device.live_bytes()
         done = run.invoke(app, adjusted(line))
         assert done.exit_code == 0, (line, done.output[-3000:], done.exception)
-        assert second_device.live_bytes() == before, line
+        gc.collect()
+        assert second_device.live_bytes() <= before, line
     assert second_device.peak_bytes() > 0

@@ -122,7 +122,7 @@ def test_what_baselines_look_at(home: Path, strategy: str) -> None:
         "magnitude:sparsity=0.5",
         "lowrank:rank=8",
         "gptq:bits=3,group_size=32 + lowrank:rank=4",
-        "trellis:bits=3,state_bits=8",
+        "trellis:bits=3,state_bits=6",
         "rows:bits=3,top_bits=6,group_size=32",
         "gguf:type=q4_0",
         "dict:bits=4",
