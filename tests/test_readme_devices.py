@@ -131,5 +131,5 @@ def test_every_command_runs_there(hub: Hub, place: Path, few_steps: None) -> Non
         done = run.invoke(app, adjusted(line))
         assert done.exit_code == 0, (line, done.output[-3000:], done.exception)
         gc.collect()
-        assert second_device.live_bytes() <= before, line
+        assert second_device.live_bytes() < before + 8192, line  # tables that are kept
     assert second_device.peak_bytes() > 0
