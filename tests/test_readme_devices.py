@@ -10,7 +10,9 @@ import gc
 import importlib.util
 import re
 import shlex
+import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from typer.testing import CliRunner
 
 from hf_evopress.base.devices import using
 from hf_evopress.cli import app
-from hf_evopress.recipes.recipe import Distil
+from hf_evopress.recipes.recipe import Data, Distil
 from hf_evopress.refine.block_tuning import Tuning as BlockTuning
 from hf_evopress.refine.blockwise import Settings
 
@@ -73,11 +75,16 @@ def place(
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refinement takes some steps only: where tensors lie is what counts here."""
+    """Few sequences, and some steps of refinement: where tensors lie is what counts here."""
     tuning = BlockTuning(steps=2, looks=1, attempts=1, bfloat16=True)
     settings = lambda job, mode: Settings(mode, tuning=tuning)  # noqa: E731
     monkeypatch.setattr("hf_evopress.jobs.refinement.refine_settings", settings)
     monkeypatch.setattr(Distil.__init__, "__defaults__", (2, None))
+    names = [field.name for field in fields(Data)]
+    known = dict(zip(names, Data.__init__.__defaults__, strict=True))
+    monkeypatch.setattr(
+        Data.__init__, "__defaults__", tuple((known | {"heldout": 1, "test": 2}).values())
+    )
 
 
 def adjusted(line: str) -> list[str]:
@@ -126,10 +133,12 @@ def test_every_command_runs_there(hub: Hub, place: Path, few_steps: None) -> Non
             assert done.exit_code == 0, (extra, done.output, done.exception)
     second_device.reset_peak()
     for line in lines():
+        start = time.perf_counter()
         gc.collect()
         before = second_device.live_bytes()
         done = run.invoke(app, adjusted(line))
         assert done.exit_code == 0, (line, done.output[-3000:], done.exception)
+        print(f"{time.perf_counter() - start:.1f} s: {line}")
         gc.collect()
         assert second_device.live_bytes() < before + 8192, line  # tables that are kept
     assert second_device.peak_bytes() > 0
