@@ -11,7 +11,8 @@ a level  at that level, outside a budget of bits
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +27,8 @@ from ..models.units import Unit
 from ..plans.level import DENSE, Level
 from ..recipes.recipe import Recipe
 from ..recipes.targets import APART
+
+logger = logging.getLogger(__name__)
 
 Shape = tuple[int, int]
 
@@ -79,6 +82,7 @@ def choose_ends(skeleton: nn.Module, recipe: Recipe) -> Ends:
     if said == "dense":
         return Ends(every=every)
     units = find_ends(skeleton, skip=recipe.skip)
+    _say_skipped([unit for unit in every if unit not in units])
     if said == "auto" and not class_of(skeleton).generates:
         units = [unit for unit in units if unit.role == "embedding"]
     if in_budget:
@@ -86,6 +90,19 @@ def choose_ends(skeleton: nn.Module, recipe: Recipe) -> Ends:
         return Ends(tuple(units), offered, every=every)
     fixed = {u.name: _level(u, said, recipe) for u in units}
     return Ends(tuple(units), {name: [level] for name, level in fixed.items()}, fixed, every)
+
+
+def _say_skipped(units: Sequence[Unit]) -> None:
+    """Say what ends that stay dense cost."""
+    for unit in units:
+        dense, level = 2 * unit.shape[0] * unit.shape[1], default_level(unit.shape)
+        packed = compose.cost_bits(level, unit.shape) / 8
+        logger.warning(
+            "%s is skipped and stays dense: %.3g MB of 16 bits, of which 8 bits would save %.3g MB",
+            unit.name,
+            dense / 1e6,
+            (dense - packed) / 1e6,
+        )
 
 
 def default_level(shape: Shape) -> Level:

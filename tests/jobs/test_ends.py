@@ -104,12 +104,16 @@ def test_a_pin_gives_one_end_another_level(home: Path) -> None:
     assert levels[HEAD].terms[0].kwargs["bits"] == 8
 
 
-def test_skipped_ends_stay_dense(home: Path) -> None:
+def test_skipped_ends_stay_dense_and_a_line_says_what_that_costs(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     job = Job(recipe(home, home / "x", budget={"size": "300kB"}, skip=["*embed_tokens"]))
     levels = job.levels(job.space.cheapest)
     assert EMBEDDING not in levels and HEAD in levels
     ends = job.problem.ends.size_bytes(levels)
     assert ends[EMBEDDING] == 2 * 256 * 64 > ends[HEAD]
+    said = f"{EMBEDDING} is skipped and stays dense: 0.0328 MB of 16 bits, of which 8 bits would"
+    assert said in caplog.text and HEAD not in caplog.text
 
 
 def test_a_size_that_cannot_be_says_what_the_least_is_made_of(home: Path) -> None:
