@@ -215,8 +215,8 @@ def check_class(config: Any, name: str | Path) -> None:
         return  # of its own code
     if type(config) not in mapping:
         raise ValueError(
-            f"{name} is a {_said(config)}, which is no causal language model; supported: "
-            f"{SUPPORTED}"
+            f"{name} is a {_said(config)}, which is no causal language model; supported"
+            f"{_kin(config)}{SUPPORTED}"
         )
     made = mapping[type(config)]
     classes = made if isinstance(made, (list, tuple)) else (made,)
@@ -225,13 +225,24 @@ def check_class(config: Any, name: str | Path) -> None:
     if saved and not set(saved) & set(known):
         raise ValueError(
             f"{name} is a {saved[0]}, of which a causal language model would lose or lack the "
-            f"head; supported here: {' or '.join(known)}, that is {SUPPORTED}"
+            f"head; supported{_kin(config)}{SUPPORTED}"
         )
     if getattr(config, "is_decoder", None) is False and _is_encoder(classes[0]):
         raise ValueError(
             f"{name} is a {known[0]} with is_decoder=false, an encoder in which every token sees "
             f"those behind it; supported: {SUPPORTED}"
         )
+
+
+def _kin(config: Any) -> str:
+    """Return which classes of a config's own kind can be compressed, before what else can."""
+    names = []
+    for kind in CLASSES:
+        mapping: Any = kind.loader._model_mapping
+        made = mapping.get(type(config), ())
+        classes = made if isinstance(made, (list, tuple)) else (made,)
+        names += [c.__name__ for c in classes if c.main_input_name == "input_ids"]  # not of images
+    return f" of its kind: {', '.join(dict.fromkeys(names))}; besides, " if names else ": "
 
 
 def check_finite(model: nn.Module, name: str) -> None:

@@ -105,6 +105,12 @@ def test_what_is_no_causal_language_model_is_named(kind: str) -> None:
         check_class(config, kind)
 
 
+def test_a_head_that_is_not_known_is_refused_with_those_of_its_kind() -> None:
+    config = AutoConfig.for_model("bert", architectures=["BertForMultipleChoice"])
+    with pytest.raises(ValueError, match=r"kind: .*BertForSequenceClassification.*; besides"):
+        check_class(config, "bert")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_weight_that_is_not_a_number_is_named(
