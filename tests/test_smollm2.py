@@ -53,7 +53,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Result:
             "model": str(MODEL),
             "out": str(home / "out"),
             "budget": {"bits": 3.3},
-            "levels": [f"gptq:bits={b},group_size=64" for b in (2, 3, 4)],
+            "levels": [f"gptq:bits={b},group_size=64" for b in (2, 3, 4, 5)],
             "data": {
                 "sources": [str(TEXT)],
                 "seq_len": 512,

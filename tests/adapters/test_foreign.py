@@ -282,9 +282,11 @@ def test_it_is_refused_before_the_dense_model_is_loaded(
 ) -> None:
     model = copy.deepcopy(trained_llama)
     model.model.layers[2].mlp.down_proj = NeedsGpu(128, 64)
-    monkeypatch.setattr(repair, "load", {"other": model}.__getitem__)  # KeyError for the dense one
+    other = str(tmp_path / "other")
+    model.config.save_pretrained(other)  # whose class is looked at first
+    monkeypatch.setattr(repair, "load", {other: model}.__getitem__)  # KeyError for the dense one
     with pytest.raises(ValueError, match="NeedsGpu"):
-        adapt("other", tmp_path / "out", data=["none.txt"], dense="dense", rank=2)
+        adapt(other, tmp_path / "out", data=["none.txt"], dense="dense", rank=2)
     with pytest.raises(ValueError, match="NeedsGpu"):
         check_readable(model)
 
