@@ -12,6 +12,7 @@ that was, and marked so. Every step brings one block at a time to the device (of
 from __future__ import annotations
 
 import argparse
+import random
 import resource
 import tempfile
 import time
@@ -103,8 +104,8 @@ def measure(model: Any, device: torch.device, tokens: torch.Tensor) -> dict[str,
     units = find_units(model)
     menus = {unit.name: LEVELS for unit in units}
     plans = [
-        {unit.name: LEVELS[(i + j) % len(LEVELS)] for j, unit in enumerate(units)}
-        for i in range(PLANS)
+        {unit.name: draw.choice(LEVELS) for unit in units}  # hardly ever alike: nothing is shared
+        for draw in map(random.Random, range(PLANS))
     ]
     costs: dict[str, Cost] = {}
     with tempfile.TemporaryDirectory() as scratch:
