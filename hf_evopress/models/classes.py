@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor
 
 from ..base.placement import place_of
-from .images import images_of
+from .images import TYPES, images_of
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,12 @@ def forward(model: Any, ids: Tensor, *, with_images: bool = True) -> Any:
     if images is not None:
         place = place_of(model)
         dtype = place.dtype or model.dtype
-        for key, value in images.of(ids).items():
+        found = images.of(ids)
+        for key, value in found.items():
             options[key] = value.to(ids.device, dtype if value.is_floating_point() else None)
+        if found:  # what decides masks and positions of some, as their processors have it
+            known = inspect.signature(type(model).forward).parameters
+            options |= {key: images.places(ids) for key in TYPES if key in known}
     return model(input_ids=ids, **options)
 
 

@@ -21,6 +21,7 @@ from ..base.fingerprint import tensor_fingerprint
 from ..base.reading import reading
 from ..base.resources import atomic_path
 
+TYPES = ("token_type_ids", "mm_token_type_ids")  # of tokens, that a forward may take
 _ATTRIBUTE = "_evopress_images"
 _PADDED = "pixel_attention_mask"  # of processors whose pixels are (text, image, ...): Idefics kin
 
@@ -63,6 +64,10 @@ class Images:
                     f"{self.folder} lacks the images of tokens that were kept beside it: delete "
                     "the folder tokens/ next to it, and both are made anew"
                 )
+
+    def places(self, ids: Tensor) -> Tensor:
+        """Return 1 at the places of images in ids (batch, seq), 0 at text."""
+        return (ids == self.token).long()
 
     def text(self, row: Tensor) -> Tensor:
         """Return the positions of a row (seq,) that are no places of images."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..base.placement import Place, Visit, place_of, visiting
 from .classes import call
+from .images import images_of
 from .units import find_blocks
 
 # keys of a config, and what blocks get from elsewhere than the block before them (Gemma 3n and 4)
@@ -268,11 +269,12 @@ class BlockStream:
             ids = input_ids.clone()
             arguments = self._record(ids)
             other = self._record(ids.flip(-1).roll(1, 0))
+        way_out = "" if images_of(self.model) is None else ": take text without images"
         for i, (one, two) in enumerate(zip(arguments, other, strict=True)):
             if not (_same(one.args, two.args) and _same(one.kwargs, two.kwargs)):
                 raise ValueError(
                     f"block {self.names[i]} of {type(self.model).__name__} gets inputs other than "
-                    "hidden states that depend on the tokens; such models cannot be streamed"
+                    f"hidden states that depend on the tokens and cannot be streamed{way_out}"
                 )
         while len(self._captured) >= _MAX_SHAPES:
             del self._captured[next(iter(self._captured))]
