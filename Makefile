@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 MODEL  := .cache/SmolLM2-135M-Instruct
-# Of the whole file; the dense model has 269 MB.
+# Of the whole file; the dense model has 269 MB. Below 80 MB the recipe needs smaller levels.
 SIZE   ?= 90MB
 OUT    ?= demo/smol-$(SIZE)
 # Text for calibration, search and test; any plain-text file will do: make demo DATA=my.txt

@@ -1,9 +1,9 @@
 """A graph for ONNX Runtime, traced by transformers' own exporter, with codes that stay packed.
 
 Layers of integer codes become MatMulNBits, a packed embedding GatherBlockQuantized, which are
-operators of ONNX Runtime: 4 bits for levels of 2 to 4, 8 bits for those of 5 to 8. Low-rank terms
-are two products. Levels that it has nothing for (trellis, sparse without codes, GGUF types) are
-stored dense in 16 bits; what that adds to the file is said in one line.
+operators of ONNX Runtime: one of 4 bits for levels of 2 to 4, two of 4 bits for those of 5 to 8.
+Low-rank terms are two products. Levels that it has nothing for (trellis, sparse without codes, GGUF
+types) are stored dense in the model's dtype; what that adds to the file is said in one line.
 
 The graph computes in float32. Causal models take and give a key-value cache, so that one graph
 reads a prompt (with a cache of length 0) and goes on from it, token by token.
@@ -16,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -48,7 +49,7 @@ TOLERANCE = 1e-4
 
 
 class OnnxExport(Export):
-    """A graph for ONNX Runtime: codes stay packed, others in 16 bits."""
+    """A graph for ONNX Runtime: codes stay packed, what it has no place for is dense."""
 
     name = "onnx"
     takes_any_class = True
@@ -214,11 +215,12 @@ def _exporter() -> tuple[Any, Any]:
     if missing:
         raise ImportError(f"this export needs {', '.join(missing)}: {PACKAGE}")
     try:
-        from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter
-    except ImportError as error:
+        exporters = import_module("transformers.exporters")
+        names = ("OnnxExporter", "OnnxConfig", "ExportedModel")  # the last: by which it is read
+        exporter, settings, _ = (getattr(exporters, name) for name in names)
+    except (ImportError, AttributeError) as error:
         raise ImportError(
             f"this export is made by transformers' own exporter, which transformers "
             f"{transformers.__version__} does not have as used here: 5.24 does"
         ) from error
-    assert ExportedModel is not None
-    return OnnxExporter(), OnnxConfig
+    return exporter(), settings

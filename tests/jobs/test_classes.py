@@ -24,6 +24,7 @@ from hf_evopress.calibration.data import load_tokens
 from hf_evopress.cli import main
 from hf_evopress.jobs.apply import apply_plan
 from hf_evopress.jobs.bench import bench
+from hf_evopress.jobs.convert import convert
 from hf_evopress.jobs.evaluate import evaluate_model, kick_questions
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.pipeline import compress
@@ -161,6 +162,35 @@ def test_a_model_of_its_class_is_compressed_and_comes_back(
     assert not any(part in unit for unit in result.plan for part in heads)
     if not kind.generates:  # a head that is there stays dense
         assert not any(unit.endswith(("decoder", "lm_head")) for unit in result.plan)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "DistilBertForSequenceClassification",
+        "DebertaV2ForTokenClassification",
+        "BertForMaskedLM",
+        "BertModel",
+        "T5ForConditionalGeneration",
+    ],
+)
+def test_a_dense_export_is_a_stock_model_of_its_class(
+    architecture: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    here, kind = folder(architecture), find_class(architecture)
+    assert kind is not None
+    if not (here / "out").is_dir():  # another process did the tests above
+        compress(recipe(here))
+    convert(str(here / "out"), tmp_path / "stock", format="dense")
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert config["architectures"] == [architecture] and "quantization_config" not in config
+    pair = [
+        kind.loader.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (here / "out", tmp_path / "stock")
+    ]
+    with torch.no_grad():
+        packed, stock = (call(model, IDS) for model in pair)
+    assert torch.allclose(packed, stock, atol=2e-2)  # 16-bit weights
 
 
 def test_they_load_in_a_process_that_does_not_import_us(

@@ -1,6 +1,6 @@
 """Layers of a graph for ONNX Runtime, made of levels: how the terms of each are stored and run.
 
-codes      4 or 8 bits, by operators of ONNX Runtime (codes.py). Sparse codes too, without what
+codes      one or two operators of ONNX Runtime of 4 bits (codes.py). Sparse codes too, without what
            their zeros save.
 rows       two such weights, and the place of each row among both.
 low rank   two thin products; float factors in their 16 bits.
