@@ -26,6 +26,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ..base.placement import on_cpu
 from ..loading.layers import resolve_units
 from ..methods import compose
 from ..models.dropped import replace_dropped
@@ -62,9 +63,11 @@ class OnnxExport(Export):
                 "onnx: a graph has no place for experts that are compressed one by one; use the "
                 "evopress or the dense export"
             )
+        model.cpu()  # wherever it computes: the graph is traced and checked there
         match_plan(model, plan)
         replace_dropped(model, plan)
-        _say_bytes(plan, replace_layers(model, plan, states))
+        on_the_cpu = lambda unit, level: on_cpu(states(unit, level))  # noqa: E731
+        _say_bytes(plan, replace_layers(model, plan, on_the_cpu))
         _to_float32(model)
         inputs = example(model, self.tokenizer)
         shapes = dynamic_shapes(inputs)
