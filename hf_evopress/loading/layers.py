@@ -14,6 +14,8 @@ from ..methods.base import Shape, State
 from ..models.ends import find_ends, input_embedding, output_head
 from ..plans.level import Level
 from ..plans.plan import Plan
+from .kernels.direct import Direct, direct
+from .kernels.layer import Kernel
 from .kernels.operators import is_compiled_into_one, linear
 from .packed import PackedWeight
 from .runtime import Runtime
@@ -43,6 +45,7 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
         self.out_features, self.in_features = shape
         self.is_tied = False  # its packed tensors are those of another module
         self._runtime: Runtime | None = None
+        self._direct: Direct | None = None
         self._made: tuple[str, ...] = ()
         self._made_of: list[tuple[int, int]] = []
         default = torch.get_default_dtype() if bias is None else bias.dtype
@@ -90,7 +93,7 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
             if made and self._runtime.takes(input, made):
                 return self._runtime.run(input, made, self.level, self.state, self.shape, self.bias)
         if self._kernel is not None:
-            y = linear(self._kernel, self._state_names, self._parameters, input)  # type: ignore[arg-type]
+            y = self._by_kernel(self._kernel, input)
             if y is not None:
                 return y
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in self.state.values())
@@ -99,6 +102,17 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
             kept: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
             return checkpoint(self._run, input, **kept)
         return self._run(input)
+
+    def _by_kernel(self, kernel: Kernel, x: Tensor) -> Tensor | None:
+        tensors: Any = self._parameters
+        if torch.compiler.is_compiling():
+            return linear(kernel, self._state_names, tensors, x)
+        if self._direct is not None and (y := self._direct(tensors, x)) is not None:
+            return y
+        y = linear(kernel, self._state_names, tensors, x)
+        if y is not None and (self._direct is None or not self._direct.stands(tensors)):
+            self._direct = direct(kernel, tensors, x)  # once kernels are known to work
+        return y
 
     def _run(self, x: Tensor) -> Tensor:
         if is_compiled_into_one() and not any(t.requires_grad for t in self.state.values()):
@@ -115,6 +129,7 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
         computed at each call as before. Returns what this layer computes with.
         """
         choice = super().prepare(runtime)
+        self._direct = None
         self._forget()
         self._runtime = RUNTIMES[runtime]
         if self._runtime is None:

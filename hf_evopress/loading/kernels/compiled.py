@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -21,11 +21,24 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import lanes, memory, native, rows, vectors
 from . import task as places
-from .task import PARALLEL, ROOM, ROOM_SIZE, ROOMS, ROWS, SIZE, STEP, THREADS, WORK, N
+from .task import (
+    CHUNK,
+    COUNT,
+    PARALLEL,
+    ROOM_SIZE,
+    ROWS,
+    SAME,
+    SIZE,
+    THREADS,
+    TOKENS,
+    WORK,
+    X_KIND,
+    N,
+    X,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,39 +48,64 @@ _FAST = ("dot_floats", "dot_codes")  # sums in any order
 _FUNCTIONS = (  # callees first
     *("to_float", "to_bfloat16", "unpack_range", "unpack_row", "read_mask", "read_grids"),
     *("read_codes", "weights_of", "read_walks", "read_weights", "count_kept", "dot_floats"),
-    *("dot_codes", "spread", "write", "multiply_row", "expand_row", "prepare", "run", "part"),
+    *("dot_codes", "spread", "write", "multiply_row", "expand_row", "prepare", "place", "share"),
+    *("run", "multiply", "take_rows", "part"),
 )
 
 
-def run(task: Any, work: int) -> None:
-    """Do a task whose other values are set, worth `work` multiplications."""
-    kernels = compiled()
-    threads = min(torch.get_num_threads(), 1 + work // LEAST) if kernels.parallel else 1
-    task[STEP] = max(1, min(64, task[ROWS] // (8 * threads)))
-    task[THREADS], task[PARALLEL], task[WORK] = threads, kernels.parallel, kernels.work
-    room = -(-task[N] // 64) * 64 + 64
-    task[ROOM], task[ROOMS] = room, scratch("rows", threads * ROOM_SIZE * room)
-    kernels.run(ctypes.addressof(task))
+def run(tasks: Sequence[Any]) -> None:
+    """Do tasks that say what is read, multiplied and written, all in one call."""
+    kernels, n, known = compiled(), len(tasks), dict[tuple[int, ...], int]()
+    work = size = widest = 0
+    for i, task in enumerate(tasks):
+        tokens, inputs = task[TOKENS], task[N]
+        work += task[ROWS] * inputs * (tokens or 1)
+        widest = max(widest, inputs)
+        if task[X] and n > 1:
+            same = known.setdefault((task[X], task[X_KIND], task[CHUNK]), i)
+            task[SAME] = same + 1 if same != i else 0
+        if task[X] and not task[SAME]:
+            size += bytes_of(tokens, inputs)
+    threads = threads_for(work)
+    one = tasks[0] if n == 1 else (Task * n)(*tasks)
+    first = tasks[0] if n == 1 else one[0]
+    first[COUNT], first[THREADS] = n, threads
+    first[PARALLEL], first[WORK] = kernels.parallel, kernels.work
+    kernels.run(ctypes.addressof(one), scratch(size + threads * bytes_of_thread(widest)))
+
+
+def threads_for(work: int) -> int:
+    """Return on how many threads to do `work` multiplications."""
+    return min(torch.get_num_threads(), 1 + work // LEAST) if compiled().parallel else 1
+
+
+def bytes_of(tokens: int, inputs: int) -> int:
+    """Return the most memory that activations take as float32 and integers with scales."""
+    return 7 * tokens * inputs + 128
+
+
+def bytes_of_thread(inputs: int) -> int:
+    return ROOM_SIZE * (inputs + 127)
 
 
 class _Scratch(threading.local):
     """Memory that kernels work in, kept by the thread that calls them: a layer takes 40 us."""
 
     def __init__(self) -> None:
-        self.held: dict[str, Tensor] = {}
+        self.size = self.address = 0
 
 
 _scratch = _Scratch()
 
 
-def scratch(use: str, size: int) -> int:
+def scratch(size: int) -> int:
     """Return the address of `size` bytes that are this thread's until it asks again."""
-    held = _scratch.held.get(use)
-    if held is None or held.numel() < size:
+    held = _scratch
+    if held.size < size:
         with torch.inference_mode(False):
-            held = torch.empty(size, dtype=torch.uint8, device="cpu")
-        _scratch.held[use] = held
-    return held.data_ptr()
+            held.memory = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
+        held.size, held.address = size, -(-held.memory.data_ptr() // 64) * 64
+    return held.address
 
 
 class Kernels:
@@ -76,10 +114,13 @@ class Kernels:
     def __init__(self, entries: dict[str, Any]) -> None:
         self._entries = entries  # which own the code
         self.work: int = entries["part"].address
-        self.run: Callable[[int], None] = ctypes.CFUNCTYPE(None, ctypes.c_int64)(
-            entries["run"].address
-        )
+        self.run: Callable[[int, int], None] = _callable(entries["run"], 2)
+        self.multiply: Callable[..., None] = _callable(entries["multiply"], 6)
         self.parallel = _openmp()
+
+
+def _callable(entry: Any, arguments: int) -> Callable[..., None]:
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(entry.address)
 
 
 @lru_cache(maxsize=None)
@@ -95,7 +136,7 @@ def compiled() -> Kernels:
         owner = rows if hasattr(rows, name) else native
         plain = vars(owner)[name]
         _put(name, numba.njit(plain, fastmath=name in _FAST, error_model="numpy"))
-    entries = {name: _entry(numba, make) for name, make in _ENTRIES.items()}
+    entries = {name: _entry(numba, *how) for name, how in _ENTRIES.items()}
     return Kernels(entries)
 
 
@@ -122,10 +163,17 @@ def _put(name: str, function: Any) -> None:
 
 # A cached function is known by its code and what it closes over: `version` stands for the rest.
 def _run(version: int) -> Callable[..., Any]:
-    def run_task(task):  # type: ignore[no-untyped-def]
-        return native.run(task, version)
+    def run_tasks(tasks, memory):  # type: ignore[no-untyped-def]
+        return native.run(tasks, memory, version)
 
-    return run_task
+    return run_tasks
+
+
+def _multiply(version: int) -> Callable[..., Any]:
+    def multiply_by(template, x, y, tokens, threads, memory):  # type: ignore[no-untyped-def]
+        return native.multiply(template, x, y, tokens, threads, memory, version)
+
+    return multiply_by
 
 
 def _part(version: int) -> Callable[..., Any]:
@@ -135,7 +183,7 @@ def _part(version: int) -> Callable[..., Any]:
     return part_task
 
 
-_ENTRIES = {"run": _run, "part": _part}
+_ENTRIES = {"run": (_run, 2), "multiply": (_multiply, 6), "part": (_part, 1)}
 
 
 def _version() -> int:
@@ -150,13 +198,13 @@ def _source(module: ModuleType) -> bytes:
     return Path(module.__file__).read_bytes()
 
 
-def _entry(numba: Any, make: Callable[[int], Callable[..., Any]]) -> Any:
-    function = make(_version())
+def _entry(numba: Any, make: Callable[[int], Callable[..., Any]], arguments: int) -> Any:
+    function, kind = make(_version()), f"void({', '.join(['int64'] * arguments)})"
     try:
-        return numba.cfunc("void(int64)", cache=True)(function)
+        return numba.cfunc(kind, cache=True)(function)
     except RuntimeError as error:  # no folder to keep it in
         logger.info("kernels are compiled in every process: %s", error)
-        return numba.cfunc("void(int64)")(function)
+        return numba.cfunc(kind)(function)
 
 
 def _openmp() -> int:

@@ -22,6 +22,7 @@ from .launch import launch, needs_exact
 from .matrix import Matrix, Tensors
 from .rotated import Rotated
 from .stacked import Stacked
+from .steps import Steps
 
 FORMULAS = ("mul1", "mcg", "3inst")  # codebooks that are computed
 LEAST, MOST = 16, 64  # columns of a tile; tl.dot takes no fewer
@@ -61,6 +62,11 @@ class OnGPU(ABC):
         y = torch.empty(len(x), self.shape[0], dtype=dtype, device=x.device)
         self.into(y, state, x, bias=bias, start=start)
         return y
+
+    def steps(self, state: Tensors, x: Tensor, dtype: torch.dtype, **added: Any) -> Steps:
+        """Return what `product` does, which has no step that others could join."""
+        yield from ()
+        return self.product(state, x, dtype, **added)
 
     def into(
         self,

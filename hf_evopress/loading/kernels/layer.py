@@ -14,7 +14,8 @@ from torch import Tensor
 from ...methods import compose
 from ...methods.base import Shape
 from ...plans.level import Level
-from .matrix import Tensors
+from .matrix import Matrix, Tensors
+from .steps import Steps, finish
 from .terms import factors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations
@@ -42,12 +43,24 @@ class Kernel:
         self._is_one = len(terms) == 1 and len(terms[0]) == 1
         self._has_fix = "bias_fix" in compose.empty(level, shape, torch.float32)
 
+    @property
+    def matrix(self) -> Matrix | None:
+        """The coded matrix that this level is, None for levels that are more."""
+        if not self._is_one or self._has_fix:
+            return None
+        matrix = self._terms[0][0]
+        return matrix if type(matrix) is Matrix and matrix.places is None else None
+
     def on(self, device: torch.device) -> Kernel | None:
         """Return the kernel that does this on a device, None where there is none."""
         return self if device.type == "cpu" else _elsewhere(self.level, self.shape, device)
 
     def linear(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
         """Return x W^T + bias for x (..., in) in one of DTYPES, without a graph for gradients."""
+        return finish(self.steps(x, state, bias))
+
+    def steps(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Steps:
+        """Return what `linear` does, in steps."""
         if self._has_fix and (fix := compose.bias_fix(self.level, dict(state))) is not None:
             bias = fix if bias is None else bias + fix
         rows, n = self.shape
@@ -58,22 +71,22 @@ class Kernel:
         if tokens > self.most_tokens:
             y = self._by_tiles(flat, state, bias)
         elif tokens:
-            y = self._by_rows(flat, state, bias)
+            y = yield from self._by_rows(flat, state, bias)
         else:
             y = x.new_empty(0, rows)
         return y.view(*x.shape[:-1], rows)
 
-    def _by_rows(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
+    def _by_rows(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Steps:
         out = torch.float32 if x.dtype == torch.float16 and not self.takes_half else x.dtype
         if self._is_one and out is x.dtype:
-            return self._terms[0][0].product(state, x, out, bias=bias)
+            return (yield from self._terms[0][0].steps(state, x, out, bias=bias))
         y: Tensor | None = None
         for i, matrices in enumerate(self._terms):
             is_last = i == len(self._terms) - 1
             own = x
             if len(matrices) == 2:
-                own = matrices[0].product(state, x, torch.float32)
-            y = matrices[-1].product(
+                own = yield from matrices[0].steps(state, x, torch.float32)
+            y = yield from matrices[-1].steps(
                 state,
                 own,
                 out if is_last else torch.float32,

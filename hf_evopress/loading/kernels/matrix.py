@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...methods.base import Shape
 from . import task as T
-from .compiled import Task, run, scratch
+from .compiled import Task, run
+from .steps import Steps, finish
 
 KINDS = {torch.float32: T.FLOAT32, torch.bfloat16: T.BFLOAT16, torch.float16: T.FLOAT16}
 Tensors = Mapping[str, Tensor]  # packed tensors of a layer by name, among others
@@ -44,7 +45,11 @@ class Matrix:
             task[T.TABLE], task[T.M] = self.table.data_ptr(), self.table.shape[-1]
         object.__setattr__(self, "_task", task)
 
-    def product(
+    def product(self, state: Tensors, x: Tensor, dtype: torch.dtype, **added: Any) -> Tensor:
+        """Return what `steps` does."""
+        return finish(self.steps(state, x, dtype, **added))
+
+    def steps(
         self,
         state: Tensors,
         x: Tensor,
@@ -52,15 +57,14 @@ class Matrix:
         *,
         bias: Tensor | None = None,
         start: Tensor | None = None,
-    ) -> Tensor:
-        """Return x W^T + bias + start in `dtype`, float32 or bfloat16.
+    ) -> Steps:
+        """Return x W^T + bias + start in `dtype`, float32 or bfloat16, in steps.
 
         x (tokens, n) contiguous, float32, bfloat16 or float16; start (tokens, rows) float32.
         """
-        rows, n = self.shape
-        tokens = x.shape[0]
+        rows, tokens = self.shape[0], x.shape[0]
         y = torch.empty(tokens, rows, dtype=dtype, device="cpu")
-        task, keep = self._filled(state)
+        task, keep = self.filled(state)
         task[T.ROWS], task[T.TOKENS] = rows, tokens
         task[T.X], task[T.X_KIND] = x.data_ptr(), KINDS[x.dtype]
         task[T.Y], task[T.Y_KIND] = y.data_ptr(), KINDS[dtype]
@@ -68,19 +72,9 @@ class Matrix:
             task[T.BIAS], task[T.BIAS_KIND] = bias.data_ptr(), KINDS[bias.dtype]
         if start is not None:
             task[T.START] = start.data_ptr()
-        size = tokens * n
-        if x.dtype == torch.float32:
-            task[T.X_FLOAT] = task[T.X]
-        else:
-            chunk = self.chunk if x.dtype == torch.bfloat16 else 0
-            # float32, integers, and a scale and a sum of each chunk
-            bytes_ = 6 * size + (8 * size // chunk if chunk else 0)
-            task[T.X_FLOAT] = at = scratch("inputs", bytes_)
-            if chunk:
-                task[T.CHUNK], task[T.X_INT] = chunk, at + 4 * size
-                task[T.X_SCALES] = at + 6 * size
-                task[T.X_SUMS] = at + 6 * size + 4 * (size // chunk)
-        run(task, size * rows)
+        if x.dtype == torch.bfloat16:
+            task[T.CHUNK] = self.chunk
+        yield task
         del keep
         return y
 
@@ -113,16 +107,16 @@ class Matrix:
         self, state: Tensors, dtype: torch.dtype, count: int, first: int, ids: Tensor | None
     ) -> Tensor:
         out = torch.empty(count, self.shape[1], dtype=dtype, device="cpu")
-        task, keep = self._filled(state)
+        task, keep = self.filled(state)
         task[T.ROWS], task[T.FIRST] = count, first
         task[T.Y], task[T.Y_KIND] = out.data_ptr(), KINDS[dtype]
         if ids is not None:
             task[T.IDS] = ids.data_ptr()
-        run(task, out.numel())
+        run([task])
         del keep
         return out
 
-    def _filled(self, state: Tensors) -> tuple[Any, Tensor | None]:
+    def filled(self, state: Tensors) -> tuple[Any, Tensor | None]:
         """Return a task with the addresses of the packed tensors, and memory that it needs."""
         task: Any = Task.from_buffer_copy(self._task)  # type: ignore[attr-defined]
         task[T.CODES] = state[self.codes].data_ptr()

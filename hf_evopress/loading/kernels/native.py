@@ -29,6 +29,7 @@ from .task import (
     BIAS,
     BIAS_KIND,
     CHUNK,
+    COUNT,
     FACTOR,
     FIRST,
     FLOAT32,
@@ -42,10 +43,12 @@ from .task import (
     ROOM_SIZE,
     ROOMS,
     ROWS,
+    SAME,
     SCALE,
     SCALED,
     SCALES,
     SEAT,
+    SIZE,
     START,
     STARTS,
     STEP,
@@ -218,19 +221,73 @@ def prepare(task):  # type: ignore[no-untyped-def]
                 set_i64(task + 8 * HAS_FLOATS, 1)
 
 
-def run(task, version):  # type: ignore[no-untyped-def]
-    """Do a task on its threads; one with activations is a product."""
-    if get(task, X):
-        prepare(task)
-    if get(task, STARTS):
-        count_kept(task)
-    call(get(task, PARALLEL), get(task, WORK), task, get(task, THREADS))
+def place(task, at):  # type: ignore[no-untyped-def]
+    """Say where a task's activations become float32 and integers; return where that ends."""
+    size, chunk = get(task, TOKENS) * get(task, N), get(task, CHUNK)
+    set_i64(task + 8 * X_FLOAT, get(task, X) if get(task, X_KIND) == FLOAT32 else at)
+    if get(task, X_KIND) == FLOAT32:
+        return at
+    at += 4 * size
+    if chunk:
+        set_i64(task + 8 * X_INT, at)
+        at += 2 * size
+        for of_chunks in (X_SCALES, X_SUMS):
+            set_i64(task + 8 * of_chunks, at)
+            at += 4 * (size // chunk)
+    return (at + 63) & -64
 
 
-def part(task, version):  # type: ignore[no-untyped-def]
-    """Take rows of a task until none is left: what each thread does."""
-    seat = take(task + 8 * SEAT, 1)
-    s = get(task, ROOMS) + seat * ROOM_SIZE * get(task, ROOM)
+def share(task, other):  # type: ignore[no-untyped-def]
+    """Let a task use what another made of the same activations."""
+    for at in (X_FLOAT, X_INT, X_SCALES, X_SUMS, HAS_FLOATS):
+        set_i64(task + 8 * at, get(other, at))
+
+
+def run(tasks, memory, version):  # type: ignore[no-untyped-def]
+    """Do some tasks on their threads; those with activations are products.
+
+    memory: of bytes_of() for each and ROOM_SIZE * ROOM for each thread (compiled.py).
+    """
+    threads, room = get(tasks, THREADS), np.int64(0)
+    for i in range(get(tasks, COUNT)):
+        task = tasks + 8 * SIZE * i
+        own = (get(task, N) + 127) & -64
+        room = max(room, own)
+        set_i64(task + 8 * ROOM, own)
+        set_i64(task + 8 * STEP, max(1, min(64, get(task, ROWS) // (8 * threads))))
+        if get(task, SAME):
+            share(task, tasks + 8 * SIZE * (get(task, SAME) - 1))
+        elif get(task, X):
+            memory = place(task, memory)
+            prepare(task)
+        if get(task, STARTS):
+            count_kept(task)
+    set_i64(tasks + 8 * ROOM, room)
+    set_i64(tasks + 8 * ROOMS, memory)
+    call(get(tasks, PARALLEL), get(tasks, WORK), tasks, threads)
+
+
+def multiply(template, x, y, tokens, threads, memory, version):  # type: ignore[no-untyped-def]
+    """Do a product that `template` describes but for these; memory: of a task's size besides."""
+    for at in range(SIZE):
+        set_i64(memory + 8 * at, get(template, at))
+    set_i64(memory + 8 * X, x)
+    set_i64(memory + 8 * Y, y)
+    set_i64(memory + 8 * TOKENS, tokens)
+    set_i64(memory + 8 * THREADS, threads)
+    run(memory, memory + 8 * SIZE, version)
+
+
+def part(tasks, version):  # type: ignore[no-untyped-def]
+    """Take rows of each task until none is left: what each thread does."""
+    seat = take(tasks + 8 * SEAT, 1)
+    s = get(tasks, ROOMS) + seat * ROOM_SIZE * get(tasks, ROOM)
+    for i in range(get(tasks, COUNT)):
+        take_rows(tasks + 8 * SIZE * i, s)
+
+
+def take_rows(task, s):  # type: ignore[no-untyped-def]
+    """Take rows of a task until none is left."""
     step, rows, is_product = get(task, STEP), get(task, ROWS), get(task, X)
     ids, start, has_grids = get(task, IDS), get(task, FIRST), get(task, SCALES)
     # as many rows at once as their grids have room for; those of ids lie apart

@@ -19,6 +19,7 @@ from ...methods.maths.trellis_rounding import (
     unrotate_outputs,
 )
 from .matrix import Matrix, Tensors
+from .steps import Steps
 
 MOST_BITS = 7  # the bits of eight weights lie in one int64
 
@@ -33,7 +34,7 @@ class Rotated(Matrix):
     codebook: str = "strata"
     is_rotated: ClassVar[bool] = True
 
-    def product(
+    def steps(
         self,
         state: Tensors,
         x: Tensor,
@@ -41,8 +42,8 @@ class Rotated(Matrix):
         *,
         bias: Tensor | None = None,
         start: Tensor | None = None,
-    ) -> Tensor:
-        y = super().product(state, self.enter(x.float()).contiguous(), torch.float32)
+    ) -> Steps:
+        y = yield from super().steps(state, self.enter(x.float()).contiguous(), torch.float32)
         y = self.leave(y, state)
         for more in (start, bias):
             y = y if more is None else y + more

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...methods.maths.packing import unpack
 from .matrix import Matrix, Tensors
+from .steps import Steps
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Stacked(Matrix):
     top: Matrix | None = None
     rest: Matrix | None = None
 
-    def product(
+    def steps(
         self,
         state: Tensors,
         x: Tensor,
@@ -26,12 +27,12 @@ class Stacked(Matrix):
         *,
         bias: Tensor | None = None,
         start: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Steps:
         is_top = self._is_top(state)
         y = torch.empty(len(x), self.shape[0], dtype=torch.float32, device="cpu")
         for part, rows in ((self.top, is_top), (self.rest, ~is_top)):
             assert part is not None  # terms.py gives both
-            y[:, rows] = part.product(state, x, torch.float32)
+            y[:, rows] = yield from part.steps(state, x, torch.float32)
         for more in (start, bias):
             y = y if more is None else y + more
         return y.to(dtype)

@@ -1,4 +1,8 @@
-"""What a task holds: addresses and sizes, one int64 each, at these places of an array."""
+"""What a task holds: addresses and sizes, one int64 each, at these places of an array.
+
+Several tasks that are done in one call lie one after another; what is said of all of them (COUNT,
+THREADS, PARALLEL, WORK, ROOM, ROOMS, SEAT) is in the first.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +45,12 @@ FIRST = 35
 THREADS = 36
 PARALLEL = 37  # GOMP_parallel
 WORK = 38  # what each of its threads calls
-ROOM = 39  # bytes of a row of codes in the memory that a thread works in
+ROOM = 39  # bytes of a row of codes in the memory that a thread works in: the longest row's
 ROOMS = 40  # that memory, ROOM_SIZE * ROOM of each thread
 SEAT = 41  # the next thread's number
-SIZE = 42
+COUNT = 42  # tasks of one call
+SAME = 43  # the number, from 1, of the task whose activations are this one's too; 0 for none
+SIZE = 44
 PLACE = {name.lower(): i for name, i in list(globals().items()) if type(i) is int and i < SIZE}
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # kinds of numbers
