@@ -48,8 +48,8 @@ _FAST = ("dot_floats", "dot_codes")  # sums in any order
 _FUNCTIONS = (  # callees first
     *("to_float", "to_bfloat16", "unpack_range", "unpack_row", "read_mask", "read_grids"),
     *("read_codes", "weights_of", "read_walks", "read_weights", "count_kept", "dot_floats"),
-    *("dot_codes", "spread", "write", "multiply_row", "expand_row", "prepare", "place", "share"),
-    *("run", "multiply", "take_rows", "part"),
+    *("dot_codes", "dot_rest", "spread", "write", "multiply_row", "multiply_codes"),
+    *("expand_row", "prepare", "place", "share", "run", "multiply", "take_rows", "part"),
 )
 
 

@@ -36,6 +36,7 @@ from .task import (
     GROUPS,
     HAS_FLOATS,
     IDS,
+    MORE,
     NEXT,
     OFFSET,
     PARALLEL,
@@ -63,6 +64,7 @@ from .task import (
     Y_KIND,
     ZERO,
     N,
+    Q,
     W,
     X,
     Y,
@@ -94,42 +96,34 @@ def dot_floats(w, x, n):  # type: ignore[no-untyped-def]
     return total
 
 
-def dot_codes(task, token, at, s):  # type: ignore[no-untyped-def]
+def dot_codes(task, token, chunks, scales, zeros, codes, scaled):  # type: ignore[no-untyped-def]
     """Return a row's codes times one token's integers: chunks without integers give 0."""
-    chunk, room, size = get(task, CHUNK), get(task, ROOM), get(task, N)
-    n, groups = size // chunk, get(task, GROUPS)
-    x_scales, x_sums = (get(task, X_SCALES) + 4 * token * n, get(task, X_SUMS) + 4 * token * n)
-    scales, zeros, scaled = s + FACTOR * room, s + OFFSET * room, s + SCALED * room
-    if n == groups:
-        scales, zeros = s + SCALE * room + 4 * at * n, s + ZERO * room + 4 * at * n
-    shift = scale_chunks(scales, zeros, x_scales, x_sums, scaled, n // 8)
-    for c in range(8 * (n // 8), n):
+    at, chunk = 4 * token * chunks, get(task, CHUNK)
+    x_scales, x_sums = get(task, X_SCALES) + at, get(task, X_SUMS) + at
+    shift = scale_chunks(scales, zeros, x_scales, x_sums, scaled, chunks >> 3)
+    for c in range(8 * (chunks >> 3), chunks):
         scale = f32(scales + 4 * c)
         set_f32(scaled + 4 * c, scale * f32(x_scales + 4 * c))
         shift += scale * f32(zeros + 4 * c) * f32(x_sums + 4 * c)
-    x = get(task, X_INT) + 2 * token * size
+    x = get(task, X_INT) + 2 * token * get(task, N)
     if chunk == 64:
-        return dot_64(s, x, scaled, n) - shift
+        return dot_64(codes, x, scaled, chunks) - shift
     if chunk == 128:
-        return dot_128(s, x, scaled, n) - shift
+        return dot_128(codes, x, scaled, chunks) - shift
     if chunk == 32:
-        return dot_32(s, x, scaled, n) - shift
-    return dot_16(s, x, scaled, n) - shift
+        return dot_32(codes, x, scaled, chunks) - shift
+    return dot_16(codes, x, scaled, chunks) - shift
 
 
-def spread(task, at, s):  # type: ignore[no-untyped-def]
-    """Write per chunk the scale and zero point of its group, where a group has several."""
-    groups, room = get(task, GROUPS), get(task, ROOM)
-    each = get(task, N) // get(task, CHUNK) // groups
-    if each == 1:
-        return
-    factors, offsets = s + FACTOR * room, s + OFFSET * room
+def spread(each, groups, scales, zeros, factors, offsets):  # type: ignore[no-untyped-def]
+    """Write per chunk the scale and zero point of its group, which has `each`."""
+    c = 0
     for g in range(groups):
-        grid = s + 4 * (at * groups + g)
-        scale, zero = f32(grid + SCALE * room), f32(grid + ZERO * room)
-        for c in range(g * each, g * each + each):
+        scale, zero = f32(scales + 4 * g), f32(zeros + 4 * g)
+        for _ in range(each):
             set_f32(factors + 4 * c, scale)
             set_f32(offsets + 4 * c, zero)
+            c += 1
 
 
 def write(task, row, token, value, scratch):  # type: ignore[no-untyped-def]
@@ -152,28 +146,54 @@ def write(task, row, token, value, scratch):  # type: ignore[no-untyped-def]
 
 
 def multiply_row(task, row, at, s):  # type: ignore[no-untyped-def]
-    """Write the products of one row with all tokens."""
-    n, chunk, room = get(task, N), get(task, CHUNK), get(task, ROOM)
-    w, scratch, has_floats = s + W * room, s + SCALED * room, get(task, HAS_FLOATS)
-    if chunk:
-        read_codes(task, row, at, s)
-        spread(task, at, s)
-        if has_floats:
-            weights_of(task, at, s)
-    else:
-        read_weights(task, row, at, s)
+    """Write the products of one row with all tokens, in float32."""
+    n, w = get(task, N), s + W * get(task, ROOM)
+    read_weights(task, row, at, s)
     for token in range(get(task, TOKENS)):
         x = get(task, X_FLOAT) + 4 * token * n
-        if chunk:
-            value = dot_codes(task, token, at, s)
-            if has_floats:
-                scales = get(task, X_SCALES) + 4 * token * (n // chunk)
-                for c in range(n // chunk):
-                    if f32(scales + 4 * c) == 0.0:
-                        value += dot_floats(w + 4 * c * chunk, x + 4 * c * chunk, chunk)
+        write(task, row, token, dot_floats(w, x, n), s + SCALED * get(task, ROOM))
+
+
+def multiply_codes(task, row, count, s):  # type: ignore[no-untyped-def]
+    """Write the products of some rows with all tokens by integers, what those leave in float32.
+
+    A row is unpacked while the one before it is multiplied: what was just stored in pieces of
+    another size is slow to load.
+    """
+    n, room, groups, tokens = get(task, N), get(task, ROOM), get(task, GROUPS), get(task, TOKENS)
+    chunks, has_floats = n // get(task, CHUNK), get(task, HAS_FLOATS)
+    each = chunks // groups
+    here, there = s + Q * room, s + MORE * room
+    scales, zeros = s + SCALE * room, s + ZERO * room
+    factors, offsets, scaled = s + FACTOR * room, s + OFFSET * room, s + SCALED * room
+    read_codes(task, row, 0, here, s)
+    for at in range(count):
+        if at + 1 < count:
+            read_codes(task, row + at + 1, at + 1, there, s)
+        if each > 1:
+            spread(each, groups, scales, zeros, factors, offsets)
         else:
-            value = dot_floats(w, x, n)
-        write(task, row, token, value, scratch)
+            factors, offsets = scales, zeros
+        if has_floats:
+            weights_of(task, at, here, s)
+        for token in range(tokens):
+            value = dot_codes(task, token, chunks, factors, offsets, here, scaled)
+            if has_floats:
+                value += dot_rest(task, token, s)
+            write(task, row + at, token, value, scaled)
+        here, there = there, here
+        scales, zeros = scales + 4 * groups, zeros + 4 * groups
+
+
+def dot_rest(task, token, s):  # type: ignore[no-untyped-def]
+    """Return a row's weights times one token's inputs where those are not integers."""
+    n, chunk, room = get(task, N), get(task, CHUNK), get(task, ROOM)
+    scales = get(task, X_SCALES) + 4 * token * (n // chunk)
+    w, x, value = s + W * room, get(task, X_FLOAT) + 4 * token * n, np.float32(0.0)
+    for c in range(n // chunk):
+        if f32(scales + 4 * c) == 0.0:
+            value += dot_floats(w + 4 * c * chunk, x + 4 * c * chunk, chunk)
+    return value
 
 
 def expand_row(task, i, row, at, s):  # type: ignore[no-untyped-def]
@@ -290,6 +310,7 @@ def take_rows(task, s):  # type: ignore[no-untyped-def]
     """Take rows of a task until none is left."""
     step, rows, is_product = get(task, STEP), get(task, ROWS), get(task, X)
     ids, start, has_grids = get(task, IDS), get(task, FIRST), get(task, SCALES)
+    has_integers = is_product and get(task, CHUNK)
     # as many rows at once as their grids have room for; those of ids lie apart
     block = 1 if ids else max(1, min(step, get(task, ROOM) // get(task, GROUPS)))
     while True:
@@ -301,6 +322,9 @@ def take_rows(task, s):  # type: ignore[no-untyped-def]
             row = get(ids, low) if ids else start + low
             if has_grids:
                 read_grids(task, row, count, s)
+            if has_integers:
+                multiply_codes(task, row, count, s)
+                continue
             for at in range(count):
                 if is_product:
                     multiply_row(task, row + at, at, s)

@@ -181,10 +181,10 @@ def read_grids(task, row, count, s):  # type: ignore[no-untyped-def]
             set_f32(zero + 4 * g, np.float32(1 << (bits - 1)))
 
 
-def read_codes(task, row, at, s):  # type: ignore[no-untyped-def]
-    """Write the codes of a row; its grid is the at-th of those that were read."""
+def read_codes(task, row, at, q, s):  # type: ignore[no-untyped-def]
+    """Write the codes of a row to q; its grid is the at-th of those that were read."""
     n, bits, room, codes = get(task, N), get(task, BITS), get(task, ROOM), get(task, CODES)
-    q, mask, kept = s + Q * room, s + MASK * room, s + KEPT_CODES * room
+    mask, kept = s + MASK * room, s + KEPT_CODES * room
     if get(task, SOURCE) == CODED:
         unpack_row(bits, codes + row * get(task, WIDTH), n, q)
         return
@@ -201,10 +201,10 @@ def read_codes(task, row, at, s):  # type: ignore[no-untyped-def]
             kept += is_kept
 
 
-def weights_of(task, at, s):  # type: ignore[no-untyped-def]
-    """Write the weights of a row whose codes and grid are there."""
+def weights_of(task, at, q, s):  # type: ignore[no-untyped-def]
+    """Write the weights of a row whose codes (at q) and grid are there."""
     groups, room, size = get(task, GROUPS), get(task, ROOM), get(task, N) // get(task, GROUPS)
-    q, w = s + Q * room, s + W * room
+    w = s + W * room
     for g in range(groups):
         grid = s + 4 * (at * groups + g)
         scale, zero = f32(grid + SCALE * room), f32(grid + ZERO * room)
@@ -256,8 +256,8 @@ def read_weights(task, row, at, s):  # type: ignore[no-untyped-def]
     elif source == WALKS:
         read_walks(task, row, s)
     else:
-        read_codes(task, row, at, s)
-        weights_of(task, at, s)
+        read_codes(task, row, at, s + Q * room, s)
+        weights_of(task, at, s + Q * room, s)
 
 
 def count_kept(task):  # type: ignore[no-untyped-def]

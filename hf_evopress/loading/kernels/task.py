@@ -56,18 +56,9 @@ PLACE = {name.lower(): i for name, i in list(globals().items()) if type(i) is in
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # kinds of numbers
 CODED, SPARSE_CODES, SPARSE_FLOATS, FLOATS, WALKS = 0, 1, 2, 3, 4  # sources of a row
 
-# what lies where in a thread's memory, in ROOMs: codes, mask and kept codes of a row, one byte
-# each; float32: weights, kept weights, scales and zero points of groups, factors of chunks
-Q, MASK, KEPT_CODES, W, FLOAT_CODES, SCALE, ZERO, FACTOR, OFFSET, SCALED = (
-    0,
-    1,
-    2,
-    3,
-    7,
-    11,
-    15,
-    19,
-    23,
-    27,
-)
-ROOM_SIZE = 31
+# what lies where in a thread's memory, in ROOMs: codes of a row and of the next, mask and kept
+# codes, one byte each; float32: weights, kept weights, scales and zero points of groups, factors
+# of chunks
+Q, MORE, MASK, KEPT_CODES = 0, 1, 2, 3
+W, FLOAT_CODES, SCALE, ZERO, FACTOR, OFFSET, SCALED = range(4, 32, 4)
+ROOM_SIZE = 32
