@@ -14,12 +14,13 @@ from ..methods.base import Shape, State
 from ..models.ends import find_ends, input_embedding, output_head
 from ..plans.level import Level
 from ..plans.plan import Plan
+from .experts import group_experts
 from .kernels.direct import Direct, direct
 from .kernels.layer import Kernel
 from .kernels.operators import is_compiled_into_one, linear
 from .packed import PackedWeight
 from .runtime import Runtime
-from .runtimes import AUTO, RUNTIMES, log_choices
+from .runtimes import AUTO, BY_KERNELS, RUNTIMES, log_choices
 
 
 class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
@@ -102,6 +103,10 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
             kept: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
             return checkpoint(self._run, input, **kept)
         return self._run(input)
+
+    @property
+    def computes_by_kernel(self) -> bool:
+        return self._kernel is not None and self._runtime is None
 
     def _by_kernel(self, kernel: Kernel, x: Tensor) -> Tensor | None:
         tensors: Any = self._parameters
@@ -307,5 +312,6 @@ def prepare_layers(model: nn.Module, runtime: str) -> dict[str, str]:
     """
     packed = ((name, m) for name, m in model.named_modules() if isinstance(m, PackedWeight))
     choices = {name: module.prepare(runtime) for name, module in packed}
+    group_experts(model, by_kernels=runtime in BY_KERNELS)
     log_choices(runtime, choices.values())
     return choices

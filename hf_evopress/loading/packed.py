@@ -95,6 +95,16 @@ class PackedWeight(nn.Module):
         return choice
 
     @property
+    def computes_by_kernel(self) -> bool:
+        """Whether products go to kernels, where there is one for the device."""
+        return self._kernel is not None
+
+    @property
+    def kernels(self) -> str:
+        """What operators find the kernel again by."""
+        return Kernel.runtime if self._kernel is None else self._kernel.runtime
+
+    @property
     def weight(self) -> Tensor:
         """The dense weight (out, in) in `weight_dtype`, computed now; changes to it raise."""
         W = compose.decompress(self.level, self.state, self.shape, self.weight_dtype)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from ..plans.plan import Plan
 logger = logging.getLogger(__name__)
 
 _OF_EXPERT = re.compile(r"(.*experts)\.\d+\.(\w+)")
+# (experts, hidden, expert_of, weight_of) -> what forward() returns, or None if it cannot do this
+Together: TypeAlias = "Callable[[SplitExperts, Tensor, Tensor, Tensor], Tensor | None]"
 # What transformers.integrations.use_experts_implementation, the decorator of such modules, sets.
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 
@@ -36,6 +38,7 @@ class SplitExperts(nn.ModuleList):
         shell = copy.copy(fused)  # without weights: for its gate, and to be filled again
         shell._parameters = dict.fromkeys(fused._parameters)
         self._shell = (shell,)  # in a tuple, as it is no part of the model now
+        self.together: Together | None = None  # a way to compute all experts at once
 
     @property
     def shell(self) -> Any:
@@ -47,6 +50,10 @@ class SplitExperts(nn.ModuleList):
 
         hidden (tokens, dim); expert_of and weight_of (tokens, top_k).
         """
+        if self.together is not None:
+            answer = self.together(self, hidden, expert_of, weight_of)
+            if answer is not None:
+                return answer
         total = torch.zeros_like(hidden)
         for e in expert_of.unique().tolist():
             if e >= len(self):  # masked
@@ -58,6 +65,8 @@ class SplitExperts(nn.ModuleList):
 
 
 class _Expert(nn.Module):
+    """One expert; `names` are those of its two layers, the first one's outputs go to the last."""
+
     def __init__(self, fused: nn.Module, names: tuple[str, str], e: int) -> None:
         super().__init__()
         self.names = names
@@ -66,8 +75,12 @@ class _Expert(nn.Module):
 
     def forward(self, x: Tensor, shell: Any) -> Tensor:
         first, last = (self.get_submodule(name) for name in self.names)
-        x = first(x)
-        return last(shell._apply_gate(x) if shell.has_gate else shell.act_fn(x))
+        return last(between(shell, first(x)))
+
+
+def between(shell: Any, x: Tensor) -> Tensor:
+    """Return what the last layer of an expert gets for what the first has made, row by row."""
+    return shell._apply_gate(x) if shell.has_gate else shell.act_fn(x)  # type: ignore[no-any-return]
 
 
 def split_experts(model: nn.Module) -> list[str]:

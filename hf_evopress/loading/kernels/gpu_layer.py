@@ -17,6 +17,7 @@ from .gpu import on_gpu
 from .launch import KernelError, why_not
 from .layer import Kernel, kernel_of
 from .matrix import Tensors
+from .steps import Steps
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,8 @@ class TritonKernel(Kernel):
     def _name(self) -> str:
         return f"{'+'.join(sorted(self.families))} at {self.text}"
 
-    def linear(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
-        y = super().linear(x, state, bias)
+    def steps(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Steps:
+        y = yield from super().steps(x, state, bias)
         tokens = x.numel() // x.shape[-1]
         way = "one" if tokens == 1 else "few" if tokens <= self.most_tokens else "many"
         if tokens and (x.device, way) not in self._checked:
@@ -69,7 +70,7 @@ class TritonKernel(Kernel):
             names = compose.empty(self.level, self.shape, torch.float32)
             known = {name: state[name] for name in names}
             reference = compose.operator(self.level, known, bias, self.shape, x.dtype)
-            self._check((x.device, way), own, reference(some))
+            self.check(x.device, way, own, reference(some))
         return y
 
     def look_up(self, ids: Tensor, state: Tensors, dtype: torch.dtype) -> Tensor:
@@ -80,10 +81,16 @@ class TritonKernel(Kernel):
             some = some.clamp(0, self.shape[0] - 1)
             wanted = compose.decompress_rows(self.level, known, self.shape, some, dtype)
             own = torch.where((some == ids[:CHECKED]).unsqueeze(-1), rows[:CHECKED], wanted)
-            self._check((ids.device, "rows"), own, wanted)
+            self.check(ids.device, "rows", own, wanted)
         return rows
 
-    def _check(self, key: tuple[torch.device, str], found: Tensor, wanted: Tensor) -> None:
+    def has_checked(self, device: torch.device, way: str) -> bool:
+        """Return whether the first result of a kind was compared with the reference."""
+        return (device, way) in self._checked
+
+    def check(
+        self, device: torch.device, way: str, found: Tensor, wanted: Tensor, name: str = ""
+    ) -> None:
         """Raise KernelError where the first result of a kind is not that of the reference."""
         found, wanted = found.double(), wanted.double()
         size = float(wanted.norm())
@@ -92,8 +99,8 @@ class TritonKernel(Kernel):
         off = float((found - wanted).norm())
         if not off <= MOST_OFF * size + 1e-6:
             share = f"{100 * off / max(size, 1e-30):.3g} %"
-            raise KernelError(self._name, ValueError(f"it is {share} off the reference"))
-        self._checked.add(key)
+            raise KernelError(name or self._name, ValueError(f"it is {share} off the reference"))
+        self._checked.add((device, way))
 
     def __reduce__(self) -> Any:
         return triton_kernel_of, (self.level, self.shape)
@@ -112,6 +119,11 @@ def for_device(level: Level, shape: Shape, device: torch.device) -> Kernel | Non
         return None
     kernel = triton_kernel_of(level, shape)
     return None if kernel is None else kernel.on(device)
+
+
+def has_failed(family: str) -> bool:
+    """Return whether a kernel is not used any more."""
+    return family in _failed
 
 
 def give_up(error: KernelError) -> None:

@@ -72,7 +72,7 @@ def linear(
     if not isinstance(x, Tensor) or x.dtype not in DTYPES:
         return None
     # while torch.compile traces, the operator asks this later: the device is the same then
-    here = kernel if torch.compiler.is_compiling() else _here(kernel, x.device)
+    here = kernel if torch.compiler.is_compiling() else kernel_on(kernel, x.device)
     if here is None:
         return None
     if x.shape[-1] != kernel.shape[1]:
@@ -83,12 +83,12 @@ def linear(
     if bias is not None and bias.dtype not in DTYPES:
         return None
     with_graph = torch.is_grad_enabled()
-    if not _are_plain(names, tensors, x, with_graph):
+    if not are_plain(names, tensors, x, with_graph):
         return None
-    if torch.is_autocast_enabled(x.device.type) or _is_exporting():
+    if torch.is_autocast_enabled(x.device.type) or is_exporting():
         return None
     has_graph = with_graph and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if has_graph or type(x) is not Tensor or _is_traced():
+    if has_graph or type(x) is not Tensor or is_traced():
         state = [tensors[name] for name in names]
         return torch.ops.evopress.linear(
             x, state, bias, kernel.text, kernel.shape[0], kernel.runtime
@@ -99,7 +99,7 @@ def linear(
         return _product(here, tensors, x, bias)
 
 
-def _here(kernel: Kernel | None, device: torch.device) -> Kernel | None:
+def kernel_on(kernel: Kernel | None, device: torch.device) -> Kernel | None:
     """Return the kernel that does on a device what `kernel` says; None where there is none."""
     found = None if kernel is None else kernel.on(device)
     return None if _failed and not isinstance(found, TritonKernel) else found
@@ -112,11 +112,11 @@ def _product(
     try:
         return kernel.linear(x, tensors, bias)
     except failures() as error:
-        _give_up_on(kernel, error)
+        give_up_on(kernel, error)
         return None
 
 
-def _give_up_on(kernel: Kernel, error: Exception) -> None:
+def give_up_on(kernel: Kernel, error: Exception) -> None:
     if isinstance(error, KernelError):
         give_up(error)
     elif isinstance(kernel, TritonKernel):
@@ -135,19 +135,19 @@ def look_up(
     """Return the rows (..., in) for token ids (...); None if it is not for the kernels."""
     if not isinstance(ids, Tensor) or dtype not in DTYPES:
         return None
-    here = kernel if torch.compiler.is_compiling() else _here(kernel, ids.device)
+    here = kernel if torch.compiler.is_compiling() else kernel_on(kernel, ids.device)
     if here is None:
         return None
-    if not _are_plain(names, tensors, ids, torch.is_grad_enabled()) or _is_exporting():
+    if not are_plain(names, tensors, ids, torch.is_grad_enabled()) or is_exporting():
         return None
-    if type(ids) is not Tensor or _is_traced():
+    if type(ids) is not Tensor or is_traced():
         state = [tensors[name] for name in names]
         options = kernel.text, [*kernel.shape], dtype, kernel.runtime
         return torch.ops.evopress.look_up(ids, state, *options)
     return _rows(here, tensors, ids, dtype)
 
 
-def _are_plain(
+def are_plain(
     names: tuple[str, ...], tensors: Mapping[str, Tensor], x: Tensor, with_graph: bool
 ) -> bool:
     """Return whether packed tensors are where kernels read them with x, and are not trained."""
@@ -163,12 +163,12 @@ def _are_plain(
     return True
 
 
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
     """Return whether the graph is for others, who have no kernels: it gets plain operations."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Return whether something besides this process' memory wants to know what is computed."""
     if torch.compiler.is_compiling():
         return True
@@ -180,7 +180,7 @@ _in_functorch = torch._C._functorch.peek_interpreter_stack
 
 def is_compiled_into_one() -> bool:
     """Return whether torch.compile is tracing: a layer is one operator of its graph."""
-    return torch.compiler.is_compiling() and not _is_exporting()
+    return torch.compiler.is_compiling() and not is_exporting()
 
 
 def _rows(
@@ -208,7 +208,9 @@ def _rows(
 
 
 @lru_cache(maxsize=4096)
-def _known(level: str, shape: Shape, runtime: str) -> tuple[Level, Kernel | None, tuple[str, ...]]:
+def known_layer(
+    level: str, shape: Shape, runtime: str
+) -> tuple[Level, Kernel | None, tuple[str, ...]]:
     parsed = compose.normalize(level)
     names = tuple(sorted(compose.empty(parsed, shape, torch.float32)))
     find = triton_kernel_of if runtime == TritonKernel.runtime else kernel_of
@@ -225,9 +227,9 @@ def _linear(
     runtime: str,
 ) -> Tensor:
     shape = (rows, x.shape[-1])
-    known, kernel, names = _known(level, shape, runtime)
+    known, kernel, names = known_layer(level, shape, runtime)
     tensors = dict(zip(names, state, strict=True))
-    kernel = _here(kernel, x.device) if x.dtype in DTYPES else None
+    kernel = kernel_on(kernel, x.device) if x.dtype in DTYPES else None
     if kernel is not None:
         y = _product(kernel, tensors, x, bias)
         if y is not None:
@@ -252,9 +254,9 @@ def _input_gradient(
     grad: Tensor, state: list[Tensor], level: str, columns: int, runtime: str
 ) -> Tensor:
     shape = (grad.shape[-1], columns)
-    known, kernel, names = _known(level, shape, runtime)
+    known, kernel, names = known_layer(level, shape, runtime)
     tensors: State = dict(zip(names, state, strict=True))
-    kernel = _here(kernel, grad.device) if grad.dtype in DTYPES else None
+    kernel = kernel_on(kernel, grad.device) if grad.dtype in DTYPES else None
     if kernel is not None and (grad.dtype != torch.float16 or kernel.takes_half):
         try:
             return kernel.input_gradient(grad, tensors)
@@ -299,9 +301,9 @@ def _look_up(
     runtime: str,
 ) -> Tensor:
     size = (shape[0], shape[1])
-    known, kernel, names = _known(level, size, runtime)
+    known, kernel, names = known_layer(level, size, runtime)
     tensors = dict(zip(names, state, strict=True))
-    kernel = _here(kernel, ids.device) if dtype in DTYPES else None
+    kernel = kernel_on(kernel, ids.device) if dtype in DTYPES else None
     found = None if kernel is None else _rows(kernel, tensors, ids, dtype)
     if found is not None:
         return found

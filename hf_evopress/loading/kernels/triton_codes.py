@@ -93,17 +93,12 @@ def weights_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def product(  # type: ignore[no-untyped-def]
-    x, codes, scales, zeros, start, bias, order, y,
-    tokens, rows, n, width, octets, zero_octets, groups,
+def add_up(  # type: ignore[no-untyped-def]
+    x, codes, scales, zeros, row, is_row, token, tokens, n, octets, zero_octets, groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
-    ONE: tl.constexpr, EXACT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Write x W^T + start + bias to y for BN rows of W and BM tokens."""
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
-    token = tl.program_id(1) * BM + tl.arange(0, BM)
-    is_row = row < rows
+    """Return the sums of x W^T for BN rows of W and BM tokens, as `finish` takes them."""
     sums = nothing(ONE, BM, BN, BK)
     for i0 in range(0, octets, BK):
         i = i0 + tl.arange(0, BK)
@@ -115,6 +110,23 @@ def product(  # type: ignore[no-untyped-def]
             column = E * octets + i
             is_column = (i < octets) & (column < n)
             sums = multiply(sums, w, x, token, tokens, column, is_column, n, ONE, EXACT)
+    return sums
+
+
+@triton.jit
+def product(  # type: ignore[no-untyped-def]
+    x, codes, scales, zeros, start, bias, order, y,
+    tokens, rows, n, width, octets, zero_octets, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
+    ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Write x W^T + start + bias to y for BN rows of W and BM tokens."""
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    token = tl.program_id(1) * BM + tl.arange(0, BM)
+    sums = add_up(
+        x, codes, scales, zeros, row, row < rows, token, tokens, n, octets, zero_octets, groups,
+        BITS, GROUP, ALIGNED, ONE, EXACT, BM, BN, BK,
+    )  # fmt: skip
     finish(sums, y, start, bias, order, row, rows, token, tokens, width, ONE)
 
 

@@ -9,6 +9,22 @@ from .triton_tiles import finish, multiply, nothing, rows_of, write
 
 
 @triton.jit
+def add_up(  # type: ignore[no-untyped-def]
+    x, values, row, is_row, token, tokens, n,
+    ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of x W^T for BN rows of W and BM tokens, as `finish` takes them."""
+    base = values + row.to(tl.int64)[:, None] * n
+    sums = nothing(ONE, BM, BN, BK)
+    for j0 in range(0, n, BK):
+        column = j0 + tl.arange(0, BK)
+        is_there = is_row[:, None] & (column < n)[None, :]
+        w = tl.load(base + column[None, :], mask=is_there, other=0.0).to(tl.float32)
+        sums = multiply(sums, w, x, token, tokens, column, column < n, n, ONE, EXACT)
+    return sums
+
+
+@triton.jit
 def product(  # type: ignore[no-untyped-def]
     x, values, start, bias, order, y, tokens, rows, n, width,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -16,13 +32,7 @@ def product(  # type: ignore[no-untyped-def]
     """Write x W^T + start + bias to y for BN rows of W and BM tokens."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     token = tl.program_id(1) * BM + tl.arange(0, BM)
-    base = values + row.to(tl.int64)[:, None] * n
-    sums = nothing(ONE, BM, BN, BK)
-    for j0 in range(0, n, BK):
-        column = j0 + tl.arange(0, BK)
-        is_there = (row < rows)[:, None] & (column < n)[None, :]
-        w = tl.load(base + column[None, :], mask=is_there, other=0.0).to(tl.float32)
-        sums = multiply(sums, w, x, token, tokens, column, column < n, n, ONE, EXACT)
+    sums = add_up(x, values, row, row < rows, token, tokens, n, ONE, EXACT, BM, BN, BK)
     finish(sums, y, start, bias, order, row, rows, token, tokens, width, ONE)
 
 

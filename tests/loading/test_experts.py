@@ -1,0 +1,293 @@
+"""Mixtures of compressed experts computed at once give what one after the other gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_evopress.loading.experts import group_experts
+from hf_evopress.loading.kernels import experts as operators
+from hf_evopress.loading.kernels import gpu_experts, gpu_layer, steps
+from hf_evopress.loading.kernels.gpu_experts import FEW, tiles_of
+from hf_evopress.loading.kernels.layer import MOST_TOKENS
+from hf_evopress.loading.layers import CompressedLinear, prepare_layers
+from hf_evopress.methods import compose
+from hf_evopress.models.experts import SplitExperts, split_experts
+
+ALIKE = ["rtn:bits=3,group_size=32"] * 4
+MIXED = [
+    "rtn:bits=4,group_size=32",
+    "magnitude:sparsity=0.5",
+    "rtn:bits=3,group_size=32 + lowrank:rank=2,metric=plain",
+    "dense",
+]
+KINDS = ("qwen3_moe", "gpt_oss")  # the latter: biases, transposed, gates woven in
+NONE = 4  # of four experts: what a masked token has
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_layer, "_failed", {})
+
+
+@pytest.fixture
+def mixture(tiny_model: Callable[..., nn.Module]) -> Callable[..., Any]:
+    """The factory mixture(kind, levels, dtype, runtime) of four experts, as a layer has them."""
+
+    def make(
+        kind: str = KINDS[0],
+        levels: list[str] | None = None,
+        dtype: torch.dtype = torch.float32,
+        runtime: str = "auto",
+    ) -> Any:
+        model = tiny_model(kind).to(dtype)
+        split_experts(model)
+        found = next(m for m in model.modules() if isinstance(m, SplitExperts))
+        for own, text in zip(found, levels or ALIKE, strict=True):
+            for name in own.names:
+                compress(own, name, text)
+        found.requires_grad_(False)
+        prepare_layers(found, runtime)
+        return found
+
+    return make
+
+
+def compress(expert: Any, name: str, text: str) -> None:
+    linear = expert.get_submodule(name)
+    if linear.bias is not None:
+        nn.init.normal_(linear.bias)
+    if text == "dense":
+        return
+    level, shape = compose.normalize(text), tuple(linear.weight.shape)
+    state = compose.compress(level, linear.weight.detach().float(), None)
+    dtype, bias = linear.weight.dtype, linear.bias
+    layer = CompressedLinear.from_state(level, state, bias, shape, dtype=dtype)
+    expert.set_submodule(name, layer)
+
+
+def one_by_one(experts: Any, *given: Tensor) -> Tensor:
+    twin = copy.deepcopy(experts)
+    group_experts(twin, by_kernels=False)
+    return twin(*given)  # type: ignore[no-any-return]
+
+
+def routed(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens that the first expert gets all of, the second some, the third none."""
+    torch.manual_seed(0)
+    expert = torch.zeros(tokens, 2, dtype=torch.int64)
+    expert[:, 1] = torch.tensor([1, 3, NONE])[torch.arange(tokens) % 3]
+    return torch.randn(tokens, 64).to(dtype), expert, torch.rand(tokens, 2).to(dtype)
+
+
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the number of tasks of each call of the CPU kernels."""
+    counts: list[int] = []
+    run = steps.run
+    monkeypatch.setattr(steps, "run", lambda tasks: counts.append(len(tasks)) or run(tasks))
+    return counts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("levels", [ALIKE, MIXED], ids=["alike", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 5, MOST_TOKENS + 3])
+def test_the_answer_is_that_of_one_after_the_other(
+    kind: str, levels: list[str], dtype: torch.dtype, tokens: int, mixture: Callable[..., Any]
+) -> None:
+    experts = mixture(kind, levels, dtype)
+    given = routed(tokens, dtype)
+    found, wanted = experts(*given), one_by_one(experts, *given)
+    assert found.dtype == dtype and found.shape == (tokens, 64)
+    assert torch.allclose(found, wanted, atol=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@torch.no_grad()
+def test_all_experts_are_one_call_per_layer(
+    mixture: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts, counts = mixture(), launches(monkeypatch)
+    experts(*routed(4))
+    assert counts == [3, 3]  # the third expert has no tokens
+    counts.clear()
+    one_by_one(experts, *routed(4))
+    assert counts == [1] * 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tokens_give_none(kind: str, mixture: Callable[..., Any]) -> None:
+    assert mixture(kind)(*routed(0)).shape == (0, 64)
+
+
+@torch.no_grad()
+def test_tokens_of_no_expert_get_nothing(mixture: Callable[..., Any]) -> None:
+    hidden, expert, weight = routed(3)
+    assert mixture(KINDS[1])(hidden, torch.full_like(expert, NONE), weight).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("levels", [ALIKE, MIXED], ids=["alike", "mixed"])
+def test_gradients_of_tokens_are_those_of_one_after_the_other(
+    levels: list[str], mixture: Callable[..., Any]
+) -> None:
+    experts, grads = mixture(levels=levels), []
+    for compute in (experts, lambda *given: one_by_one(experts, *given)):
+        hidden, expert, weight = routed(6)
+        hidden.requires_grad_(), weight.requires_grad_()
+        compute(hidden, expert, weight).square().sum().backward()
+        grads.append((hidden.grad, weight.grad))
+    for found, wanted in zip(*grads, strict=True):
+        assert found is not None and torch.allclose(found, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_the_operator_keeps_the_rules_of_pytorch(mixture: Callable[..., Any]) -> None:
+    layers = [expert.get_submodule(expert.names[0]) for expert in mixture()]
+    state = [tensor for layer in layers for tensor in layer.state.values()]
+    names = layers[0].level_text, [0] * 4, layers[0].out_features, "auto"
+    x, expert = torch.randn(5, 64, requires_grad=True), torch.tensor([0, 0, 1, 3, NONE])
+    torch.library.opcheck(torch.ops.evopress.experts.default, (x, expert, state, [], *names))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixture_is_compiled_whole_whatever_the_routing(
+    kind: str, mixture: Callable[..., Any]
+) -> None:
+    experts = mixture(kind, MIXED)
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    hidden, expert, weight = routed(6)
+    for routing in (expert, expert.flip(0), torch.full_like(expert, 2)):
+        found = compiled(hidden, routing, weight)
+        assert torch.allclose(found, one_by_one(experts, hidden, routing, weight), atol=1e-5)
+
+
+@torch.no_grad()
+def test_hooks_on_experts_are_called(mixture: Callable[..., Any]) -> None:
+    experts, seen = mixture(), []
+    layer = experts[1].get_submodule(experts[1].names[1])
+    handle = layer.register_forward_hook(lambda module, x, y: seen.append(x[0].shape))
+    given = routed(6)
+    found = experts(*given)
+    assert seen == [(2, experts[1].get_submodule(experts[1].names[1]).in_features)]
+    handle.remove()
+    assert torch.allclose(experts(*given), found, atol=1e-6) and len(seen) == 1
+
+
+def test_packed_tensors_that_are_trained_get_their_gradient(mixture: Callable[..., Any]) -> None:
+    experts = mixture()
+    scales = experts[0].get_submodule(experts[0].names[0]).scales.requires_grad_()
+    experts(*routed(4)).sum().backward()
+    assert scales.grad is not None and scales.grad.norm() > 0
+
+
+@torch.no_grad()
+def test_a_kernel_that_fails_leaves_the_reference(
+    mixture: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from hf_evopress.loading.kernels import operators as own
+
+    experts, given = mixture(), routed(4)
+    wanted = experts(*given)
+    monkeypatch.setattr(own, "_failed", [])
+
+    def fail(products: object) -> None:
+        raise OSError("no kernels")
+
+    monkeypatch.setattr(operators, "finish_all", fail)
+    assert torch.allclose(experts(*given), wanted, atol=1e-5)
+    assert caplog.text.count("no kernels") == 1
+
+
+# -- on a GPU, and in Triton's interpreter ---------------------------------------------------
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CODES = ["rtn:bits=4,group_size=32,scales=bfloat16", "rtn:bits=3,group_size=32,symmetric=true"] * 2
+SUM = ["rtn:bits=3,group_size=32 + lowrank:rank=2,metric=plain"] * 4
+
+
+def triton_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    names: list[str] = []
+    launch = gpu_experts.launch
+
+    def count(family: str, name: str, *given: Any) -> None:
+        names.append(f"{family}.{name}")
+        launch(family, name, *given)
+
+    monkeypatch.setattr(gpu_experts, "launch", count)
+    return names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind, levels, dtype, tokens",
+    [
+        (KINDS[0], ALIKE, torch.float32, 2),
+        (KINDS[1], CODES, torch.float16, 3),
+        (KINDS[1], CODES, torch.float32, FEW // 2 + 5),
+        (KINDS[0], SUM, torch.float16, FEW // 2 + 2),
+    ],
+    ids=str,
+)
+def test_triton_kernels_answer_as_the_reference(
+    kind: str,
+    levels: list[str],
+    dtype: torch.dtype,
+    tokens: int,
+    mixture: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton", reason='no Triton: pip install "hf-evopress[dev]" on Linux')
+    experts = mixture(kind, levels, dtype, "triton").to(DEVICE)
+    given = [one.to(DEVICE) for one in routed(tokens, dtype)]
+    names = triton_launches(monkeypatch)
+    found = experts(*given)
+    expected = {0: 1, 1: 2, 2: 3}[[ALIKE, CODES, SUM].index(levels)]  # launches of each layer
+    assert len(names) == 2 * expected and not gpu_layer._failed
+    experts.to("cpu")
+    prepare_layers(experts, "packed")
+    wanted = one_by_one(experts, *routed(tokens, dtype))
+    close = 1e-4 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(found.cpu(), wanted, atol=close)
+
+
+@torch.no_grad()
+def test_kinds_that_triton_does_not_group_are_products_by_themselves(
+    mixture: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason='no Triton: pip install "hf-evopress[dev]" on Linux')
+    experts = mixture(levels=MIXED, runtime="triton").to(DEVICE)
+    names = triton_launches(monkeypatch)
+    found = experts(*(one.to(DEVICE) for one in routed(5)))
+    prepare_layers(experts.to("cpu"), "packed")
+    assert not names and torch.allclose(found.cpu(), one_by_one(experts, *routed(5)), atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_grouped_kernel_that_is_wrong_is_found_out(
+    mixture: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton", reason='no Triton: pip install "hf-evopress[dev]" on Linux')
+    experts, given = mixture(runtime="triton").to(DEVICE), [t.to(DEVICE) for t in routed(3)]
+    monkeypatch.setattr(operators, "grouped", lambda x, *rest: x.new_ones(len(x), rest[1].shape[0]))
+    for _ in range(2):
+        found = experts(*given)
+    assert caplog.text.count("the Triton kernel 'experts'") == 1
+    prepare_layers(experts.to("cpu"), "packed")
+    assert torch.allclose(found.cpu(), one_by_one(experts, *routed(3)), atol=1e-4)
+
+
+def test_tiles_cover_each_token_once() -> None:
+    expert = torch.tensor([0] * 37 + [2] * 16 + [3] + [NONE] * 4)
+    for size in (1, 16, 32):
+        seen = torch.full_like(expert, NONE)
+        for own, first, end in tiles_of(expert, 4, size).tolist():
+            for token in range(first, min(first + size, end)) if own >= 0 else ():
+                assert seen[token] == NONE
+                seen[token] = own
+        assert torch.equal(seen, expert)
