@@ -16,7 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_evopress.loading.kernels import gpu
+from hf_evopress.loading.kernels import gpu, gpu_experts
+from hf_evopress.loading.kernels.gpu_experts import Experts, can_group, grouped
 from hf_evopress.loading.kernels.gpu_layer import TritonKernel, triton_kernel_of
 from hf_evopress.methods import compose
 from hf_evopress.methods.maths.linalg import Stats
@@ -55,6 +56,10 @@ def compile_as_launched(
             signature[key] = KINDS[value.dtype]
             aligned[(i,)] = [["tt.divisibility", 16]]
         elif value is None or "constexpr" in str(parameter.annotation):
+            # a dtype as a constant, as the launcher takes it
+            value = (
+                triton.language.constexpr(value) if hasattr(value, "primitive_bitwidth") else value
+            )
             signature[key], constants[(i,)] = "constexpr", value
         else:
             signature[key] = "i32"
@@ -71,8 +76,9 @@ def compile_as_launched(
 
 
 def main() -> None:
-    gpu.launch, gpu.needs_exact = compile_as_launched, lambda device: False
-    TritonKernel._check = lambda *results: None  # nothing is computed
+    for module in (gpu, gpu_experts):
+        module.launch, module.needs_exact = compile_as_launched, lambda device: False
+    TritonKernel.check = lambda *results: None  # nothing is computed
     torch.manual_seed(0)
     shape = (48, 384)
     for text in LEVELS:
@@ -90,6 +96,10 @@ def main() -> None:
             x = torch.randn(tokens, shape[1], dtype=torch.bfloat16)
             kernel.linear(x, state, torch.randn(shape[0], dtype=torch.bfloat16))
         kernel.look_up(torch.tensor([1, 2]), state, torch.bfloat16)
+        for tokens in (2, 99) if can_group(kernel) else ():
+            x, expert = torch.randn(tokens, shape[1], dtype=torch.bfloat16), torch.arange(tokens)
+            biases = [torch.randn(shape[0], dtype=torch.bfloat16)] * 2
+            assert grouped(x, expert // 2, kernel, Experts([state, state], biases)) is not None
 
 
 if __name__ == "__main__":
