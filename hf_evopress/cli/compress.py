@@ -16,9 +16,11 @@ from .device import computes
 from .inspect import show_front
 from .options import (
     Bits,
+    CacheLevels,
     Calibration,
     Column,
     Compare,
+    Context,
     DropKinds,
     DropRatio,
     EndsWords,
@@ -60,11 +62,11 @@ from .options import (
     bits_of,
     recipe_of,
 )
+from .results import show_result
 from .tune import show_follow_up
 
 if TYPE_CHECKING:
     from ..jobs.job import Job
-    from ..jobs.pipeline import Result
     from ..plans.plan import Plan
     from ..store.level_store import LevelStore
 
@@ -76,6 +78,7 @@ def compress(
     bits: Bits = None,
     size: Size = None,
     ratio: Ratio = None,
+    context: Context = None,
     sparsity: Sparsity = None,
     drop_ratio: DropRatio = None,
     data: Texts = None,
@@ -90,6 +93,7 @@ def compress(
     keep_last: KeepLast = 0,
     export: For = "evopress",
     ends: EndsWords = "auto",
+    cache: CacheLevels = None,
     vision: Vision = False,
     skip: Skip = None,
     tie: Tie = None,
@@ -120,6 +124,7 @@ def compress(
     hf-evopress compress MODEL --bits 3.3 --family all --drop both --out smol-3.3bit
     hf-evopress compress MODEL --sparsity 0.5 --compare owl --out smol-sparse
     hf-evopress compress MODEL --size 90MB --for gguf --out smol      and smol-gguf/model.gguf
+    hf-evopress compress MODEL --size 120MB --context 8192 --out smol   weights and cache together
     hf-evopress compress MODEL --drop-ratio 0.25 --compare block_influence --out smol-shallow
 
     Stop it with Ctrl-C at any time; the same command goes on where it was. Another --bits with
@@ -202,6 +207,7 @@ def search(
     bits: Bits = None,
     size: Size = None,
     ratio: Ratio = None,
+    context: Context = None,
     sparsity: Sparsity = None,
     drop_ratio: DropRatio = None,
     data: Texts = None,
@@ -214,6 +220,7 @@ def search(
     keep_last: KeepLast = 0,
     export: For = "evopress",
     ends: EndsWords = "auto",
+    cache: CacheLevels = None,
     vision: Vision = False,
     skip: Skip = None,
     tie: Tie = None,
@@ -300,53 +307,6 @@ def _run(recipe: Recipe, *, overwrite: bool, **words: Any) -> None:
         with bars() as progress:
             made = follow_up(recipe, result.folder, overwrite=overwrite, progress=progress)
         show_follow_up(made)
-
-
-def show_result(result: Result) -> None:
-    """Print heat map, figures and a sentence of a model that was made."""
-    from ..sharing.cards import exact_bits, refined
-    from ..sharing.report import ends_line, heat_map, results_table
-
-    drawn = heat_map(result.plan, exact_bits(result.plan), color=console.is_terminal)
-    console.print(drawn, markup=False, soft_wrap=True)
-    rows = [
-        {
-            "": row.name,
-            "bits/weight": row.bits_per_weight,
-            "MB": row.size_bytes / 1e6,
-            "perplexity": row.report.perplexity,
-            "KL (nats)": row.report.kl_nats,
-            "same top-1": row.report.top1_agreement,
-            "1 - cosine": row.report.cosine_distance,
-        }
-        for row in result.rows
-    ]
-    unused = [k for k in (rows[0] if rows else {}) if not any(_is_there(row[k]) for row in rows)]
-    if rows := [{k: v for k, v in row.items() if k not in unused} for row in rows]:
-        console.print("\n" + results_table(rows), markup=False, soft_wrap=True)
-    if ends := ends_line(result.plan):
-        console.print(f"\n{ends}", markup=False)
-    for notes in refined(result.plan.results):
-        kept = "" if notes["is_kept"] else ", not kept"
-        console.print(
-            f"\nRefined ({notes['mode']}): {notes['fitness']} on held-out text "
-            f"{notes['before']:.4f} -> {notes['after']:.4f}{kept}",
-            markup=False,
-        )
-    if result.sample:
-        console.print(f"\nIt says: {result.sample}", markup=False)
-    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
-    if result.gguf is not None:
-        from ..models.size import stored_bytes
-
-        told = f"\nThe GGUF file of {stored_bytes(result.gguf) / 1e6:.1f} MB is in {result.gguf}"
-        console.print(told, markup=False, soft_wrap=True)
-    spent = f" ({spent})" if spent else ""
-    console.print(f"\nModel, plan, recipe, heat map are in {result.folder}{spent}", markup=False)
-
-
-def _is_there(value: Any) -> bool:
-    return value is not None and value == value  # NaN: of a model that writes no text
 
 
 def _level_errors(store: LevelStore) -> Any:

@@ -44,15 +44,17 @@ def show(
         return _show_log(plan, png)
     if file is None and _is_front(plan):
         return show_front(plan, png)
-    from ..sharing.report import bits_line, heat_map, level_table
+    from ..sharing.report import bits_line, cache_lines, heat_map, level_table
 
     loaded = Plan.from_pretrained(plan, filename=file)
     console.print(loaded.summary(), markup=False)
     console.print("\n" + level_table(loaded), markup=False, soft_wrap=True)
     console.print("\n" + bits_line(loaded), markup=False, soft_wrap=True)
     console.print("\n" + heat_map(loaded, color=console.is_terminal), markup=False, soft_wrap=True)
+    if caches := cache_lines(loaded):
+        console.print("\n" + caches, markup=False, soft_wrap=True)
     if units:
-        for unit, level in loaded.items():
+        for unit, level in [*loaded.items(), *loaded.cache.items()]:
             console.print(f"{unit}  {level}", markup=False, soft_wrap=True)
     if runtime:
         _show_runtime(loaded)

@@ -193,6 +193,21 @@ EndsWords = Annotated[
         "--bits), budget (searched, and --bits counts their weights), dense, or a level.",
     ),
 ]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of one sequence whose key-value cache --size includes: how each layer's is "
+        "stored is searched beside the levels of its weights."
+    ),
+]
+CacheLevels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cache",
+        help="Offer this setting of the cache under --context: dense, kv:bits=4,group_size=64, or "
+        "GEAR, kv:bits=2,rank=4,outliers=0.02. Repeat. Default: dense, 8, 4, 3 and 2 bits.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of data order and search.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per calibration and search sequence.")]
 Calibration = Annotated[int, typer.Option(help="Calibration sequences.")]
@@ -250,6 +265,7 @@ def recipe_of(**words: Any) -> Recipe:
                 "revision",
                 "trust_remote_code",
                 "ends",
+                "cache",
                 "vision",
                 "skip",
                 "refine",
@@ -260,7 +276,7 @@ def recipe_of(**words: Any) -> Recipe:
         },
         "budget": {
             "drop" if k == "drop_ratio" else k: given[k]
-            for k in ("bits", "size", "ratio", "sparsity", "drop_ratio")
+            for k in ("bits", "size", "ratio", "sparsity", "drop_ratio", "context")
             if k in given
         },
         "data": data,

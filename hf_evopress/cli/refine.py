@@ -9,7 +9,6 @@ import typer
 
 from ..base.plugins import did_you_mean
 from ..recipes.recipe import END_TO_END, REFINE
-from .compress import show_result
 from .console import bars
 from .device import computes
 from .options import (
@@ -26,6 +25,7 @@ from .options import (
     Work,
     Written,
 )
+from .results import show_result
 
 Steps = Annotated[
     int | None, typer.Option(help="Training steps of end-to-end; default: 200.", min=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from ..plans.level import Level
 from ..plans.plan import Plan
 from .source_files import copy_source_files
 
+logger = logging.getLogger(__name__)
+
 States = Callable[[str, Level], State]  # the packed tensors of (unit, level)
 
 
@@ -27,6 +30,7 @@ class Export(ABC):
     name: ClassVar[str]
     can_requantise: ClassVar[bool] = False  # has a way to round levels that it cannot hold
     takes_any_class: ClassVar[bool] = False  # classifiers and the like, too
+    keeps_cache: ClassVar[bool] = False  # the plan's settings for the key-value cache
     requantise = False  # whether to do that
     tokenizer: Any = None  # of the model, for formats that hold it
 
@@ -68,6 +72,12 @@ class Export(ABC):
         Of a folder that exists only what an earlier result wrote is replaced.
         """
         folder, self.tokenizer = Path(folder), tokenizer
+        if plan.cache and not self.keeps_cache:
+            logger.warning(
+                "the plan's settings for the key-value cache are not part of a %s export: whoever "
+                "loads it has a full cache",
+                self.name,
+            )
         with whole_folder(folder) as temporary:
             self.write(model, plan, states, temporary)
             self.check(model, plan, states, temporary)

@@ -20,6 +20,7 @@ class EvoPressExport(Export):
     """Packed tensors as they are in the level store, the plan in config.json."""
 
     name = "evopress"
+    keeps_cache = True
 
     def write(self, model: Any, plan: Plan, states: States, folder: Path) -> None:
         match_plan(model, plan)

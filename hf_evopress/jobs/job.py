@@ -284,15 +284,21 @@ class Job:
 
     def plan(self, levels: Mapping[str, Any], **about: Any) -> Plan:
         """Return the plan of `levels` (unit -> level) with where it came from."""
-        shapes = {unit.name: unit.shape for unit in self.units if unit.name in levels}
+        cache = {unit: level for unit, level in levels.items() if unit in self.problem.caches}
         genome = self.genome(levels)
-        budget = {
+        levels = {unit: level for unit, level in levels.items() if unit not in cache}
+        shapes = {unit.name: unit.shape for unit in self.units if unit.name in levels}
+        budget: dict[str, Any] = {
             "asked": self.budget.text,
             "bits_per_weight": round(self.space.bits_per_weight(genome), 6),
             "checkpoint_bytes_at_most": self.space.size_bytes(genome),
         }
         if ends := self.problem.ends.size_bytes(self.levels(genome)):
             budget["ends_bytes"] = ends
+        if (context := self.recipe.budget.context) is not None:
+            held = self.problem.cache_bytes(genome, context)
+            budget |= {"context": context, "cache_bytes": held}
+            budget["memory_bytes_at_most"] = held + budget["checkpoint_bytes_at_most"]
         return Plan(
             levels,
             shapes=shapes,
@@ -300,6 +306,7 @@ class Job:
             # the commit that was loaded, where the Hub says it: a branch moves on
             revision=getattr(self.config, "_commit_hash", None) or self.recipe.revision,
             budget=budget,
+            cache=cache,
             **about,
         )
 

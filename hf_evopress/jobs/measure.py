@@ -15,6 +15,7 @@ from torch import Tensor
 from ..base.memory import whole_within_memory
 from ..base.placement import dtype_of
 from ..calibration.data import tokenize_file
+from ..loading.kv_cache.cache import GearCache
 from ..loading.layers import prepare_layers
 from ..loading.quantizer import register_with_transformers
 from ..loading.runtimes import PACKED
@@ -24,14 +25,18 @@ from ..models.size import stored_bytes
 from ..models.source import window_of
 from ..plans.level import Level
 from ..plans.plan import Plan
+from ..scoring.cached import through_cache
 from ..scoring.compare_outputs import compare_outputs
 from ..scoring.evaluate import Report, compare_many
 from ..scoring.evaluator import Evaluator
+from ..search.knapsack import total_loss
 from ..search.space import Genome
 from ..store.level_store import LevelStore
 from .job import Job
+from .plan_search import tables
 
 UNREFINED = "before refinement"
+FULL_CACHE = "searched, 16-bit cache"
 NOISE = 4.0  # of one order of summation against another, where there are many
 SMALLER = (
     "take a shorter window (--window), or let blocks come one at a time (--offload cpu); levels "
@@ -78,7 +83,8 @@ def measure(
 ) -> tuple[tuple[Row, ...], str]:
     """Return the rows dense, uniform, rivals, searched on `tokens` (n,), and a sentence.
 
-    The searched row is the checkpoint in `folder`, reloaded; where that is refined there is a row
+    The searched row is the checkpoint in `folder`, reloaded, and read through its cache where the
+    plan sets one; where that is refined there is a row
     of the same plan as it was before, in the levels of `store`.
     """
     register_with_transformers()
@@ -91,8 +97,12 @@ def measure(
         models[name] = partial(_logits, evaluator, job.levels(genome))
         sizes[name] = (job.space.bits_per_weight(genome), job.space.size_bytes(genome))
     models["searched"] = reloaded
+    if plan.cache:
+        models["searched"] = through_cache(reloaded, partial(GearCache.of, reloaded))
+        models[FULL_CACHE] = reloaded
     genome = job.genome(plan)
     sizes["searched"] = (job.space.bits_per_weight(genome), stored_bytes(folder))
+    sizes[FULL_CACHE] = sizes["searched"]
     if is_refined:
         models[UNREFINED] = partial(_logits, evaluator, plan.levels)
         sizes[UNREFINED] = sizes["searched"]
@@ -179,6 +189,9 @@ def best_uniform(job: Job, store: LevelStore) -> tuple[str, tuple[int, ...]] | N
     if not fitting:
         return None
     expected = {level: _expected(store, job.levels(g)) for level, g in fitting.items()}
+    if job.problem.caches:  # which have losses, too
+        table = tables(job).of("knapsack", store) or ()
+        expected = {level: total_loss(job.space, table, g) for level, g in fitting.items()}
     known = {level: loss for level, loss in expected.items() if loss is not None}
     if len(known) == len(fitting):
         best = min(known, key=known.__getitem__)

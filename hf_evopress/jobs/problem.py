@@ -5,7 +5,7 @@ Nothing here needs weights: a model on the meta device has names, shapes and dty
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -17,6 +17,7 @@ from torch import nn
 from ..base.patterns import matches
 from ..methods import compose
 from ..methods.menu import menus
+from ..models.kv_cache import CacheUnit, cache_level, cache_menus, find_caches
 from ..models.size import NOTICE, header_bytes
 from ..models.sub_blocks import KINDS, Droppable, SubBlock, droppable, find_sub_blocks
 from ..models.units import Unit, find_units
@@ -33,6 +34,8 @@ from .for_gguf import check_menus, fitting_menus, fixed_bits, is_for_gguf
 from .for_target import check_for_vllm
 
 NOTHING = Droppable({}, {}, {})
+# what stands in for dropped attention counts tokens by a key and a value of one 16-bit number
+STAND_IN_BITS = 2 * 16
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Problem:
     """The units to compress, the levels offered to each, what may be dropped; space and budget.
 
     Under a budget of drops no unit is searched: what is kept stays dense. `ends` are among the
-    units; those at one level are in every plan, and not in the space.
+    units; those at one level are in every plan, and not in the space. `caches`, under a budget with
+    a context, are genes of the space whose levels are the plan's `cache`.
     """
 
     units: tuple[Unit, ...]
@@ -49,20 +53,32 @@ class Problem:
     space: SearchSpace
     budget: Budget
     ends: Ends = field(default_factory=Ends)
+    caches: Mapping[str, CacheUnit] = field(default_factory=dict)
 
     def levels(self, genome: Genome) -> dict[str, Level]:
         """Return the levels of a plan: unit -> level, and the sub-blocks that are dropped."""
         found = self.added.plan_levels(self.space.levels(genome))
-        made = {unit: compose.normalize(level) for unit, level in found.items()}
+        made = {unit: _normal(level) for unit, level in found.items()}
         return {**made, **self.ends.fixed}
 
     def genome(self, levels: Mapping[str, Any]) -> Genome:
-        """Return the genome of a plan's levels, the inverse of `levels`."""
+        """Return the genome of a plan, or of its levels, the inverse of `levels`."""
         said = {u: str(level) for u, level in levels.items() if u not in self.ends.fixed}
+        said |= {u: str(_normal(level)) for u, level in getattr(levels, "cache", {}).items()}
+        for name in self.caches:
+            if self.added.inside.get(name) not in said:  # else dropped: there is no cache
+                said.setdefault(name, str(DENSE))
         for end in self.ends.units:  # plans of before left them dense
             if end.name in self.menus and end.name not in {*said, *self.ends.fixed}:
                 said[end.name] = str(default_level(end.shape))
         return self.space.genome(self.added.space_levels(said))
+
+    def cache_bytes(self, genome: Genome, context: int) -> int:
+        """Return the bytes of the cache of `context` tokens, with stand-ins of dropped layers."""
+        kept = self.space.levels(genome)
+        bits = self.space.cache_bits(genome)
+        bits += sum(STAND_IN_BITS * context for name in self.caches if name not in kept)
+        return bits // 8
 
     def starts(self, plans: Sequence[str]) -> list[Genome]:
         """Return the genomes of plans to begin a search with: files, folders, Hub repositories.
@@ -71,9 +87,9 @@ class Problem:
         """
         found = []
         for name in plans:
-            levels = dict(Plan.from_pretrained(name).levels)
+            plan = Plan.from_pretrained(name)
             try:
-                genome = self.genome(levels)
+                genome = self.genome(plan)
             except ValueError as error:
                 raise ValueError(f"the search cannot start from {name}: {error}") from error
             if not self.budget.allows(self.space, genome):
@@ -114,14 +130,32 @@ def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
             keep_first=recipe.drop.keep_first,
             keep_last=recipe.drop.keep_last,
         )
-    space = _space(skeleton, units, offered, added, recipe, ends)
+    caches = {} if said.context is None else {cache.name: cache for cache in find_caches(skeleton)}
+    added = _with_caches(added, caches.values())
+    space = _space(skeleton, units, offered, added, recipe, ends, caches)
     if said.drop is not None:
         budget = Budget.of_drops(space)
     else:
         budget = Budget.parse(
-            space, bits=said.bits, size=said.size, ratio=said.ratio, sparsity=said.sparsity
+            space,
+            bits=said.bits,
+            size=said.size,
+            ratio=said.ratio,
+            sparsity=said.sparsity,
+            context=said.context,
+            reserved_bits=sum(
+                STAND_IN_BITS * (said.context or 0)
+                for cache in caches.values()
+                if cache.name in added.inside
+            ),
         )
-    return Problem(tuple(units), offered, added, space, budget, ends)
+    return Problem(tuple(units), offered, added, space, budget, ends, caches)
+
+
+def _with_caches(added: Droppable, caches: Iterable[CacheUnit]) -> Droppable:
+    """Return what may be dropped with the caches of attention among what lies inside."""
+    inside = {c.name: c.attention for c in caches if c.attention in added.options}
+    return replace(added, inside={**added.inside, **inside})
 
 
 def _space(
@@ -131,6 +165,7 @@ def _space(
     added: Droppable,
     recipe: Recipe,
     ends: Ends,
+    caches: Mapping[str, CacheUnit],
 ) -> SearchSpace:
     fixed, dense = _fixed_bits(skeleton, units, offered)
     if is_for_gguf(recipe):
@@ -143,11 +178,16 @@ def _space(
         unit.name: [_option(level, unit, recipe) for level in offered[unit.name]] for unit in units
     }
     menu |= {sub: _sub_options(options, recipe) for sub, options in added.options.items()}
+    menu |= {
+        name: [(str(x), caches[name].cost_bits(x, recipe.budget.context or 0)) for x in levels]
+        for name, levels in cache_menus(list(caches.values()), recipe.cache).items()
+    }
     sizes = {unit.name: unit.n_weights for unit in units}
     # Where only drops are searched, a sub-block stands for the weights in it.
     inside = {u.name: u.n_weights for u in find_units(skeleton)} if not units else {}
     for sub in added.options:
         sizes[sub] = sum(inside.get(u, 0) for u in sub_blocks[sub].units)
+    sizes |= dict.fromkeys(caches, 0)
     space = SearchSpace.build(
         sizes,
         menu,
@@ -157,12 +197,22 @@ def _space(
         pins=_pins(menu, recipe.pin, outside=[*ends.fixed]),
         forbid=_forbidden(menu, added, recipe.forbid),
         inside=added.inside,
-        blocks={**{unit.name: unit.block for unit in units}, **added.blocks},
+        blocks={
+            **{unit.name: unit.block for unit in units},
+            **added.blocks,
+            **{name: cache.block for name, cache in caches.items()},
+        },
         ends=[unit.name for unit in units if unit.name in outside],
     )
     limits = _drop_limits(sub_blocks, recipe)
     kinds = {sub: sub_blocks[sub].kind for sub in added.options}
     return replace(space, counts=drop_counts(space, kinds, limits)) if limits else space
+
+
+def _normal(level: str | Level) -> Level:
+    """Return a level, or a setting of a cache, in its canonical spelling."""
+    is_setting = str(level).startswith("kv:")
+    return cache_level(level) if is_setting else compose.normalize(level)
 
 
 def _fixed_bits(
@@ -209,7 +259,7 @@ def _pinned(offered: dict[str, list[Level]], pins: Mapping[str, str]) -> dict[st
     """Return the menus with one level only for units that a pattern pins; the last one wins."""
     made = dict(offered)
     for pattern, level in pins.items():
-        if compose.normalize(level) != DROP:
+        if _normal(level) != DROP:
             names = [unit for unit in offered if matches(unit, pattern)]
             made.update({unit: [compose.normalize(level)] for unit in names})
     return made
@@ -224,7 +274,7 @@ def _pins(
     """
     made: dict[str, str] = {}
     for pattern, text in pins.items():
-        level = str(compose.normalize(text))
+        level = str(_normal(text))
         found = [unit for unit in menu if matches(unit, pattern)]
         able = [unit for unit in found if level in {option[0] for option in menu[unit]}]
         if not able and not any(matches(unit, pattern) for unit in outside):

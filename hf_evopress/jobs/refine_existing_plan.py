@@ -72,7 +72,19 @@ def refine_plan(
     made = job.plan(
         found.levels, search={**found.search, "versions": versions()}, results=found.results
     )
-    return ship(job, store, made, (unseen, length, max_windows))
+    return ship(job, store, _with_cache(made, found), (unseen, length, max_windows))
+
+
+def _with_cache(made: Plan, found: Plan) -> Plan:
+    """Return the plan `made` with the settings for the cache of the one that was found."""
+    if not found.cache:
+        return made
+    known = {k: found.budget[k] for k in ("context", "cache_bytes") if k in found.budget}
+    if "cache_bytes" in known:
+        size = made.budget["checkpoint_bytes_at_most"]
+        known["memory_bytes_at_most"] = known["cache_bytes"] + size
+    cache = {unit: str(level) for unit, level in found.cache.items()}
+    return made.replace(cache=cache, budget={**made.budget, **known})
 
 
 def recipe_of_plan(

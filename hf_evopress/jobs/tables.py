@@ -1,6 +1,6 @@
 """Tables of predicted losses per gene and option, by which knapsack strategies choose.
 
-    sensitivity   KL per token that a level is expected to add; of a drop, measured alone
+    sensitivity   KL per token that a level is expected to add; of drops and caches, measured alone
     error         relative layer errors, as SPDY-style dynamic programming takes them
     influence     1 - cosine of the stream before and after a dropped sub-block (ShortGPT)
     window        membership of the most similar window of blocks (Gromov et al.)
@@ -22,6 +22,7 @@ from ..base.fingerprint import model_fingerprint, tensor_fingerprint, text_finge
 from ..base.reading import read_object, reading
 from ..base.resources import atomic_write
 from ..calibration.input_moments import load_stats
+from ..plans.level import Level
 from ..recipes.recipe import Recipe
 from ..scoring.baseline_scores import (
     influences,
@@ -30,6 +31,7 @@ from ..scoring.baseline_scores import (
     pq_kept,
     pq_shares,
     single_drops,
+    single_levels,
     window_distances,
 )
 from ..scoring.evaluator import Evaluator
@@ -76,7 +78,14 @@ class Tables:
         if self.problem.units and not self.recipe.search.sensitivity_tokens:
             return None
         drops = self._drops(store, *self._fitness)
-        return self._rows(lambda u, x: store.scores(u, x)["sensitivity_nats"], drops)
+        caches = self._caches(store)
+
+        def loss(unit: str, level: str) -> float:
+            if unit in self.problem.caches:
+                return caches[f"{unit} {level}"]
+            return store.scores(unit, level)["sensitivity_nats"]
+
+        return self._rows(loss, drops)
 
     def _error(self, store: LevelStore) -> Table:
         if not self.problem.units:
@@ -179,6 +188,28 @@ class Tables:
             return single_drops(evaluator, names, range(len(tokens)))
 
         return self._kept(f"drops-{text_fingerprint(words)}", measure)
+
+    def _caches(self, store: LevelStore) -> Mapping[str, float]:
+        """Return "cache setting" -> loss when the cache of one layer alone is stored so."""
+        caches, words = self.problem.caches, self._fitness[0]
+        choices = [
+            (unit, Level.parse(option.level))
+            for gene in self.problem.space.genes
+            for unit in gene.units
+            for option in gene.options
+            if unit in caches
+        ]
+        names = [f"{unit} {level}" for unit, level in choices]
+        if not names:
+            return {}
+
+        def measure() -> dict[str, float]:
+            tokens = self._sample()
+            evaluator = Evaluator(self._model(), store, tokens, self._fitness[1])
+            found = single_levels(evaluator, choices, range(len(tokens)))
+            return dict(zip(names, found, strict=True))
+
+        return self._kept(f"caches-{text_fingerprint(words, *names)}", measure)
 
     def _sample(self) -> Any:
         tokens = self._tokens()

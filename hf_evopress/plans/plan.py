@@ -22,6 +22,8 @@ FORMAT_VERSION = 1
 MAX_UNITS = 500_000  # the largest mixtures of experts have 70 000
 MARK = b'"levels": {'  # in every plan file
 
+_OBJECTS = ("budget", "levels", "shapes", "results", "search", "cache")
+
 Shape = tuple[int, int]
 
 _UNIT = re.compile(r"[\w-]+(\.[\w-]+)*")
@@ -35,6 +37,8 @@ class Plan(Mapping[str, Level]):
     levels: one level per unit; units that are not named stay dense.
     shapes: unit -> (out_features, in_features), so that a plan knows its model when it sees it.
     budget, results, search: how it was found and what was measured, as JSON values.
+    cache: a setting for the key-value cache of attention layers, by their module path and
+        `.kv_cache`; caches that are not named stay in 16 bits.
 
     >>> plan = Plan({"model.layers.0.mlp.up_proj": "rtn:bits=4,group_size=64"})
     >>> Plan.from_json(plan.to_json()) == plan
@@ -48,11 +52,12 @@ class Plan(Mapping[str, Level]):
     budget: Mapping[str, Any] = field(default_factory=dict)
     results: Mapping[str, Any] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict)
+    cache: Mapping[str, Level] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.levels) > MAX_UNITS:
             raise ValueError(f"a plan of {len(self.levels)} units; at most {MAX_UNITS} are read")
-        for unit in self.levels:
+        for unit in (*self.levels, *self.cache):
             if not isinstance(unit, str) or len(unit) > 500 or not _UNIT.fullmatch(unit):
                 raise ValueError(
                     f"a unit is a module path such as model.layers.0.mlp.up_proj, got {unit!r:.200}"
@@ -64,7 +69,9 @@ class Plan(Mapping[str, Level]):
             raise ValueError("a plan needs at least one unit, got none")
         if stray := sorted(set(shapes) - set(levels)):
             raise ValueError(f"plan has a shape but no level for {_some(stray)}")
+        cache = {unit: Level.parse(self.cache[unit]) for unit in sorted(self.cache)}
         object.__setattr__(self, "levels", MappingProxyType(levels))
+        object.__setattr__(self, "cache", MappingProxyType(cache))
         object.__setattr__(self, "shapes", MappingProxyType(shapes))
         for name in ("budget", "results", "search"):
             # as JSON has it: a plan equals itself after saving and loading
@@ -105,6 +112,8 @@ class Plan(Mapping[str, Level]):
             "shapes": {unit: list(shape) for unit, shape in self.shapes.items()},
             "results": dict(self.results),
             "search": dict(self.search),
+            # left out where there is none: readers of before know no such key
+            **({"cache": {u: str(level) for u, level in self.cache.items()}} if self.cache else {}),
         }
 
     @classmethod
@@ -118,12 +127,12 @@ class Plan(Mapping[str, Level]):
                 f"plan has format_version {version!r}, this hf-evopress reads up to "
                 f"{FORMAT_VERSION}: pip install --upgrade hf-evopress"
             )
-        known = ["base_model", "revision", "budget", "levels", "shapes", "results", "search"]
+        known = ["base_model", "revision", *_OBJECTS]
         values = {k: v for k, v in data.items() if k != "format_version"}
         for key, value in values.items():
             if key not in known:
                 raise ValueError(f"unknown key {key!r} in plan{did_you_mean(key, known)}")
-            if key in known[2:] and not isinstance(value, Mapping):
+            if key in _OBJECTS and not isinstance(value, Mapping):
                 raise TypeError(f"plan key {key!r} is an object, got {type(value).__name__}")
         if "levels" not in values:
             raise ValueError("plan has no 'levels'; is this file a plan?")
@@ -252,8 +261,9 @@ class Plan(Mapping[str, Level]):
 
     def diff(self, other: Plan) -> dict[str, tuple[Level | None, Level | None]]:
         """Return unit -> (level here, level in `other`) where the two differ; None is absent."""
-        units = sorted({*self, *other})
-        return {u: (self.get(u), other.get(u)) for u in units if self.get(u) != other.get(u)}
+        mine, theirs = {**self.levels, **self.cache}, {**other.levels, **other.cache}
+        units = sorted({*mine, *theirs})
+        return {u: (mine.get(u), theirs.get(u)) for u in units if mine.get(u) != theirs.get(u)}
 
     def summary(self) -> str:
         """Return a few lines for people: base, budget, how many units and weights at each level."""
@@ -268,6 +278,8 @@ class Plan(Mapping[str, Level]):
         for level in sorted(count):
             share = f", {weights[level] / total:6.1%} of weights" if total else ""
             lines.append(f"  {count[level]:5d} units{share}  {level}")
+        for setting, n in sorted(Counter(map(str, self.cache.values())).items()):
+            lines.append(f"  {n:5d} caches  {setting}")
         for key, value in self.results.items():
             if isinstance(value, (int, float, str)):
                 lines.append(f"{key}: {value}"[:500])
@@ -280,7 +292,7 @@ class Plan(Mapping[str, Level]):
         patterns: regular expression -> replacement, each applied once to every unit:
         plan.rename({r"^model\\.": "model.language_model."}).
         """
-        names = {unit: unit for unit in self}
+        names = {unit: unit for unit in (*self, *self.cache)}
         for pattern, new in patterns.items():
             try:
                 if not any(re.search(pattern, name) for name in names.values()):
@@ -294,6 +306,7 @@ class Plan(Mapping[str, Level]):
         return self.replace(
             levels={names[unit]: str(level) for unit, level in self.levels.items()},
             shapes={names[unit]: shape for unit, shape in self.shapes.items()},
+            cache={names[unit]: str(level) for unit, level in self.cache.items()},
         )
 
     def replace(self, **changes: Any) -> Plan:

@@ -22,6 +22,7 @@ from ..base.plugins import did_you_mean
 from ..base.reading import reading
 from ..base.resources import atomic_write, bundled, parse_size
 from ..search.ask_tell import STARTING, STRATEGIES, check_settings
+from .limit import Limit, check_context
 from .mixture import parse as parse_fitness
 from .targets import APART, DEFAULT, EXPORTS, families_for, without_for
 
@@ -33,36 +34,6 @@ ENDS = ("auto", "budget", "dense")
 OFFLOAD = ("auto", "none", "cpu", "disk")  # see base/placement.py
 DTYPES = ("auto", "bfloat16", "float16")
 SEARCH_DTYPES = ("auto", "float32", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Limit:
-    """The limit, said in one way."""
-
-    bits: float | None = None  # stored bits per compressed weight, scales and zero points included
-    size: str | None = None  # of the whole checkpoint: 90MB, 1.5GiB
-    ratio: float | None = None  # of the dense checkpoint's size
-    sparsity: float | None = None  # share of the compressed weights that is removed
-    drop: float | None = None  # share of the attention and of the MLP sub-blocks, each dropped
-
-    @property
-    def counts_file(self) -> bool:
-        """Whether the limit is of the whole file."""
-        return self.size is not None or self.ratio is not None
-
-    def __post_init__(self) -> None:
-        said = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        if len(said) > 1:
-            raise ValueError(f"say the budget in one way, got {said}")
-        if self.size is not None:
-            parse_size(self.size)
-        if self.bits is not None and not 0 < self.bits <= 32:
-            raise ValueError(f"bits is per compressed weight, in (0, 32]; got {self.bits}")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio is of the dense size, in (0, 1]; got {self.ratio}")
-        for name in ("sparsity", "drop"):
-            if (share := getattr(self, name)) is not None and not 0 < share < 1:
-                raise ValueError(f"{name} is a share, in (0, 1); got {share}")
 
 
 @dataclass(frozen=True)
@@ -207,6 +178,7 @@ class Recipe:
     search: Search = field(default_factory=Search)
     refine: str = "none"  # none, fast, best, end-to-end, fast+end-to-end or best+end-to-end
     distil: Distil = field(default_factory=Distil)
+    cache: tuple[str, ...] = ()  # settings offered to caches under budget.context; none: a menu
     refine_levels: tuple[str, ...] = ()  # patterns of levels to tune before the search
     adapter: Adapter | None = None
     tune: Tune | None = None
@@ -220,12 +192,20 @@ class Recipe:
         _one_of("offload", self.offload, OFFLOAD)
         _one_of("export (--for)", self.export, EXPORTS)
         self._check_export()
+        check_context(
+            self.budget,
+            cache=self.cache,
+            strategies=(self.search.strategy, *self.search.compare),
+            has_sensitivities=self.search.sensitivity_tokens > 0,
+            seq_len=self.data.seq_len,
+            export=self.export,
+        )
         if self.data.written and self.refine == "none" and not self.refine_levels:
             raise ValueError(
                 f"data.written is {self.data.written}: text that the model writes is what refine "
                 "learns from; say refine, such as best, or leave it out"
             )
-        if not any(v is not None for v in dataclasses.asdict(self.budget).values()):
+        if self.budget == Limit():
             raise ValueError("a recipe needs a budget: bits, size or ratio (for example bits: 3.3)")
         if self.budget.drop is not None:
             if self.levels or self.families:

@@ -28,7 +28,11 @@ def recipe_schema() -> dict[str, Any]:
     """Return the schema (JSON Schema draft 2020-12) of a recipe."""
     schema = _object(Recipe)
     schema["properties"]["for"] = schema["properties"]["export"]
-    schema["properties"]["budget"] |= {"minProperties": 1, "maxProperties": 1}
+    ways = [name for name in schema["properties"]["budget"]["properties"] if name != "context"]
+    schema["properties"]["budget"] |= {
+        "oneOf": [{"required": [name]} for name in ways],
+        "dependentRequired": {"context": ["size"]},
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "hf-evopress recipe",

@@ -19,7 +19,7 @@ from ..models.dropped import dropped_forward
 from ..models.stream import BlockStream
 from ..models.sub_blocks import SubBlock, find_sub_blocks
 from ..models.units import Unit
-from ..plans.level import DROP
+from ..plans.level import DROP, Level
 from .evaluator import Evaluator
 
 OUTLIER = 5.0  # times the mean: M of OWL
@@ -36,6 +36,15 @@ def single_drops(
     """
     rows = evaluator.losses([{name: DROP} for name in names], sequences)
     return {name: sum(row) / len(row) for name, row in zip(names, rows, strict=True)}
+
+
+def single_levels(
+    evaluator: Evaluator, choices: Sequence[tuple[str, Level]], sequences: Sequence[int]
+) -> list[float]:
+    """Return how much more a token loses with each unit alone at its level, the rest dense."""
+    plans: list[dict[str, Level]] = [{}, *({unit: level} for unit, level in choices)]
+    dense, *losses = (sum(row) / len(row) for row in evaluator.losses(plans, sequences))
+    return [loss - dense for loss in losses]
 
 
 @torch.no_grad()

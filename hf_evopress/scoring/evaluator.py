@@ -28,6 +28,8 @@ from ..models.classes import class_of
 from ..models.dropped import dropped_forward
 from ..models.head import SomeColumns
 from ..models.images import only_text
+from ..models.kv_cache import SUFFIX as CACHE
+from ..models.kv_cache import cached_forward
 from ..models.patching import unit_operators
 from ..models.sub_blocks import find_sub_blocks
 from ..models.two_stacks import stream_of
@@ -85,6 +87,8 @@ class Evaluator:
         self._dropped: dict[str, Operator] = {}
         for sub in find_sub_blocks(model):
             self._units[sub.block].append(sub.name)
+            if sub.kind == "attention":
+                self._units[sub.block].append(f"{sub.name}{CACHE}")
             self._dropped[sub.name] = dropped_forward(model, sub)
 
     def losses(self, plans: Plans, sequences: Sequence[int]) -> list[list[float]]:
@@ -315,7 +319,11 @@ class Evaluator:
                 if level is None or level.is_dense:
                     continue
                 dropped = self._dropped.get(unit) if level.is_drop else None
-                forwards = {unit: dropped} if dropped else self._operators.get(unit, level)
+                if unit.endswith(CACHE):
+                    path = unit.removesuffix(CACHE)
+                    forwards = {path: cached_forward(self.model, unit, level)}
+                else:
+                    forwards = {unit: dropped} if dropped else self._operators.get(unit, level)
                 for path, forward in forwards.items():
                     module = self.model.get_submodule(path)
                     module.forward = forward

@@ -35,13 +35,16 @@ class Budget:
         size: str | int | None = None,
         ratio: float | str | None = None,
         sparsity: float | str | None = None,
+        context: int | None = None,
+        reserved_bits: int = 0,
     ) -> Budget:
         """Return the budget said in exactly one way.
 
         bits: stored bits per compressed weight, scales and zero points counted; size: bytes of
         the whole checkpoint ("90MB"); ratio: of the size of the dense checkpoint; sparsity: the
-        share of values that is removed, in a space that counts values. ValueError names the
-        smallest possible budget where none fits; one above the largest plan is cut down to it,
+        share of values that is removed, in a space that counts values. context: the tokens whose
+        key-value cache a size includes; reserved_bits: what of it is in no option. ValueError names
+        the smallest possible budget where none fits; one above the largest plan is cut down to it,
         as `note` says.
         """
         if sum(given is not None for given in (bits, size, ratio, sparsity)) != 1:
@@ -56,8 +59,9 @@ class Budget:
             limit = floor((1 - _number("sparsity", sparsity)) * space.n_weights)
             text = f"sparsity {sparsity}"
         elif size is not None:
-            limit = 8 * parse_size(size) - space.fixed_bits
+            limit = 8 * parse_size(size) - space.fixed_bits - reserved_bits
             text = f"{size} bytes" if isinstance(size, int) else str(size)
+            text += f" with the cache of {context} tokens" if context else ""
         elif bits is not None:
             limit = floor(_number("bits", bits) * space.n_weights)
             ends = any(gene.is_end for gene in space.genes)
@@ -67,7 +71,8 @@ class Budget:
             text = f"ratio {ratio}"
         if limit < space.min_cost:
             said = {"bits": bits, "size": size, "sparsity": sparsity, "ratio": ratio}
-            least = _least(space, next(k for k, v in said.items() if v is not None))
+            words = next(k for k, v in said.items() if v is not None)
+            least = _least(space, words, reserved_bits)
             raise ValueError(f"no plan fits a budget of {text}; the smallest possible is {least}")
         if limit > space.max_cost:
             note = f"{text} is more than the largest plan needs; its size is the budget"
@@ -105,24 +110,31 @@ def _number(name: str, value: float | str | None) -> Fraction:
     return number
 
 
-def _made_of(space: SearchSpace) -> str:
-    """Return what the smallest file consists of, in bytes."""
+def _made_of(space: SearchSpace, reserved_bits: int) -> str:
+    """Return what the smallest file consists of, in bytes; and the cache, where it is counted."""
     ends = sum(
         space.bits[i][space.cheapest[i]] for i, gene in enumerate(space.genes) if gene.is_end
     )
-    decoder = space.cost_bits(space.cheapest) - ends
-    parts = {"the decoder": decoder, "embedding and head": ends, "all else": space.fixed_bits}
+    cache = space.cache_bits(space.cheapest)
+    decoder = space.cost_bits(space.cheapest) - ends - cache
+    parts = {
+        "the decoder": decoder,
+        "embedding and head": ends,
+        "the cache": cache + reserved_bits,
+        "all else": space.fixed_bits,
+    }
     return ", ".join(f"{k} {format_size(ceil(v / 8))}" for k, v in parts.items() if v)
 
 
-def _least(space: SearchSpace, unit: str) -> str:
+def _least(space: SearchSpace, unit: str, reserved_bits: int) -> str:
     """Return the smallest possible budget in the words of `unit`, rounded so that it works."""
     if unit == "sparsity":
         most = floor((1 - Fraction(space.min_cost, space.n_weights)) * 10000) / 10000
         return f"sparsity {most:g}: the menu removes no more"
-    whole = space.fixed_bits + space.min_cost
+    whole = space.fixed_bits + space.min_cost + reserved_bits
     if unit == "size":
-        return f"{ceil(whole / 8)}B ({format_size(ceil(whole / 8))}): {_made_of(space)}"
+        made_of = _made_of(space, reserved_bits)
+        return f"{ceil(whole / 8)}B ({format_size(ceil(whole / 8))}): {made_of}"
     top, bottom = (space.min_cost, space.n_weights) if unit == "bits" else (whole, space.dense_bits)
     least = ceil(Fraction(top, bottom) * 10000) / 10000
     return f"{least:g} bits per weight" if unit == "bits" else f"ratio {least:g}"

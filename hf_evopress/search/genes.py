@@ -51,6 +51,11 @@ class Gene:
     is_end: bool = False  # the embedding or the head: its bits are not those of the decoder
 
     @property
+    def is_cache(self) -> bool:
+        """Whether this is the key-value cache of an attention layer: no part of the checkpoint."""
+        return self.kind == "kv_cache"
+
+    @property
     def kind(self) -> str:
         """The last word of the name, such as `up_proj`: genes of a kind behave alike."""
         return self.units[0].rpartition(".")[2]

@@ -161,15 +161,25 @@ class SearchSpace:
         """Return the bits stored for the units of the space, whatever the budget counts."""
         return int(sum(self.values(self.bits, genome)))
 
+    def cache_bits(self, genome: Genome) -> int:
+        """Return the bits of key-value caches, which are no part of the checkpoint."""
+        return sum(
+            self.bits[i][choice]
+            for i, choice in enumerate(genome)
+            if self.genes[i].is_cache and self.is_active(genome, i)
+        )
+
     def bits_per_weight(self, genome: Genome) -> float:
         """Return the stored bits per weight of the decoder, scales and zero points counted."""
         ends = [i for i, gene in enumerate(self.genes) if gene.is_end]
-        bits = self.cost_bits(genome) - sum(self.bits[i][genome[i]] for i in ends)
+        bits = self.cost_bits(genome) - self.cache_bits(genome)
+        bits -= sum(self.bits[i][genome[i]] for i in ends)
         return bits / (self.n_weights - sum(self.genes[i].n_weights for i in ends))
 
     def size_bytes(self, genome: Genome) -> int:
         """Return the bytes of the whole checkpoint."""
-        return ceil((self.fixed_bits + self.cost_bits(genome)) / 8)
+        stored = self.cost_bits(genome) - self.cache_bits(genome)
+        return ceil((self.fixed_bits + stored) / 8)
 
     def canonical(self, genome: Genome) -> Genome:
         """Return the genome with choices inside dropped sub-blocks, which do nothing, at 0."""
@@ -215,7 +225,10 @@ class SearchSpace:
         Common: offered by genes with most of the weights. A gene that lacks the level
         (another group size, a pin) takes its dearest option of no more bits per weight; a
         droppable sub-block is kept. Where sub-blocks must be dropped, no plan is uniform.
+        Where caches are searched, each such plan is there once per setting of all caches.
         """
+        caches = [gene for gene in self.genes if gene.is_cache]
+        settings = {o.level: None for gene in caches for o in gene.options if len(gene.options) > 1}
         common: dict[str, list[Gene]] = {}
         for gene in self.genes:
             for option in gene.options:
@@ -228,7 +241,12 @@ class SearchSpace:
                 continue
             cost = sum(gene.options[gene.option(level)].cost for gene in genes)
             rate = Fraction(cost, weights)
-            plans[level] = tuple(gene.nearest(rate, level=level) for gene in self.genes)
+            for setting in settings or [""]:
+                name = f"{level}, cache {setting}" if setting else level
+                plans[name] = tuple(
+                    gene.nearest(rate, level=setting if gene.is_cache else level)
+                    for gene in self.genes
+                )
         return plans
 
     @cached_property

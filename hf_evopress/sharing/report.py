@@ -175,6 +175,30 @@ def ends_line(plan: Plan) -> str:
     return f"Outside the decoder: {', '.join(parts)}." if parts else ""
 
 
+def cache_lines(plan: Plan) -> str:
+    """Return what the key-value cache takes and how each block's is stored, "" without a setting.
+
+    One digit or letter per block: bits, or d for dense.
+    """
+    if not plan.cache:
+        return ""
+    names = {"dense": "d"}
+    places = sorted((_place(unit)[0], str(level)) for unit, level in plan.cache.items())
+    row = " ".join(
+        names.get(level) or str(Level.parse(level).terms[0].kwargs.get("bits", "?"))
+        for _, level in places
+    )
+    lines = [f"Cache, bits by block (d: dense, 16): {row}"]
+    held, context = plan.budget.get("cache_bytes"), plan.budget.get("context")
+    if isinstance(held, int) and isinstance(context, int):
+        total = plan.budget.get("memory_bytes_at_most", 0)
+        lines.append(
+            f"{held / 1e6:.1f} MB at {context} tokens of one sequence; with the weights at most "
+            f"{total / 1e6:.1f} MB."
+        )
+    return "\n".join(lines)
+
+
 def results_table(rows: Sequence[Mapping[str, object]]) -> str:
     """Return rows with the same keys as aligned columns, numbers to the right.
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from hf_evopress.cli import main
-from hf_evopress.cli.compress import show_result
+from hf_evopress.cli.results import show_result
 from hf_evopress.jobs import measure, pipeline, refinement
 from hf_evopress.jobs.refine_existing_model import refine_end_to_end
 from hf_evopress.jobs.refine_existing_plan import refine_plan

@@ -4,6 +4,9 @@
     model.generate(**prompt, past_key_values=cache)     # or cache_implementation="gear"
     cache.nbytes                                        # what it holds, buffers and all
 
+A model whose plan was made with a budget of memory (`--context`) has a setting for each layer:
+generate takes them by itself, and GearCache.of(model) returns an empty cache with them.
+
 Tokens wait in a buffer at full precision until there are enough of them; then they become a chunk.
 A forward pass sees its own keys and values as they are and those of before as they are stored, as
 in transformers' own quantised caches. Layers of another kind than full attention keep their cache.
@@ -11,7 +14,7 @@ in transformers' own quantised caches. Layers of another kind than full attentio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +22,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .codes import DENSE_BITS, Gear, State, chunk_bytes, compress, decompress
+from ...methods.maths.gear import DENSE_BITS, Gear, State, chunk_bytes, compress, decompress
+from ...models.kv_cache import cache_level, cache_settings, gear_of
+from ...plans.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,7 @@ class GearCache(DynamicCache):
 
     bits: one number, or one for each layer; 16 leaves a layer as it is, and GearCache(config,
     bits=16) is transformers' DynamicCache to the bit. The other settings are those of `Gear`.
+    levels: instead of all these, a setting for each layer, such as kv:bits=4,group_size=64.
 
     >>> cache = GearCache(model.config, bits=4)
     >>> model(input_ids=ids, past_key_values=cache)
@@ -171,11 +177,37 @@ class GearCache(DynamicCache):
         rank: int = 4,
         outliers: float = 0.02,
         buffer: int = 64,
+        levels: Sequence[str] | None = None,
     ) -> None:
         super().__init__(config=config)
-        settings = {"group_size": group_size, "rank": rank, "outliers": outliers, "buffer": buffer}
-        for number, n_bits in enumerate(bits_of_layers(bits, len(self.layers))):
-            gear = Gear(bits=n_bits, **settings)  # type: ignore[arg-type]
+        if levels is None:
+            settings = {
+                "group_size": group_size,
+                "rank": rank,
+                "outliers": outliers,
+                "buffer": buffer,
+            }
+            gears = [
+                Gear(bits=n_bits, **settings)  # type: ignore[arg-type]
+                for n_bits in bits_of_layers(bits, len(self.layers))
+            ]
+        else:
+            gears = [gear_of(cache_level(level)) for level in levels]
+            _check_length("levels", gears, len(self.layers))
+        self._set(dict(enumerate(gears)))
+
+    @classmethod
+    def of(cls, model: Any) -> GearCache:
+        """Return an empty cache with the settings that the plan of a compressed model has.
+
+        >>> model.generate(**prompt, past_key_values=GearCache.of(model))
+        """
+        cache, plan = cls(model.config, bits=DENSE_BITS), planned(model)
+        cache._set({} if plan is None else cache_settings(model, plan.cache))
+        return cache
+
+    def _set(self, gears: Mapping[int, Gear]) -> None:
+        for number, gear in gears.items():
             if not gear.is_dense and type(self.layers[number]) is DynamicLayer:
                 self.layers[number] = GearLayer(gear)
 
@@ -223,12 +255,21 @@ def bits_of_layers(bits: int | Sequence[int], n_layers: int) -> list[int]:
     """Return the bits of each layer, or raise ValueError for another number of them."""
     if isinstance(bits, int):
         return [bits] * n_layers
-    if len(bits) != n_layers:
-        raise ValueError(
-            f"bits is one number, or one for each of {n_layers} layers ({DENSE_BITS} leaves a "
-            f"layer as it is); got {len(bits)}"
-        )
+    _check_length("bits", bits, n_layers)
     return [int(n) for n in bits]
+
+
+def planned(model: Any) -> Plan | None:
+    """Return the plan of a compressed model that has settings for the cache, else None."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    plan = getattr(getattr(quantizer, "quantization_config", None), "plan", None)
+    return plan if isinstance(plan, Plan) and plan.cache else None
+
+
+def _check_length(name: str, given: Sequence[Any], n_layers: int) -> None:
+    if len(given) != n_layers:
+        what = f"one number ({DENSE_BITS} leaves a layer as it is), or " if name == "bits" else ""
+        raise ValueError(f"{name} is {what}one for each of {n_layers} layers; got {len(given)}")
 
 
 def _held(layer: Any) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_evopress.loading.kv_cache.codes import Gear, chunk_bytes, compress, decompress
+from hf_evopress.methods.maths.gear import Gear, chunk_bytes, compress, decompress
 
 PLAIN = Gear(bits=2, rank=0, outliers=0)
 KINDS = pytest.mark.parametrize("is_key", [True, False], ids=["keys", "values"])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...methods.maths.packing import PLANES, pack, packed_bytes, unpack
+from .packing import PLANES, pack, packed_bytes, unpack
 
 State = dict[str, Tensor]
 
