@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -251,14 +252,18 @@ def search(
     words = {**locals(), "out": None}
     if bits is not None and ":" in bits:
         return _front(words, out)
-    recipe = recipe_of(**words)
+    _search(recipe_of(**words), out, report_to or (), overwrite=overwrite)
+
+
+def _search(recipe: Recipe, out: str, report_to: Sequence[str], *, overwrite: bool) -> None:
+    """Find the plan of a recipe and write it to the file `out`."""
     check_file(Path(out) / FILE_NAME if Path(out).is_dir() else out, MARK, overwrite=overwrite)
     from ..jobs.job import Job
     from ..jobs.levels import build_levels
     from ..jobs.plan_search import find_plan
 
     with bars() as progress:
-        job = Job(recipe, report_to=report_to or (), progress=progress)
+        job = Job(recipe, report_to=report_to, progress=progress)
         plan = find_plan(job, build_levels(job))
     _show_plan(plan, plan.save(out) if job.ranks.is_first else out)
 

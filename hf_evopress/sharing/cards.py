@@ -27,6 +27,7 @@ from ..plans.card_template import (
 from ..plans.plan import Plan
 from ..plans.repo import INDEX_NAME, TAG, plan_rows, read_index
 from ..recipes.recipe import REFINE, Recipe
+from .report import cache_lines
 from .task_results import model_index, read_results, table_rows
 
 CARD = "README.md"
@@ -116,6 +117,7 @@ def model_card(folder: Path, plan: Plan, recipe: Recipe | None, *, name: str) ->
         refined=refined(plan.results),
         counts=level_counts({u: str(v) for u, v in plan.items()}, plan.shapes),
         needs_data=any(compose.needs_stats(compose.normalize(v)) for v in plan.values()),
+        cache=cache_lines(plan),
         parts=_parts(plan),
         checkpoint_bytes=sum(stored.values()) or None,
         kept_bytes=_kept_bytes(plan, stored),
