@@ -76,6 +76,13 @@ class LlamaCpp:
         flat = ctypes.cast(found, ctypes.POINTER(ctypes.c_float * (n * self.n_tokens))).contents
         return torch.frombuffer(flat, dtype=torch.float32).view(n, -1).clone()
 
+    def extend(self, ids: Sequence[int]) -> None:
+        """Compute the logits after some tokens that follow those of the calls before."""
+        tokens = (ctypes.c_int32 * len(ids))(*ids)
+        batch = self._lib.llama_batch_get_one(tokens, len(ids))
+        if (code := self._lib.llama_decode(self._context, batch)) != 0:
+            raise RuntimeError(f"llama_decode returned {code}")
+
     def close(self) -> None:
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)

@@ -163,25 +163,26 @@ def multiply_codes(task, row, count, s):  # type: ignore[no-untyped-def]
     n, room, groups, tokens = get(task, N), get(task, ROOM), get(task, GROUPS), get(task, TOKENS)
     chunks, has_floats = n // get(task, CHUNK), get(task, HAS_FLOATS)
     each = chunks // groups
-    here, there = s + Q * room, s + MORE * room
+    free = s + MORE * room
     scales, zeros = s + SCALE * room, s + ZERO * room
     factors, offsets, scaled = s + FACTOR * room, s + OFFSET * room, s + SCALED * room
-    read_codes(task, row, 0, here, s)
+    codes = read_codes(task, row, 0, s + Q * room, s)
     for at in range(count):
+        after = codes
         if at + 1 < count:
-            read_codes(task, row + at + 1, at + 1, there, s)
+            after = read_codes(task, row + at + 1, at + 1, free, s)
         if each > 1:
             spread(each, groups, scales, zeros, factors, offsets)
         else:
             factors, offsets = scales, zeros
         if has_floats:
-            weights_of(task, at, here, s)
+            weights_of(task, at, codes, s)
         for token in range(tokens):
-            value = dot_codes(task, token, chunks, factors, offsets, here, scaled)
+            value = dot_codes(task, token, chunks, factors, offsets, codes, scaled)
             if has_floats:
                 value += dot_rest(task, token, s)
             write(task, row + at, token, value, scaled)
-        here, there = there, here
+        codes, free = after, codes
         scales, zeros = scales + 4 * groups, zeros + 4 * groups
 
 

@@ -182,12 +182,17 @@ def read_grids(task, row, count, s):  # type: ignore[no-untyped-def]
 
 
 def read_codes(task, row, at, q, s):  # type: ignore[no-untyped-def]
-    """Write the codes of a row to q; its grid is the at-th of those that were read."""
+    """Return where the codes of a row are, q or where they are stored.
+
+    Its grid is the at-th of those that were read.
+    """
     n, bits, room, codes = get(task, N), get(task, BITS), get(task, ROOM), get(task, CODES)
     mask, kept = s + MASK * room, s + KEPT_CODES * room
     if get(task, SOURCE) == CODED:
+        if bits == 8:  # a byte each, in their order
+            return codes + row * get(task, WIDTH)
         unpack_row(bits, codes + row * get(task, WIDTH), n, q)
-        return
+        return q
     starts, groups = get(task, STARTS), get(task, GROUPS)
     first, end = get(starts, row), get(starts, row + 1)
     read_mask(task, row, mask, kept)
@@ -199,6 +204,7 @@ def read_codes(task, row, at, q, s):  # type: ignore[no-untyped-def]
             is_kept = u8(mask + j)
             set_u8(q + j, u8(kept) if is_kept else none)
             kept += is_kept
+    return q
 
 
 def weights_of(task, at, q, s):  # type: ignore[no-untyped-def]
@@ -256,8 +262,7 @@ def read_weights(task, row, at, s):  # type: ignore[no-untyped-def]
     elif source == WALKS:
         read_walks(task, row, s)
     else:
-        read_codes(task, row, at, s + Q * room, s)
-        weights_of(task, at, s + Q * room, s)
+        weights_of(task, at, read_codes(task, row, at, s + Q * room, s), s)
 
 
 def count_kept(task):  # type: ignore[no-untyped-def]
