@@ -200,6 +200,14 @@ Context = Annotated[
         "stored is searched beside the levels of its weights."
     ),
 ]
+Share = Annotated[
+    bool,
+    typer.Option(
+        "--share",
+        help="Let layers of neighbouring blocks share their codes, each with a low-rank difference "
+        "of its own; two layers of a pair take one level. Never the better on SmolLM2.",
+    ),
+]
 CacheLevels = Annotated[
     list[str] | None,
     typer.Option(
@@ -266,6 +274,7 @@ def recipe_of(**words: Any) -> Recipe:
                 "trust_remote_code",
                 "ends",
                 "cache",
+                "share",
                 "vision",
                 "skip",
                 "refine",

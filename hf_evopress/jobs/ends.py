@@ -128,7 +128,8 @@ def _menu(unit: Unit, recipe: Recipe) -> list[Level]:
     offered = dict.fromkeys([compose.normalize(w) for w in words] + [default_level(shape)])
     for level in map(compose.normalize, recipe.levels or ()):
         is_able = unit.role == "head" or compose.looks_up_rows(level)
-        if is_able and not (level.is_dense or level.is_drop) and _serves(level, shape):
+        is_own = not (level.is_dense or level.is_drop or compose.n_shared(level))
+        if is_able and is_own and _serves(level, shape):
             offered[level] = None
     return _by_cost(offered, shape)
 

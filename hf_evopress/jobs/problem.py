@@ -32,6 +32,7 @@ from ..search.space import Genome, SearchSpace
 from .ends import Ends, choose_ends, default_level
 from .for_gguf import check_menus, fitting_menus, fixed_bits, is_for_gguf
 from .for_target import check_for_vllm
+from .shared_levels import check_shared, with_shared
 
 NOTHING = Droppable({}, {}, {})
 # what stands in for dropped attention counts tokens by a key and a value of one 16-bit number
@@ -114,9 +115,11 @@ def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
     else:
         families = recipe.families if recipe.levels else recipe.offered_families
         offered = menus(shapes, recipe.levels, families=families, sparsity=said.sparsity)
+    offered, pairs = with_shared(offered, shapes, recipe)
     ends = choose_ends(skeleton, recipe)
     units, offered = [*units, *ends.units], {**offered, **ends.menus}
     offered = _pinned(offered, recipe.pin)
+    check_shared(offered, pairs)
     if is_for_gguf(recipe):
         check_menus(offered)
     if recipe.export == "vllm":
@@ -132,7 +135,7 @@ def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
         )
     caches = {} if said.context is None else {cache.name: cache for cache in find_caches(skeleton)}
     added = _with_caches(added, caches.values())
-    space = _space(skeleton, units, offered, added, recipe, ends, caches)
+    space = _space(skeleton, units, offered, added, recipe, ends, caches, pairs)
     if said.drop is not None:
         budget = Budget.of_drops(space)
     else:
@@ -166,6 +169,7 @@ def _space(
     recipe: Recipe,
     ends: Ends,
     caches: Mapping[str, CacheUnit],
+    pairs: Sequence[tuple[str, str]],
 ) -> SearchSpace:
     fixed, dense = _fixed_bits(skeleton, units, offered)
     if is_for_gguf(recipe):
@@ -193,7 +197,7 @@ def _space(
         menu,
         fixed_bits=fixed - added.kept_bits,
         dense_bits=dense,
-        ties=_ties([*((u.name, u.block) for u in units), *added.blocks.items()], recipe),
+        ties=pairs or _ties([*((u.name, u.block) for u in units), *added.blocks.items()], recipe),
         pins=_pins(menu, recipe.pin, outside=[*ends.fixed]),
         forbid=_forbidden(menu, added, recipe.forbid),
         inside=added.inside,
@@ -243,7 +247,8 @@ def _keys(level: Level, shape: tuple[int, int]) -> tuple[str, ...]:
 
 
 def _option(level: Level, unit: Unit, recipe: Recipe) -> tuple[str, int] | tuple[str, int, int]:
-    bits = compose.cost_bits(level, unit.shape)
+    # a level that is shared is offered to both of a pair only, which take it together
+    bits = compose.cost_bits(level, unit.shape) - compose.shared_bits(level, unit.shape) // 2
     if recipe.budget.sparsity is None:
         return str(level), bits
     return str(level), bits, compose.kept_values(level, unit.shape)

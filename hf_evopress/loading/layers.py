@@ -258,7 +258,8 @@ def _check_levels(
     model: nn.Module, levels: Mapping[str, Level], shapes: Mapping[str, Shape]
 ) -> None:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    pairs = {tuple(key.rpartition(".")[0] for key in pair) for pair in tied.items()}
+    dense = [pair for pair in tied.items() if pair[0].endswith(".weight")]  # others are ours
+    pairs = {tuple(key.rpartition(".")[0] for key in pair) for pair in dense}
     ends = {unit.name for unit in find_ends(model)}
     wrong = []
     for name, level in levels.items():

@@ -16,6 +16,7 @@ from ..methods import compose
 from ..models.dropped import replace_dropped, restore_zero, sentinel_keys
 from ..models.ends import find_ends
 from ..models.experts import SplitExperts
+from ..models.neighbours import any_shared
 from ..models.plain import make_stock, match_plan
 from ..models.size import NOTICE
 from ..plans.block_order import has_order
@@ -27,6 +28,7 @@ from .checks import check_levels_match, check_loaded, check_shapes, on_cpu, tens
 from .config import QUANT_METHOD, EvoPressConfig
 from .embedding import finish_loading
 from .layers import compressed_layers, planned_levels, prepare_layers, resolve_units
+from .neighbours import left_out, share
 from .replace import replace, restore_linears
 from .runtimes import check_runtime
 from .versions import AnyHfQuantizer, Dtypes, dtypes_of, settle_dtypes
@@ -81,6 +83,11 @@ class EvoPressQuantizer(AnyHfQuantizer):
                 "a model cannot be compressed and offloaded to disk at once; compress it, "
                 "save it, and load the result with this device_map"
             )
+        if (shared := any_shared(map(compose.normalize, config.plan.values()))) is not None:
+            raise ValueError(
+                f"level '{shared}' is of two neighbouring layers together, which only a search "
+                "makes: hf-evopress compress MODEL --share"
+            )
         if config.data is None and (levels := _calibrated(config.plan)):
             raise ValueError(
                 f"levels {', '.join(levels)} need calibration data: pass "
@@ -116,13 +123,14 @@ class EvoPressQuantizer(AnyHfQuantizer):
         files = [str(f) for f in checkpoint_files or () if str(f).endswith(".safetensors")]
         for name, level in levels.items():
             replace(model, name, level)
-        left_out = self._cut(model, plan, files)
+        share(model, compressed_layers(model))
+        skipped = self._cut(model, plan, files)
         if config.verify and config.checksums and files:
-            verify_files(files, config.checksums, left_out=left_out)
+            verify_files(files, config.checksums, left_out=skipped)
         check_shapes(model, files)
         self.look_at(model)
         self._dtypes = dtypes_of(model)
-        _ignore_keys(model, [*(f"{name}.weight" for name in levels), *left_out])
+        _ignore_keys(model, [*(f"{name}.weight" for name in levels), *skipped])
 
     def _cut(self, model: Any, plan: Plan, files: Sequence[str]) -> list[str]:
         """Note where blocks come from, and leave out those that a size has no room for.
@@ -265,6 +273,8 @@ class EvoPressQuantizer(AnyHfQuantizer):
             for name, tensor in state.items()
             if name not in tied and tensor.numel()
         }
+        for name in left_out(compressed_layers(model)):
+            del state[name]  # the neighbour's
         for name, tensor in state.items():
             if not tensor.numel():  # all alike, or shards would be cut by where they came from
                 state[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")

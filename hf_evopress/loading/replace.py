@@ -14,6 +14,7 @@ from ..plans.level import Level
 from ..plans.plan import Plan
 from .embedding import CompressedEmbedding, compress_embedding, tie_head, untie_packed
 from .layers import CompressedLinear, compress_linear, compressed_layers, resolve_units
+from .neighbours import forget, share
 from .packed import PackedWeight
 from .resize import let_resize
 
@@ -33,6 +34,7 @@ def replace_linears(
             continue
         replace(model, names[unit], level, states(unit, level))
         replaced.append(names[unit])
+    share(model, compressed_layers(model))
     return replaced
 
 
@@ -71,6 +73,7 @@ def _keep_hook(model: Any, path: str, before: nn.Module) -> None:
 
 def restore_linears(model: Any) -> None:
     """Put a stock module with the same weight in the place of every packed one."""
+    forget(model, compressed_layers(model))
     _restore(model, compressed_layers(model))
 
 

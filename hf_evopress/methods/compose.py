@@ -40,6 +40,10 @@ def normalize(level: Level | str) -> Level:
     for i, term in enumerate(level.terms):
         if i and not method(term.method).can_follow:
             raise ValueError(f"level '{level}': {term.method} cannot follow another term")
+        if term.kwargs.get("shared") is True and i != max(1, len(level.terms) - 1):
+            raise ValueError(
+                f"level '{level}': shared=true is of a last term, behind what is shared"
+            )
     if len(level.terms) > 1 and level.terms[0].method in ("dense", "drop"):
         raise ValueError(f"level '{level}': {level.terms[0].method} leaves no error to compress")
     return Level(tuple(method(t.method).normalize(t) for t in level.terms))
@@ -70,6 +74,28 @@ def uses_outputs(level: Level) -> bool:
 def cost_bits(level: Level, shape: Shape) -> int:
     """Return the exact number of bits that a weight of `shape` stores at `level`."""
     return sum(part.cost_bits(shape, **params) for part, params, _ in parts(level))
+
+
+def n_shared(level: Level) -> int:
+    """Return how many first terms of `level` are those of the neighbouring block as well."""
+    return len(level.terms) - 1 if level.terms[-1].kwargs.get("shared") is True else 0
+
+
+def shared_bits(level: Level, shape: Shape) -> int:
+    """Return the bits that two neighbours at `level` store once."""
+    first = list(parts(level))[: n_shared(level)]
+    return sum(part.cost_bits(shape, **params) for part, params, _ in first)
+
+
+def shared_names(level: Level, shape: Shape) -> list[str]:
+    """Return the names of the tensors that two neighbours at `level` have in common."""
+    first = Level(level.terms[: n_shared(level)])
+    return [*empty(first, shape, torch.float32)]
+
+
+def renumbered(level: Level, state: State, n: int) -> State:
+    """Return a state of one term as that of term n of a longer level."""
+    return _rename(state, level.terms[0].method, _suffix(n))
 
 
 def kept_values(level: Level, shape: Shape) -> int:

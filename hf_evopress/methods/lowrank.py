@@ -55,6 +55,9 @@ class LowRank(SharedWork):
         "factors": Param(
             str, "how A and B are stored", default="float16", choices=(*FLOATS, *BITS)
         ),
+        "shared": Param(
+            bool, "the terms before are those of the neighbouring block, too", default=False
+        ),
     }
     examples = (
         "lowrank:rank=8",

@@ -179,6 +179,7 @@ class Recipe:
     refine: str = "none"  # none, fast, best, end-to-end, fast+end-to-end or best+end-to-end
     distil: Distil = field(default_factory=Distil)
     cache: tuple[str, ...] = ()  # settings offered to caches under budget.context; none: a menu
+    share: bool = False  # offer levels whose codes two neighbouring layers have in common
     refine_levels: tuple[str, ...] = ()  # patterns of levels to tune before the search
     adapter: Adapter | None = None
     tune: Tune | None = None
@@ -192,6 +193,7 @@ class Recipe:
         _one_of("offload", self.offload, OFFLOAD)
         _one_of("export (--for)", self.export, EXPORTS)
         self._check_export()
+        self._check_share()
         check_context(
             self.budget,
             cache=self.cache,
@@ -215,6 +217,20 @@ class Recipe:
                 )
             if self.drop.max is not None:
                 raise ValueError("a budget of drops says how many go; leave out drop.max")
+
+    def _check_share(self) -> None:
+        not_with = {
+            "drop": bool(self.drop.kinds) or self.budget.drop is not None,
+            "a budget of sparsity": self.budget.sparsity is not None,
+            "tie": bool(self.tie),
+            "refine": self.refine != "none" or bool(self.refine_levels),
+            f"export (--for) {self.export}": self.export in APART,
+        }
+        if self.share and (wrong := [name for name, is_so in not_with.items() if is_so]):
+            raise ValueError(
+                f"share makes one level of two neighbouring layers, which does not go with "
+                f"{wrong[0]}: leave one of them out"
+            )
 
     def _check_export(self) -> None:
         if self.export not in APART:

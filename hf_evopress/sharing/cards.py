@@ -76,7 +76,9 @@ def exact_bits(plan: Plan) -> dict[str, float] | None:
             bits[unit] = 0.0
         elif unit in plan.shapes:
             shape = plan.shapes[unit]
-            bits[unit] = compose.cost_bits(compose.normalize(level), shape) / math.prod(shape)
+            level = compose.normalize(level)
+            stored = compose.cost_bits(level, shape) - compose.shared_bits(level, shape) / 2
+            bits[unit] = stored / math.prod(shape)
         else:
             return None
     return bits

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from ..calibration.output_moments import kfac_loss
 from ..methods import compose
 from ..methods.base import State
 from ..methods.maths.linalg import Stats, map_shared
+from ..models.neighbours import neighbour
 from ..models.units import Unit
 from ..plans.level import Level
 from .index import INDEX, covers, new_index, read_index, same_make, start
 from .judge import Judge, Loss
+from .shared import shared_states
 from .unit_file import read_scores, read_state, write_unit
 
 logger = logging.getLogger(__name__)
@@ -140,11 +142,13 @@ class LevelStore:
                 found = {u.name: all_moments[u.name] for u in group if u.name in all_moments}
                 moments = {name: place.on_device(G) for name, G in found.items()}
                 inputs = _with_outputs(stats.get(group[0].name), group, moments)
-                made = compose.compress_many(levels, weights, inputs)
+                alone = [level for level in levels if not compose.n_shared(level)]
+                made = dict(zip(alone, compose.compress_many(alone, weights, inputs), strict=True))
                 for j, (unit, W) in enumerate(zip(group, weights, strict=True)):
                     if unit.name in there:
                         continue
-                    states = [per_level[j] for per_level in made]
+                    both = _shared(model, unit, W, stats, levels, source)
+                    states = [both[x] if x in both else made[x][j] for x in levels]
                     judge = Judge(W, stats.get(unit.name), losses.get(unit.name))
                     scores = [judge.scores(*one) for one in zip(levels, states, strict=True)]
                     states = [on_cpu(state) for state in states]
@@ -222,6 +226,31 @@ class LevelStore:
                 f"it has: {', '.join(map(str, stored))}"
             )
         return stored.index(level)
+
+
+def _shared(
+    model: Any,
+    unit: Unit,
+    W: Tensor,
+    stats: Mapping[str, Stats],
+    levels: Sequence[Level],
+    source: Source,
+) -> dict[Level, State]:
+    """Return the states of a unit at the levels that it shares with its neighbour.
+
+    Either of the two makes both: blocks are built in any order, by any process.
+    """
+    sharing = [level for level in levels if compose.n_shared(level)]
+    if not sharing:
+        return {}
+    other = replace(unit, name=neighbour(unit.name) or unit.name, block=unit.block ^ 1)
+    place = place_of(model)
+    theirs = source.stats(other.block)[other.name].map(place.on_device)
+    known = [(unit.block, W, stats[unit.name]), (other.block, _weight(model, other), theirs)]
+    known.sort(key=lambda one: one[0])
+    mine = unit.block & 1
+    Ws, moments = [one[1] for one in known], [one[2] for one in known]
+    return {level: shared_states(level, Ws, moments)[mine] for level in sharing}
 
 
 def _by_input(
