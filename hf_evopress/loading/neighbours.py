@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from ..models.neighbours import shared_tensors
+from ..methods import compose
+from ..models.neighbours import any_shared, shared_tensors
 from ..plans.level import Level
+from ..plans.plan import Plan
 from .packed import PackedWeight
 
 
@@ -51,6 +53,15 @@ def left_out(layers: Mapping[str, PackedWeight]) -> list[str]:
         if layer._parameters[name] is _split(layers, source)[0]._parameters[name]:
             found.append(target)
     return found
+
+
+def refuse_shared(plan: Plan) -> None:
+    """Raise ValueError for a plan with shared levels, where layers are compressed one by one."""
+    if (level := any_shared(map(compose.normalize, plan.values()))) is not None:
+        raise ValueError(
+            f"level '{level}' is of two neighbouring layers together, which only a search makes: "
+            "hf-evopress compress MODEL --share"
+        )
 
 
 def forget(model: Any, layers: Mapping[str, PackedWeight]) -> None:

@@ -16,7 +16,6 @@ from ..methods import compose
 from ..models.dropped import replace_dropped, restore_zero, sentinel_keys
 from ..models.ends import find_ends
 from ..models.experts import SplitExperts
-from ..models.neighbours import any_shared
 from ..models.plain import make_stock, match_plan
 from ..models.size import NOTICE
 from ..plans.block_order import has_order
@@ -28,7 +27,7 @@ from .checks import check_levels_match, check_loaded, check_shapes, on_cpu, tens
 from .config import QUANT_METHOD, EvoPressConfig
 from .embedding import finish_loading
 from .layers import compressed_layers, planned_levels, prepare_layers, resolve_units
-from .neighbours import left_out, share
+from .neighbours import left_out, refuse_shared, share
 from .replace import replace, restore_linears
 from .runtimes import check_runtime
 from .versions import AnyHfQuantizer, Dtypes, dtypes_of, settle_dtypes
@@ -83,11 +82,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
                 "a model cannot be compressed and offloaded to disk at once; compress it, "
                 "save it, and load the result with this device_map"
             )
-        if (shared := any_shared(map(compose.normalize, config.plan.values()))) is not None:
-            raise ValueError(
-                f"level '{shared}' is of two neighbouring layers together, which only a search "
-                "makes: hf-evopress compress MODEL --share"
-            )
+        refuse_shared(config.plan)
         if config.data is None and (levels := _calibrated(config.plan)):
             raise ValueError(
                 f"levels {', '.join(levels)} need calibration data: pass "
