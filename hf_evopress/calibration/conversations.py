@@ -95,11 +95,19 @@ def _item(item: dict[str, Any], where: str, folder: Path, images: list[Path]) ->
 class ImageText:
     """What makes token sequences of one file, with its images in a folder of their own.
 
-    processor: the model's. folder: where folders of images are kept.
+    processor: the model's. token: the id at places of an image. folder: where folders of images
+    are kept.
     """
 
     def __init__(
-        self, source: str | Path, processor: Any, folder: Path, *, seq_len: int, seed: int
+        self,
+        source: str | Path,
+        processor: Any,
+        folder: Path,
+        *,
+        token: int,
+        seq_len: int,
+        seed: int,
     ) -> None:
         self.source, self.processor = Path(source), processor
         self.seq_len, self.seed = seq_len, seed
@@ -110,7 +118,7 @@ class ImageText:
         self.fingerprint = text_fingerprint(
             sha256(self.source), *map(sha256, pictures), settings, template, str((seq_len, seed))
         )
-        self.images = Images(folder / self.fingerprint, int(processor.image_token_id))
+        self.images = Images(folder / self.fingerprint, token)
 
     def write(self, n: int) -> Tensor:
         """Return n token sequences (n, seq_len), no two alike, their images kept."""

@@ -195,7 +195,7 @@ class _Run:
     def advance(self, block: int) -> None:
         """Run one block over all sequences, in place."""
         for b, hidden in enumerate(self.hidden):
-            self.hidden[b] = self.stream.place.let_rest(self.stream.run_block(block, hidden))
+            self.hidden[b] = self._run(block, hidden, self.ids[b])
 
     def moments(self, block: int, names: Sequence[str], dtype: torch.dtype) -> dict[Group, Moment]:
         """Run one block over all sequences and return the moments of its distinct inputs."""
@@ -203,12 +203,15 @@ class _Run:
         with unit_inputs(self.stream.model, names) as seen:
             for b, hidden in enumerate(self.hidden):
                 seen.clear()
-                self.hidden[b] = self.stream.place.let_rest(self.stream.run_block(block, hidden))
+                self.hidden[b] = self._run(block, hidden, self.ids[b])
                 for group, x in distinct_inputs(seen):
                     if group not in made:
                         made[group] = Moment(x, dtype)
                     made[group].add(x)
         return made
+
+    def _run(self, block: int, hidden: Tensor, ids: Tensor) -> Tensor:
+        return self.stream.place.let_rest(self.stream.run_block(block, hidden, ids))
 
 
 def _write_block(
@@ -227,6 +230,11 @@ def _write_vision(
     path: Path, stream: BlockStream, sets: dict[str, Tensor], names: list[str], batch_tokens: int
 ) -> None:
     """Run the vision tower over the images among the sequences, and write its inputs' moments."""
+    if stream.adds_between:
+        raise ValueError(
+            f"{type(stream.model).__name__} reads its vision tower between its blocks as well, "
+            "which levels there would change: leave out --vision"
+        )
     made: dict[str, dict[Group, Moment]] = {}
     for kind in (kind for kind in ("gram", "heldout") if kind in sets):
         for ids in sets[kind].split(max(1, batch_tokens // sets[kind].shape[1])):

@@ -254,7 +254,7 @@ class _Backward:
             coming = place.on_device(self._gradients[b])
             hidden = inputs.pop(str(b)).to(coming.device).requires_grad_()
             with _outputs(self.model, names) as seen, torch.enable_grad():
-                out = self.stream.run_block(block, hidden)
+                out = self.stream.run_block(block, hidden, self.batches[b])
             outputs = [y for _, y in seen.values()]
             gone, *found = torch.autograd.grad(out, [hidden, *outputs], coming, allow_unused=True)
             self._gradients[b] = place.let_rest(gone)
@@ -298,7 +298,10 @@ class _Backward:
         hidden = [rest(self.stream.embed(ids)) for ids in self.batches]
         for block in range(self.stream.n_blocks):
             save_file({str(b): h.contiguous() for b, h in enumerate(hidden)}, self._inputs(block))
-            hidden = [rest(self.stream.run_block(block, h)) for h in hidden]
+            hidden = [
+                rest(self.stream.run_block(block, h, ids))
+                for ids, h in zip(self.batches, hidden, strict=True)
+            ]
         for ids, last in zip(self.batches, hidden, strict=True):
             parts = [
                 self._head_gradient(i, h) for i, h in zip(ids.split(1), last.split(1), strict=True)

@@ -107,7 +107,7 @@ class Job:
                 self.config, dtype=self.dtype, trust_remote_code=recipe.trust_remote_code
             )
         check_head(recipe.model, skeleton)
-        self.image_text = image_text(recipe, self.kind, self.work)
+        self.image_text = image_text(recipe, self.kind, self.config, self.work)
         make_plain(skeleton)
         check_streamable(skeleton)
         warn_of_experts(skeleton)

@@ -12,7 +12,7 @@ from ..recipes.mixture import parse
 from ..recipes.recipe import Recipe
 
 
-def image_text(recipe: Recipe, kind: ModelClass, work: Path) -> ImageText | None:
+def image_text(recipe: Recipe, kind: ModelClass, config: Any, work: Path) -> ImageText | None:
     """Return what reads the source of `recipe` with images, None where there is none.
 
     Raises in the first second for a model that takes no images, an image that is not there, and
@@ -46,4 +46,13 @@ def image_text(recipe: Recipe, kind: ModelClass, work: Path) -> ImageText | None
         recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
     )
     data = recipe.data
-    return ImageText(found[0], processor, work / "images", seq_len=data.seq_len, seed=data.seed)
+    # Gemma 3's processor calls another token so, which stands for an image as a whole
+    token = getattr(config, "image_token_id", None)
+    return ImageText(
+        found[0],
+        processor,
+        work / "images",
+        token=int(processor.image_token_id if token is None else token),
+        seq_len=data.seq_len,
+        seed=data.seed,
+    )

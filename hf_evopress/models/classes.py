@@ -98,7 +98,7 @@ POOLINGS = ("mean", "first", "last")
 @lru_cache(maxsize=None)
 def find_class(architecture: str) -> ModelClass | None:
     """Return the class of a model called such as BertForMaskedLM, None where there is none here."""
-    for kind in CLASSES:
+    for kind in (SEQ2SEQ, IMAGE_TEXT, *CLASSES):  # those first that others list as well (Gemma 3)
         mapping: Any = kind.loader._model_mapping
         for made in mapping._model_mapping.values():
             if architecture == made or (isinstance(made, tuple) and architecture in made):
@@ -163,7 +163,9 @@ def forward(model: Any, ids: Tensor, *, with_images: bool = True) -> Any:
             options[key] = value.to(ids.device, dtype if value.is_floating_point() else None)
         if found:  # what decides masks and positions of some, as their processors have it
             known = inspect.signature(type(model).forward).parameters
-            options |= {key: images.places(ids) for key in TYPES if key in known}
+            of_prefix = model.config.model_type == "paligemma"
+            types = images.types(ids, of_prefix=of_prefix)
+            options |= {key: types for key in TYPES if key in known}
     return model(input_ids=ids, **options)
 
 

@@ -65,9 +65,13 @@ class Images:
                     "the folder tokens/ next to it, and both are made anew"
                 )
 
-    def places(self, ids: Tensor) -> Tensor:
-        """Return 1 at the places of images in ids (batch, seq), 0 at text."""
-        return (ids == self.token).long()
+    def types(self, ids: Tensor, *, of_prefix: bool = False) -> Tensor:
+        """Return the types of tokens ids (batch, seq): 1 at the places of images, 0 at text.
+
+        of_prefix: the other way round. PaliGemma's 0 is what is seen from both sides, the images
+        and, in training, the question behind them, which is not told from an answer here.
+        """
+        return ((ids == self.token) != of_prefix).long()
 
     def text(self, row: Tensor) -> Tensor:
         """Return the positions of a row (seq,) that are no places of images."""

@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from transformers.utils import is_torchvision_available
 
 from ..base.own_code import is_trusted
 from ..base.reading import reading
@@ -96,8 +97,9 @@ def read_processor(
         made = AutoProcessor.from_pretrained(
             name, revision=revision, trust_remote_code=_may_run(trust_remote_code)
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{name} has no processor that can be loaded: {error}") from error
+    except (OSError, ValueError, ImportError, AttributeError) as error:  # of placeholders
+        more = "" if is_torchvision_available() else "; some need `pip install torchvision`"
+        raise ValueError(f"{name} has no processor that can be loaded: {error}{more}") from error
     if not hasattr(made, "image_processor") or getattr(made, "image_token_id", None) is None:
         raise ValueError(
             f"{name} has no processor of images: copy preprocessor_config.json and "

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..base.placement import Place, Visit, place_of, visiting
+from .block_arguments import Arguments, as_form, same, split
 from .classes import call
 from .images import images_of
 from .units import find_blocks
@@ -26,20 +27,10 @@ _EXCHANGED = {
     "hidden_size_per_layer_input": "an embedding of the tokens for each block",
 }
 _MAX_SHAPES = 8  # masks of eager attention grow with batch * seq^2
+_MAX_BATCHES = 256  # of tokens with images, each with masks and positions of its own
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """What the model passes to one block besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    is_keyword: bool  # hidden states come as hidden_states=..., not as the first argument
-
-    def call(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        if self.is_keyword:
-            return block(*self.args, hidden_states=hidden, **self.kwargs)
-        return block(hidden, *self.args, **self.kwargs)
+_Key = tuple[int, int, Place, bytes]  # batch, seq, where it computes, tokens with images
 
 
 class _Reached(Exception):
@@ -52,13 +43,15 @@ class BlockStream:
         stream = BlockStream(model)
         hidden = stream.embed(input_ids)
         for i in range(stream.n_blocks):
-            hidden = stream.run_block(i, hidden)
+            hidden = stream.run_block(i, hidden, input_ids)
         logits = stream.head(input_ids, hidden)      # == model(input_ids).logits
 
     input_ids are LongTensors (batch, seq) without padding; hidden (batch, seq, dim). Works with
     and without autograd. What blocks get besides hidden states (masks, rotary tables) is
-    captured once per (batch, seq) and reused. What is called logits here is what the class of the
-    model puts out (see `classes`); where that is pooled, the head needs whole sequences.
+    captured once per (batch, seq) and reused; where the model was given images (see `images`), on
+    which masks and positions may depend, once per batch of tokens, which `run_block` then needs.
+    What is called logits here is what the class of the model puts out (see `classes`); where that
+    is pooled, the head needs whole sequences.
 
     Where the model computes elsewhere than it lies (`base.placement`), the block that runs is
     brought there and stays until another runs; embeddings and head are brought when they run, and
@@ -72,7 +65,7 @@ class BlockStream:
         self.names, self.blocks = self._find()
         inside = {id(module) for block in self.blocks for module in block.modules()}
         self._outside = [module for module in model.modules() if id(module) not in inside]
-        self._captured: dict[tuple[int, int, Place], list[_Arguments]] = {}
+        self._captured: dict[_Key, list[Arguments]] = {}
         self._tuple_sizes: list[int] | None = None
         self._here: dict[str, tuple[int, Place, Visit]] = {}  # what is brought: a block, the ends
 
@@ -113,18 +106,22 @@ class BlockStream:
             here[2].end()
 
     @property
+    def adds_between(self) -> bool:
+        """Whether the model adds features of images to what a block puts out, as so far seen."""
+        return any(one.added is not None for seen in self._captured.values() for one in seen)
+
+    @property
     def n_blocks(self) -> int:
         return len(self.blocks)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the input of block 0, (batch, seq, dim)."""
         _check_ids(input_ids)
-        if self._key(input_ids) not in self._captured:
-            self._capture(input_ids)
+        self._arguments(input_ids, input_ids)
         seen: list[Tensor] = []
 
         def reach(*args: Any, **kwargs: Any) -> Any:
-            seen.append(_split(args, kwargs)[0])
+            seen.append(split(args, kwargs)[0])
             raise _Reached
 
         with self._patched({0: reach}):
@@ -134,15 +131,15 @@ class BlockStream:
                 return seen[0]
         raise ValueError(f"{type(self.model).__name__} never ran its block {self.names[0]}")
 
-    def run_block(self, i: int, hidden: Tensor) -> Tensor:
-        """Return the output of block i, (batch, seq, dim)."""
-        key = self._key(hidden)
-        if key not in self._captured:
-            self._capture(torch.zeros(key[:2], dtype=torch.long))
+    def run_block(self, i: int, hidden: Tensor, input_ids: Tensor | None = None) -> Tensor:
+        """Return the output of block i, (batch, seq, dim).
+
+        input_ids: the tokens that the hidden states are of, needed where there may be images.
+        """
+        arguments = self._arguments(hidden, input_ids)[i]
         self._let_go("ends")
         self.bring(i)
-        hidden = self.place.on_device(hidden)
-        return _hidden(self._captured[key][i].call(self.blocks[i], hidden))
+        return arguments.output(self.blocks[i], self.place.on_device(hidden))
 
     def run_from(self, i: int, input_ids: Tensor, hidden: Tensor) -> Tensor:
         """Return the logits when `hidden` is the input of block i, (batch, seq, vocab).
@@ -182,7 +179,7 @@ class BlockStream:
         with torch.no_grad(), self._patched({}):
             hidden = [self.embed(ids) for ids in batches]
             for i in range(self.n_blocks):
-                hidden = [self.run_block(i, h) for h in hidden]
+                hidden = [self.run_block(i, h, ids) for ids, h in zip(batches, hidden, strict=True)]
             pairs = [
                 (self.head(ids, h), self._forward(ids))
                 for ids, h in zip(batches, hidden, strict=True)
@@ -194,8 +191,21 @@ class BlockStream:
                 "model whose decoder blocks exchange only hidden states"
             )
 
-    def _key(self, of: Tensor) -> tuple[int, int, Place]:
-        return (int(of.shape[0]), int(of.shape[1]), self.place)
+    def _arguments(self, of: Tensor, input_ids: Tensor | None) -> list[Arguments]:
+        """Return what the blocks get for hidden states or tokens `of` (batch, seq, ...)."""
+        key: _Key = (int(of.shape[0]), int(of.shape[1]), self.place, b"")
+        if images_of(self.model) is not None:
+            if input_ids is None:
+                raise ValueError(
+                    f"{type(self.model).__name__} was given images, which this step does not take "
+                    "along: take text without images"
+                )
+            key = (*key[:3], input_ids.cpu().numpy().tobytes())
+        if key not in self._captured:
+            if input_ids is None:
+                input_ids = torch.zeros(key[:2], dtype=torch.long)
+            self._capture(input_ids, key)
+        return self._captured[key]
 
     def _forward(self, input_ids: Tensor, *, with_images: bool = True) -> Tensor:
         self._bring("ends", 0, self._outside)
@@ -205,7 +215,7 @@ class BlockStream:
     def _give(self, i: int, hidden: Tensor) -> Callable[..., Any]:
         """Return a forward for block i that ignores its input and gives `hidden`."""
         size = self._sizes()[i]
-        return lambda *args, **kwargs: _as_form(hidden, size)
+        return lambda *args, **kwargs: as_form(hidden, size)
 
     def _inject(self, i: int, hidden: Tensor) -> Callable[..., Any]:
         """Return a forward for block i that runs it on `hidden` instead of its input."""
@@ -213,7 +223,7 @@ class BlockStream:
 
         def injected(*args: Any, **kwargs: Any) -> Any:
             self.bring(i)
-            return _split(args, kwargs)[1].call(forward, hidden)
+            return split(args, kwargs)[1].call(forward, hidden)
 
         return injected
 
@@ -263,34 +273,36 @@ class BlockStream:
             self._tuple_sizes = sizes
         return self._tuple_sizes
 
-    def _capture(self, input_ids: Tensor) -> None:
-        """Record what the blocks get for sequences of this shape."""
+    def _capture(self, input_ids: Tensor, key: _Key) -> None:
+        """Record what the blocks get for these tokens; of this shape, where there are no images."""
+        has_images = images_of(self.model) is not None
         with torch.inference_mode(False), torch.no_grad():  # reused later under autograd
             ids = input_ids.clone()
             arguments = self._record(ids)
-            other = self._record(ids.flip(-1).roll(1, 0))
-        way_out = "" if images_of(self.model) is None else ": take text without images"
+            other = arguments if has_images else self._record(ids.flip(-1).roll(1, 0))
         for i, (one, two) in enumerate(zip(arguments, other, strict=True)):
-            if not (_same(one.args, two.args) and _same(one.kwargs, two.kwargs)):
+            if not (same(one.args, two.args) and same(one.kwargs, two.kwargs)):
                 raise ValueError(
                     f"block {self.names[i]} of {type(self.model).__name__} gets inputs other than "
-                    f"hidden states that depend on the tokens and cannot be streamed{way_out}"
+                    "hidden states that depend on the tokens and cannot be streamed"
                 )
-        while len(self._captured) >= _MAX_SHAPES:
+        while len(self._captured) >= (_MAX_BATCHES if has_images else _MAX_SHAPES):
             del self._captured[next(iter(self._captured))]
-        self._captured[self._key(ids)] = arguments
+        self._captured[key] = arguments
 
-    def _record(self, input_ids: Tensor) -> list[_Arguments]:
+    def _record(self, input_ids: Tensor) -> list[Arguments]:
         """Return the arguments of every block; blocks are passed by, the head is not run."""
         sizes = self._sizes()
-        seen: dict[int, _Arguments] = {}
+        seen: dict[int, Arguments] = {}
 
         def note(i: int) -> Callable[..., Any]:
             def noted(*args: Any, **kwargs: Any) -> Any:
-                hidden, seen[i] = _split(args, kwargs)
+                hidden, seen[i] = split(args, kwargs)
+                if i > 0 and hidden.any():  # the block before put out nothing
+                    seen[i - 1] = replace(seen[i - 1], added=hidden)
                 if i == self.n_blocks - 1:
                     raise _Reached
-                return _as_form(hidden, sizes[i])
+                return as_form(torch.zeros_like(hidden), sizes[i])
 
             return noted
 
@@ -334,33 +346,6 @@ def check_streamable(model: nn.Module) -> None:
                 "by block as calibration and search do; levels that need no data can be given to "
                 "it by EvoPressConfig(plan=...)"
             )
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Arguments]:
-    """Return the hidden states of a block call and everything else."""
-    if args:
-        return args[0], _Arguments(args[1:], dict(kwargs), False)
-    rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-    return kwargs["hidden_states"], _Arguments((), rest, True)
-
-
-def _hidden(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _as_form(hidden: Tensor, tuple_size: int) -> Any:
-    return (hidden, *[None] * (tuple_size - 1)) if tuple_size else hidden
-
-
-def _same(one: Any, two: Any) -> bool:
-    """Return whether two nested arguments hold equal tensors."""
-    if isinstance(one, Tensor):
-        return isinstance(two, Tensor) and torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(_same(one[k], two[k]) for k in one)
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(two) and all(map(_same, one, two))
-    return True
 
 
 def _check_ids(input_ids: Tensor) -> None:

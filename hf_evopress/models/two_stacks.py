@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from .block_arguments import Arguments, as_form, hidden_of, split
 from .classes import n_source
-from .stream import BlockStream, _Arguments, _as_form, _check_ids, _hidden, _Reached, _split
+from .stream import BlockStream, _check_ids, _Reached
 from .units import find_stacks
 
 
@@ -48,16 +49,15 @@ class TwoStackStream(BlockStream):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the inputs of the first blocks of both stacks, (batch, seq, dim)."""
         _check_ids(input_ids)
-        if self._key(input_ids) not in self._captured:
-            self._capture(input_ids)
+        self._arguments(input_ids, input_ids)
         sizes = self._sizes()
         seen: list[Tensor] = []
 
         def reach(*args: Any, **kwargs: Any) -> Any:
-            seen.append(_split(args, kwargs)[0])
+            seen.append(split(args, kwargs)[0])
             if len(seen) == 2:
                 raise _Reached
-            return _as_form(seen[0], sizes[0])
+            return as_form(seen[0], sizes[0])
 
         patches = {i: _passing_by(sizes[i]) for i in range(1, self.n_encoder)}
         with self._patched({**patches, 0: reach, self.n_encoder: reach}):
@@ -67,22 +67,19 @@ class TwoStackStream(BlockStream):
                 return torch.cat(seen, dim=1)
         raise ValueError(f"{type(self.model).__name__} never ran its decoder")
 
-    def run_block(self, i: int, hidden: Tensor) -> Tensor:
+    def run_block(self, i: int, hidden: Tensor, input_ids: Tensor | None = None) -> Tensor:
         """Return the states of source and target after block i, (batch, seq, dim)."""
-        key = self._key(hidden)
-        if key not in self._captured:
-            self._capture(torch.zeros(key[:2], dtype=torch.long))
+        arguments = self._arguments(hidden, input_ids)[i]
         self._let_go("ends")
         self.bring(i)
         hidden = self.place.on_device(hidden)
         n = n_source(hidden.shape[1])
         source, target = hidden[:, :n], hidden[:, n:]
-        arguments = self._captured[key][i]
         if i >= self.n_encoder:
             arguments = _with(arguments, _ENCODED, source)
-            target = _hidden(arguments.call(self.blocks[i], target))
+            target = hidden_of(arguments.call(self.blocks[i], target))
         else:
-            source = _hidden(arguments.call(self.blocks[i], source))
+            source = hidden_of(arguments.call(self.blocks[i], source))
         if i == self.n_encoder - 1:
             source = self._finish(source)
         return torch.cat([source, target], dim=1)
@@ -116,21 +113,21 @@ class TwoStackStream(BlockStream):
         device = next(self.model.get_input_embeddings().parameters()).device  # type: ignore[operator]
         ids = torch.zeros(source.shape[:2], dtype=torch.long, device=device)
         with self._patched({j: self._give(j, source) for j in range(self.n_encoder)}):
-            return _hidden(self.encoder(input_ids=ids, return_dict=False))
+            return hidden_of(self.encoder(input_ids=ids, return_dict=False))
 
-    def _record(self, input_ids: Tensor) -> list[_Arguments]:
+    def _record(self, input_ids: Tensor) -> list[Arguments]:
         """Return the arguments of every block.
 
         Blocks are run: those of T5 get the position bias that the first of them makes.
         """
-        seen: dict[int, _Arguments] = {}
+        seen: dict[int, Arguments] = {}
         encoded: list[Tensor] = []
 
         def note(i: int) -> Callable[..., Any]:
             forward = self.blocks[i].forward
 
             def noted(*args: Any, **kwargs: Any) -> Any:
-                arguments = _split(args, kwargs)[1]
+                arguments = split(args, kwargs)[1]
                 seen[i] = _with(arguments, encoded[0], _ENCODED) if encoded else arguments
                 self.bring(i)
                 return forward(*args, **kwargs)
@@ -138,7 +135,7 @@ class TwoStackStream(BlockStream):
             return noted
 
         hook = self.encoder.register_forward_hook(
-            lambda module, args, out: encoded.append(_hidden(out[0]))
+            lambda module, args, out: encoded.append(hidden_of(out[0]))
         )
         try:
             with self._patched({i: note(i) for i in range(self.n_blocks)}):
@@ -160,10 +157,10 @@ def stream_of(model: nn.Module) -> BlockStream:
 
 def _passing_by(size: int) -> Callable[..., Any]:
     """Return a forward of a block that puts out what comes in."""
-    return lambda *args, **kwargs: _as_form(_split(args, kwargs)[0], size)
+    return lambda *args, **kwargs: as_form(split(args, kwargs)[0], size)
 
 
-def _with(arguments: _Arguments, old: Any, new: Any) -> _Arguments:
+def _with(arguments: Arguments, old: Any, new: Any) -> Arguments:
     """Return arguments with one of them, found by identity, replaced."""
     args = tuple(new if value is old else value for value in arguments.args)
     kwargs = {key: new if value is old else value for key, value in arguments.kwargs.items()}

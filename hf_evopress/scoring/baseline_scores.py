@@ -65,9 +65,11 @@ def influences(model: Any, tokens: Tensor) -> dict[str, float]:
         hidden = [rest(stream.embed(ids)) for ids in tokens.split(1)]
         for block in range(stream.n_blocks):
             subs = of_block.get(block, [])
-            for n, one in enumerate(hidden):
-                states = [_without(model, stream, block, one, subs[k:]) for k in range(len(subs))]
-                after = stream.run_block(block, one)
+            for n, (one, ids) in enumerate(zip(hidden, tokens.split(1), strict=True)):
+                states = [
+                    _without(model, stream, block, one, ids, subs[k:]) for k in range(len(subs))
+                ]
+                after = stream.run_block(block, one, ids)
                 for sub, before, behind in zip(subs, states, [*states[1:], after], strict=True):
                     total[sub.name] = total.get(sub.name, 0.0) + _distance(before, behind)
                 hidden[n] = rest(after)
@@ -89,8 +91,8 @@ def window_distances(model: Any, tokens: Tensor, size: int) -> list[float]:
     with stream:
         windows = [[rest(stream.embed(ids))] for ids in tokens.split(1)]  # the last size + 1 inputs
         for block in range(stream.n_blocks):
-            for hiddens in windows:
-                hiddens.append(rest(stream.run_block(block, hiddens[-1])))
+            for hiddens, ids in zip(windows, tokens.split(1), strict=True):
+                hiddens.append(rest(stream.run_block(block, hiddens[-1], ids)))
                 if len(hiddens) > size:
                     total[block + 1 - size] += _distance(hiddens.pop(0), hiddens[-1])
     return [value / len(tokens) for value in total]
@@ -166,13 +168,18 @@ def pq_kept(
 
 
 def _without(
-    model: Any, stream: BlockStream, block: int, hidden: Tensor, subs: Sequence[SubBlock]
+    model: Any,
+    stream: BlockStream,
+    block: int,
+    hidden: Tensor,
+    ids: Tensor,
+    subs: Sequence[SubBlock],
 ) -> Tensor:
     modules = [model.get_submodule(sub.name) for sub in subs]
     for module, sub in zip(modules, subs, strict=True):
         module.forward = dropped_forward(model, sub)
     try:
-        return stream.run_block(block, hidden)
+        return stream.run_block(block, hidden, ids)
     finally:
         for module in modules:
             del module.forward

@@ -159,7 +159,7 @@ class Evaluator:
                 hidden = self.stream.embed(input_ids)
             for block in range(self.stream.n_blocks):
                 with self._installed(plan, self._units[block]):
-                    hidden = self.stream.run_block(block, hidden)
+                    hidden = self.stream.run_block(block, hidden, input_ids)
                 self._let_go()
             with self._installed(plan, self._heads):
                 return self.stream.head(input_ids, hidden)
@@ -187,7 +187,7 @@ class Evaluator:
         for block in range(self.stream.n_blocks):
             made: list[Group] = []
             while groups:  # hidden states are let go as soon as a block has used them
-                made += self._split(block, *groups.pop(), plans)
+                made += self._split(block, *groups.pop(), plans, ids)
             groups = made[::-1]
             self._let_go()
             if self.progress:
@@ -229,14 +229,23 @@ class Evaluator:
             self._operators.clear()
 
     def _split(
-        self, block: int, hidden: list[Tensor], together: list[int], plans: Plans
+        self,
+        block: int,
+        hidden: list[Tensor],
+        together: list[int],
+        plans: Plans,
+        ids: list[Tensor],
     ) -> Iterator[Group]:
         """Yield the block's output for each distinct choice of levels among plans so far equal."""
         units = self._units[block]
         for members in self._choices(together, plans, units):
             with self._installed(plans[members[0]], units):
-                rest = self.stream.place.let_rest
-                yield [rest(self.stream.run_block(block, states)) for states in hidden], members
+                yield self._run(block, hidden, ids), members
+
+    def _run(self, block: int, hidden: list[Tensor], ids: list[Tensor]) -> list[Tensor]:
+        """Return the block's output for each batch."""
+        rest, run = self.stream.place.let_rest, self.stream.run_block
+        return [rest(run(block, h, batch)) for h, batch in zip(hidden, ids, strict=True)]
 
     def _loss(self, number: int, ids: Tensor, hidden: Tensor, weight: Tensor | None) -> Loss:
         targets = self._targets[number]
@@ -282,7 +291,7 @@ class Evaluator:
         ids = [self.tokens[number : number + 1].to(self.device) for number in numbers]
         hidden = [rest(self.stream.embed(one)) for one in ids]
         for block in range(self.stream.n_blocks):
-            hidden = [rest(self.stream.run_block(block, states)) for states in hidden]
+            hidden = self._run(block, hidden, ids)
         for number, one, states in zip(numbers, ids, hidden, strict=True):
             self._targets[number] = self._targets_of(one, self.stream.place.on_device(states))
 

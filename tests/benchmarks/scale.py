@@ -36,7 +36,7 @@ from hf_evopress.scoring.fitness.kl import KL
 from hf_evopress.store.level_store import LevelStore, Source
 
 LEVELS = [Level.parse(f"gptq:bits={bits},group_size=64") for bits in (2, 3, 4)]
-PLANS, SEARCH = 16, 8  # candidates per generation, sequences that each is scored on
+PLANS = 16  # candidates per generation
 GENERATIONS = 20
 
 
@@ -98,8 +98,10 @@ class Cost:
     disk_bytes: int = 0
 
 
-def measure(model: Any, device: torch.device, tokens: torch.Tensor) -> dict[str, Cost]:
-    """Return what each step takes on a model."""
+def measure(
+    model: Any, device: torch.device, tokens: torch.Tensor, n_search: int
+) -> dict[str, Cost]:
+    """Return what each step takes on a model; a generation on the first `n_search` sequences."""
     put(model, Place(device, torch.float32 if device.type == "cpu" else None, torch.device("cpu")))
     units = find_units(model)
     menus = {unit.name: LEVELS for unit in units}
@@ -117,7 +119,7 @@ def measure(model: Any, device: torch.device, tokens: torch.Tensor) -> dict[str,
             "calibrate": lambda: calibrate(model, tokens, folder),
             "sensitivities": lambda: output_moments(model, tokens[:6], folder),
             "levels": build,
-            "generation": lambda: score().losses(plans, range(SEARCH)),
+            "generation": lambda: score().losses(plans, range(n_search)),
         }
         for name, step in steps.items():
             costs[name] = _cost(step, device, folder)
@@ -167,18 +169,20 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--sequences", type=int, default=56)
     parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--search", type=int, default=8, help="sequences each plan is scored on")
     args = parser.parse_args()
     device = find_device(args.device)
     torch.manual_seed(0)
-    print(f"{device}, {args.sequences} sequences of {args.seq_len} tokens, per step of one block\n")
-    print("| size | step | s per block | device MB | host MB | disk MB per block |")
+    counts = f"{args.sequences} sequences of {args.seq_len} tokens, plans scored on {args.search}"
+    print(f"{device}, {counts}, per step of one block\n")
+    print("| size | step | s per block | device MB | host MB | disk MB per block |", flush=True)
     print("|---|---|---|---|---|---|")
     run: dict[str, dict[str, Cost]] = {}
     for name in args.size:
         size = SIZES[name]
         vocab = size.shapes["vocab_size"]
         tokens = torch.randint(vocab, (args.sequences, args.seq_len))
-        one, two = (measure(size.model(n), device, tokens) for n in (1, 2))
+        one, two = (measure(size.model(n), device, tokens, args.search) for n in (1, 2))
         for step in two:
             seconds = two[step].seconds - one[step].seconds
             disk = two[step].disk_bytes - one[step].disk_bytes
