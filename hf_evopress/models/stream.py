@@ -292,17 +292,17 @@ class BlockStream:
 
     def _record(self, input_ids: Tensor) -> list[Arguments]:
         """Return the arguments of every block; blocks are passed by, the head is not run."""
-        sizes = self._sizes()
+        sizes, has_images = self._sizes(), images_of(self.model) is not None
         seen: dict[int, Arguments] = {}
 
         def note(i: int) -> Callable[..., Any]:
             def noted(*args: Any, **kwargs: Any) -> Any:
                 hidden, seen[i] = split(args, kwargs)
-                if i > 0 and hidden.any():  # the block before put out nothing
+                if has_images and i > 0 and hidden.any():  # the block before put out nothing
                     seen[i - 1] = replace(seen[i - 1], added=hidden)
                 if i == self.n_blocks - 1:
                     raise _Reached
-                return as_form(torch.zeros_like(hidden), sizes[i])
+                return as_form(torch.zeros_like(hidden) if has_images else hidden, sizes[i])
 
             return noted
 

@@ -186,7 +186,7 @@ def test_plans_that_agree_on_a_prefix_run_it_once(
     runs: list[int] = []
     run_block = evaluator.stream.run_block
     monkeypatch.setattr(
-        evaluator.stream, "run_block", lambda i, h: (runs.append(i), run_block(i, h))[1]
+        evaluator.stream, "run_block", lambda i, *given: (runs.append(i), run_block(i, *given))[1]
     )
     evaluator.losses(plans, [0, 1])
     distinct = len({tuple(str(p[u]) for u in last) for p in plans})
