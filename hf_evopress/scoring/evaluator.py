@@ -187,7 +187,7 @@ class Evaluator:
         for block in range(self.stream.n_blocks):
             made: list[Group] = []
             while groups:  # hidden states are let go as soon as a block has used them
-                made += self._split(block, *groups.pop(), plans, ids)
+                made += self._split(block, groups.pop(), plans, ids)
             groups = made[::-1]
             self._let_go()
             if self.progress:
@@ -228,16 +228,9 @@ class Evaluator:
         if self.stream.place.rest is not None:
             self._operators.clear()
 
-    def _split(
-        self,
-        block: int,
-        hidden: list[Tensor],
-        together: list[int],
-        plans: Plans,
-        ids: list[Tensor],
-    ) -> Iterator[Group]:
+    def _split(self, block: int, group: Group, plans: Plans, ids: list[Tensor]) -> Iterator[Group]:
         """Yield the block's output for each distinct choice of levels among plans so far equal."""
-        units = self._units[block]
+        (hidden, together), units = group, self._units[block]
         for members in self._choices(together, plans, units):
             with self._installed(plans[members[0]], units):
                 yield self._run(block, hidden, ids), members
