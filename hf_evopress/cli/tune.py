@@ -30,8 +30,9 @@ Seed = Annotated[int, typer.Option(help="Seed of data order and first adapter we
 Train = Annotated[
     str,
     typer.Option(
-        help="lora, rslora or dora: an adapter. Any of scales,factors,norms,biases: the model's "
-        "own floats; its codes, plan and size stay."
+        help="lora, rslora or dora: an adapter. Any of codes,scales,factors,norms,biases: the "
+        "model itself; its plan and size stay. codes: those of rtn, gptq and trellis levels, by "
+        "PV-Tuning."
     ),
 ]
 Target = Annotated[
@@ -127,6 +128,12 @@ def tune(
     written: Annotated[
         int, typer.Option(help="Sequences that the teacher writes itself, to learn from as well.")
     ] = 0,
+    max_change: Annotated[
+        float, typer.Option(help="Share of a layer's codes (trellis: tiles) that a step changes.")
+    ] = 0.01,
+    trust: Annotated[
+        float, typer.Option(help="Most that a step of codes changes a weight, relative to it.")
+    ] = 0.01,
     test: Annotated[
         list[str] | None, typer.Option(help="Text file: perplexity before and after. Repeat.")
     ] = None,

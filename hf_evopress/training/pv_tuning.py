@@ -1,4 +1,4 @@
-"""PV-Tuning: an optimiser that changes integer codes, beside the scales and norms it trains.
+"""PV-Tuning: an optimiser that changes codes, beside the scales and norms it trains.
 
     optimizer = PVTuning(model, lr=1e-4)
     DistillationTrainer(model, args, train_dataset=data, teacher=dense,
@@ -18,9 +18,13 @@ then falls out, since only the order of |u| is left. No buffer of unrounded weig
 (`delta_decay=1`), and a weight that moved starts its momentum anew. dL/dW is taken at the layer's
 output and needs as much memory as float32 weights, Adam's moments twice as much again.
 
+Of `trellis` levels the codes are walks through tiles of 256 rotated weights. There u is the mean
+gradient in the rotated basis over the layer's root mean square one, and max_change a share of the
+tiles: those with the longest u are coded again, towards Y - eta u (`walk_steps.py`).
+
 Codes that are kept are those of the last step; `load_best_model_at_end` of Trainer, with an
-evaluation set, keeps those of the best held-out loss instead. Layers whose first term is `rtn` or
-`gptq` take part; others, and later terms, are trained by the V-step alone.
+evaluation set, keeps those of the best held-out loss instead. Layers whose first term is `rtn`,
+`gptq` or `trellis` take part; others, and later terms, are trained by the V-step alone.
 """
 
 from __future__ import annotations
@@ -36,7 +40,10 @@ from ..loading.layers import CompressedLinear, compressed_linears
 from ..methods import compose
 from ..methods.maths.codes import CodedMethod, n_groups, unpack_grid
 from ..methods.maths.packing import pack, unpack
+from ..methods.trellis import Trellis
+from ..plans.level import Level
 from .tunable import make_tunable
+from .walk_steps import move_walks, rotated_gradient, spread_tiles
 
 
 class PVTuning(torch.optim.AdamW):
@@ -67,13 +74,9 @@ class PVTuning(torch.optim.AdamW):
                 "max_change is in (0, 1], trust and lr above 0, every 1 or more; got "
                 f"max_change={max_change}, trust={trust}, lr={lr}, every={every}"
             )
-        self.layers = {n: m for n, m in compressed_linears(model).items() if _has_codes(m)}
-        if not self.layers:
-            levels = sorted({str(m.level) for m in compressed_linears(model).values()})
-            raise ValueError(
-                "PV-Tuning changes codes of rtn and gptq levels, and the model has none; its "
-                f"levels are {', '.join(levels) or 'all dense'}"
-            )
+        linears = compressed_linears(model)
+        check_codes([layer.level for layer in linears.values()])
+        self.layers = {n: m for n, m in linears.items() if has_p_step(m.level)}
         make_tunable(model, kinds)
         floats = [p for p in model.parameters() if p.requires_grad]
         codes = [layer.get_parameter("codes") for layer in self.layers.values()]
@@ -99,9 +102,13 @@ class PVTuning(torch.optim.AdamW):
             if gradient is None:
                 continue
             state = self.state[layer.get_parameter("codes")]
-            u = _adam(state, gradient, group["betas"], group["eps"])
+            is_scalar = isinstance(_method(layer.level), CodedMethod)
+            if not is_scalar:
+                gradient = rotated_gradient(gradient, next(compose.terms(layer.level, {}))[1])
+            u = _adam(state, gradient, group["betas"], group["eps"], by_weight=is_scalar)
             if state["step"] % self.every == 0:
-                self._change(layer, u, state["m"], group["lr"] / self.full_rate)
+                change = self._change if is_scalar else self._code_again
+                change(layer, u, state["m"], group["lr"] / self.full_rate)
         return loss
 
     def _change(self, layer: CompressedLinear, u: Tensor, momentum: Tensor, pace: float) -> None:
@@ -128,6 +135,17 @@ class PVTuning(torch.optim.AdamW):
         packed = pack(q.to(torch.uint8), params["bits"])
         layer.get_parameter("codes").copy_(packed.view_as(state["codes"]))
         self.n_changed += len(order)
+
+    def _code_again(
+        self, layer: CompressedLinear, u: Tensor, momentum: Tensor, pace: float
+    ) -> None:
+        """Code the tiles of the longest u again, as far as `max_change` and `trust` allow."""
+        _, params, state, _ = next(compose.terms(layer.level, layer.state))
+        moved, n_changed = move_walks(
+            state, u, params, max_change=self.max_change * pace, trust=self.trust * pace
+        )
+        momentum[spread_tiles(moved, layer.shape)] = 0.0
+        self.n_changed += n_changed
 
 
 class _Watch:
@@ -166,17 +184,41 @@ class _Passed(torch.autograd.Function):
         return gradients[0], None, None
 
 
-def _has_codes(layer: CompressedLinear) -> bool:
-    return isinstance(compose.method(layer.level.terms[0].method), CodedMethod)
+def has_p_step(level: Level) -> bool:
+    """Return whether the codes of a level can be changed: those of its first term."""
+    return not (level.is_dense or level.is_drop) and isinstance(
+        _method(level), (CodedMethod, Trellis)
+    )
 
 
-def _adam(state: Any, g: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
-    """Return Adam's direction for gradient g, and advance its moments."""
+def check_codes(levels: Sequence[Level]) -> None:
+    """Raise ValueError where none of a model's levels has codes that can be changed."""
+    if not any(has_p_step(level) for level in levels):
+        names = sorted({str(level) for level in levels})
+        raise ValueError(
+            "PV-Tuning changes codes of rtn, gptq and trellis levels, and the model has none; its "
+            f"levels are {', '.join(names) or 'all dense'}"
+        )
+
+
+def _method(level: Level) -> Any:
+    return compose.method(level.terms[0].method)
+
+
+def _adam(
+    state: Any, g: Tensor, betas: tuple[float, float], eps: float, *, by_weight: bool
+) -> Tensor:
+    """Return Adam's direction for gradient g, and advance its moments.
+
+    by_weight: each weight has its own second moment, else all have their mean.
+    """
     if not state:
-        state.update(step=0, m=torch.zeros_like(g), v=torch.zeros_like(g))
+        v = torch.zeros_like(g) if by_weight else g.new_zeros(())
+        state.update(step=0, m=torch.zeros_like(g), v=v)
     state["step"] += 1
     state["m"].lerp_(g, 1 - betas[0])
-    state["v"].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    square = g.square() if by_weight else g.square().mean()
+    state["v"].mul_(betas[1]).add_(square, alpha=1 - betas[1])
     m = state["m"] / (1 - betas[0] ** state["step"])
     root = (state["v"] / (1 - betas[1] ** state["step"])).sqrt_()
     return m.div_(root.add_(eps))

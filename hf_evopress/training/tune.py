@@ -32,21 +32,23 @@ from ..adapters.repair import (
     save_checkpoint,
     tokenizer_of,
 )
-from ..base.devices import find_device, has_bfloat16, on_device
+from ..base.devices import find_device, on_device
 from ..base.fingerprint import claim
 from ..base.memory import within_memory
 from ..base.own_code import trusts_code
 from ..base.plugins import did_you_mean
 from ..base.progress import Progress
 from ..base.target import whole_folder, work_beside, writes_out
-from ..calibration.data import load_tokens, tokenize_file
-from ..calibration.own_text import write_sequences
-from ..calibration.text import bos_of
+from ..calibration.data import tokenize_file
 from ..models.source import check_context, read_config, window_of
 from ..models.units import linear_layers
-from ..refine.distillation import Sequences, Targets, divergence, precompute_targets
+from ..plans.level import Level
+from ..plans.plan import Plan
+from ..refine.distillation import Targets, divergence
 from .arguments import training_arguments
 from .checkpoints import train
+from .datasets import datasets_of
+from .pv_tuning import PVTuning, check_codes
 from .trainer import DistillationTrainer
 from .tunable import KINDS, check_trainable, make_tunable, settle
 
@@ -55,6 +57,8 @@ logger = logging.getLogger(__name__)
 Measures = dict[str, Callable[[Any], float]]
 
 _HELDOUT = "held-out text"
+
+CODES = "codes"
 
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "lora": {},
@@ -67,8 +71,9 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
 class Tuning:
     """What is trained and how.
 
-    train: lora, rslora or dora (an adapter), or any of scales, factors, norms and biases, joined
-    by commas (the packed model itself). target, of an adapter: all-linear, kappa:SHARE, or
+    train: lora, rslora or dora (an adapter), or any of codes, scales, factors, norms and biases,
+    joined by commas (the packed model itself); codes by PV-Tuning, alone with scales and norms,
+    without which no gradient comes to them. target, of an adapter: all-linear, kappa:SHARE, or
     last parts of module names joined by commas. start: an adapter to train on; beside: one that
     is active and frozen. heldout: sequences that tell, with a teacher, what the training did.
     written: sequences that the teacher writes itself, to learn from as well.
@@ -90,6 +95,8 @@ class Tuning:
     sequences: int = 256
     column: str = "text"  # of tables and datasets, where their text is
     written: int = 0
+    max_change: float = 1e-2  # share of a layer's codes, or tiles of a trellis, that a step changes
+    trust: float = 1e-2  # most that a step of codes changes a weight, |dW| / |W|
     heldout: int = 4
     seed: int = 0
     save_steps: int = 50
@@ -104,9 +111,14 @@ class Tuning:
             raise ValueError(f"written text is a teacher's, 0 or more; got {self.written}")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not (0 < self.max_change <= 1 and self.trust > 0):
+            raise ValueError(
+                "max_change is in (0, 1] and trust above 0; got "
+                f"max_change={self.max_change}, trust={self.trust}"
+            )
         for word in self.kinds or ():
-            known = [*ADAPTERS, *KINDS]
-            if word not in KINDS:
+            known = [*ADAPTERS, CODES, *KINDS]
+            if word not in known[len(ADAPTERS) :]:
                 raise ValueError(
                     f"cannot train {word!r}{did_you_mean(word, known)}; known: {', '.join(known)}"
                 )
@@ -117,8 +129,13 @@ class Tuning:
 
     @property
     def kinds(self) -> list[str] | None:
-        """Kinds of float parameters to train, None for an adapter."""
+        """Kinds of the model's own parameters to train, None for an adapter."""
         return None if self.train in ADAPTERS else [w.strip() for w in self.train.split(",")]
+
+    @property
+    def floats(self) -> list[str]:
+        """Those of `kinds` that are not codes; scales and norms where there are no others."""
+        return [kind for kind in self.kinds or () if kind != CODES] or ["scales", "norms"]
 
 
 @dataclass(frozen=True)
@@ -162,6 +179,8 @@ def tune(
         check_target(out)
     if not model.endswith(".gguf"):
         config = refuse_other_classes(model)
+        if CODES in (settings.kinds or ()):
+            check_codes(_levels(config))
         check_context(config, settings.seq_len, "seq_len")
         window = window_of(config, window, default=512)
     work = work_beside(out)
@@ -169,7 +188,7 @@ def tune(
     claim(work, {k: v for k, v in made_from.items() if k != "steps"}, what="a training run")
     # a missing text is an error now, not after the teacher's pass
     texts = {name: tokenize_file(path, tokenizer_of(model)) for name, path in (tests or {}).items()}
-    dataset, heldout = _datasets(model, data, settings, Path(targets or work), progress)
+    dataset, heldout = datasets_of(model, data, settings, Path(targets or work), progress)
     return trained(
         model, out, settings, dataset, heldout, work=work, texts=texts, window=window or 512
     )
@@ -248,6 +267,13 @@ def _run(
     )
 
 
+def _levels(config: Any) -> list[Level]:
+    """Return the levels of a checkpoint of this package, none for any other model."""
+    quantized = getattr(config, "quantization_config", None)
+    plan = quantized.get("plan") if isinstance(quantized, dict) else None
+    return list(Plan.from_dict(plan).levels.values()) if plan else []
+
+
 def _in_batches(settings: Tuning, batch_tokens: int) -> Tuning:
     """Return the settings with at most so many tokens at once, and as many per step as before."""
     batch = max(1, min(settings.batch, batch_tokens // settings.seq_len))
@@ -261,7 +287,7 @@ def prepared(model: Any, settings: Tuning, *, kappa_file: Path | None = None) ->
     kappa_file: where condition numbers are kept, for a target of kappa:SHARE.
     """
     if settings.kinds:
-        make_tunable(model, settings.kinds)
+        make_tunable(model, settings.floats)
         return model
     from peft import LoraConfig, get_peft_model
 
@@ -329,48 +355,6 @@ def _share(target: str) -> float:
     return share
 
 
-def _datasets(
-    model: str, data: Sequence[str], settings: Tuning, where: Path, progress: Progress | None
-) -> tuple[Any, Targets | None]:
-    """Return the training set and, with a teacher, a held-out one.
-
-    The teacher's targets are on disk: it leaves memory again.
-    """
-    n, tokenizer = settings.sequences, tokenizer_of(model)
-    tokens = load_tokens(
-        list(data),
-        tokenizer,
-        n_sequences=n + (settings.heldout if settings.teacher else 0),
-        seq_len=settings.seq_len,
-        seed=settings.seed,
-        column=settings.column,
-    )
-    if settings.teacher is None:
-        return Sequences(tokens), None
-    learn = tokens[:n]
-    if settings.written:
-        learn = torch.cat([learn, _written(learn, tokenizer, settings, where, progress)])
-    teacher = load(settings.teacher)
-    parts = {"targets": learn, "heldout": tokens[n:]}
-    train, heldout = (
-        Targets(precompute_targets(teacher, ids, where / name, progress=progress))
-        for name, ids in parts.items()
-    )
-    return train, heldout
-
-
-def _written(
-    learn: Tensor, tokenizer: Any, settings: Tuning, where: Path, progress: Progress | None
-) -> Tensor:
-    """Return what the teacher writes, in bfloat16 where that is faster: its words are its own."""
-    assert settings.teacher is not None  # Tuning says so
-    writer = load(settings.teacher, dtype=torch.bfloat16 if has_bfloat16(find_device()) else None)
-    bos, seed = bos_of(tokenizer), settings.seed
-    return write_sequences(
-        writer, learn, settings.written, where / "written", bos=bos, seed=seed, progress=progress
-    )
-
-
 def _trainer(model: Any, settings: Tuning, dataset: Any, work: Path) -> Trainer:
     checkpointing = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
     args = training_arguments(
@@ -393,8 +377,16 @@ def _trainer(model: Any, settings: Tuning, dataset: Any, work: Path) -> Trainer:
     )
     if settings.gradient_checkpointing and not settings.kinds:
         model.enable_input_require_grads()
-    if settings.teacher is not None:
-        return DistillationTrainer(
-            model, args, train_dataset=dataset, task_weight=settings.task_weight
+    words: dict[str, Any] = {"train_dataset": dataset}
+    if CODES in (settings.kinds or ()):
+        optimizer = PVTuning(
+            model,
+            lr=args.learning_rate,
+            kinds=settings.floats,
+            max_change=settings.max_change,
+            trust=settings.trust,
         )
-    return Trainer(model, args, train_dataset=dataset)
+        words["optimizers"] = (optimizer, None)
+    if settings.teacher is not None:
+        return DistillationTrainer(model, args, task_weight=settings.task_weight, **words)
+    return Trainer(model, args, **words)

@@ -1,0 +1,93 @@
+"""The P-step of PV-Tuning for trellis codes: tiles are coded again, a step downhill.
+
+Malinovskii et al. 2024 (arXiv:2405.14852), where codes are walks. With W = s Q_o^T Y Q_i and u
+the direction of descent in the rotated basis, the walk of a tile becomes the one nearest to
+Y - eta u, found by Viterbi's algorithm among those that begin and end as the tile's own. The own
+walk is one of them, so that a tile that changes has <u, dY> <= -|dY|^2 / (2 eta): no change goes
+uphill. eta is such that a tile's proposal lies as far away as coding Gaussian weights errs; much
+nearer no other walk is the nearest, much further the direction holds no longer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods.base import State
+from ..methods.maths.codebook import codebook
+from ..methods.maths.trellis_rounding import rotate_inputs, rotate_outputs
+from ..methods.maths.two_sided import TILE
+from ..methods.maths.viterbi import nearest_walks
+from ..methods.maths.walks import LENGTH, pack_starts, pack_walks, unpack_walks
+
+REACH = 1.0  # of a proposal, in root mean square errors of the code
+
+
+def rotated_gradient(G: Tensor, params: Mapping[str, Any]) -> Tensor:
+    """Return Q_o G Q_i^T: the gradient (out, in) of a weight, as that of its rotated weight."""
+    rotation, seed = params["rotation"], params["seed"]
+    half = rotate_outputs(G, rotation, seed)
+    return rotate_inputs(half.T.contiguous(), rotation, seed).T.contiguous()
+
+
+def move_walks(
+    state: State, u: Tensor, params: Mapping[str, Any], *, max_change: float, trust: float
+) -> tuple[Tensor, int]:
+    """Code tiles of a weight again, in place; return where (rows, columns) bool, and how many
+    weights have another value.
+
+    u (out, in): against which the rotated weight moves. Of all tiles at most a share `max_change`
+    (rounded up), those with the longest u, and as long as |dW| <= trust |W|.
+    """
+    bits, state_bits = params["bits"], params["state_bits"]
+    codes, starts = state["codes"], state.get("starts")
+    rows, columns = codes.shape[:2]
+    moved = torch.zeros(rows * columns, dtype=torch.bool, device=codes.device)
+    tiles = _tiles(u * state["scale"].sign(), rows, columns)
+    sizes = tiles.square().mean(1).sqrt()
+    most = min(math.ceil(max_change * len(tiles)), int((sizes > 0).sum()))
+    if not most:
+        return moved.view(rows, columns), 0
+    order = sizes.topk(most).indices
+    values = codebook(params["codebook"], state_bits, bits, codes.device)
+    flat = codes.view(rows * columns, -1)
+    if starts is None:
+        old = unpack_walks(flat[order], bits, state_bits)
+    else:  # the starts lie in one string for all
+        every = unpack_walks(flat, bits, state_bits, starts)
+        old = every[order]
+    Y = values[old.long()]
+    width = float(values.square().mean().sqrt())
+    eta = REACH * width * 2.0**-bits / sizes[order].unsqueeze(1)
+    past = old[:, 0] >> bits if starts is None else None
+    new = nearest_walks(Y - eta * tiles[order], values, bits, past)
+    change = values[new.long()] - Y
+    gain = -(tiles[order] * change).sum(1)
+    best = gain.argsort(descending=True, stable=True)
+    best = best[: int((gain > 0).sum())]
+    within = change[best].double().square().sum(1).cumsum(0)
+    limit = (trust * width) ** 2 * (rows * columns * LENGTH)
+    best = best[: int((within <= limit).sum())]
+    chosen = order[best]
+    flat[chosen] = pack_walks(new[best], bits)
+    if starts is not None:
+        every[chosen] = new[best]
+        starts.copy_(pack_starts(every, bits, state_bits))
+    moved[chosen] = True
+    return moved.view(rows, columns), int((change[best] != 0).sum())
+
+
+def spread_tiles(moved: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return which weights (out, in) lie in tiles (rows, columns) that moved."""
+    wide = moved.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
+    return wide[: shape[0], : shape[1]]
+
+
+def _tiles(u: Tensor, rows: int, columns: int) -> Tensor:
+    """Return u (out, in), padded with zeros, as its tiles (rows * columns, 256)."""
+    u = torch.nn.functional.pad(u, (0, columns * TILE - u.shape[1], 0, rows * TILE - u.shape[0]))
+    return u.view(rows, TILE, columns, TILE).transpose(1, 2).reshape(rows * columns, LENGTH)
