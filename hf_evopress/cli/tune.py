@@ -45,6 +45,13 @@ Beside = Annotated[str | None, typer.Option(help="Keep this adapter active and f
 Teacher = Annotated[
     str | None, typer.Option(help="The dense model: learn from it, to heal compression.")
 ]
+MaxChange = Annotated[
+    float, typer.Option(help="Share of a layer's codes (trellis: tiles) that a step changes.")
+]
+Trust = Annotated[
+    float, typer.Option(help="Most that a step of codes changes a weight, relative to it.")
+]
+Checkpointing = Annotated[bool, typer.Option(help="Less memory, a third more time.")]
 
 
 @computes
@@ -128,18 +135,12 @@ def tune(
     written: Annotated[
         int, typer.Option(help="Sequences that the teacher writes itself, to learn from as well.")
     ] = 0,
-    max_change: Annotated[
-        float, typer.Option(help="Share of a layer's codes (trellis: tiles) that a step changes.")
-    ] = 0.01,
-    trust: Annotated[
-        float, typer.Option(help="Most that a step of codes changes a weight, relative to it.")
-    ] = 0.01,
+    max_change: MaxChange = 0.01,
+    trust: Trust = 0.01,
     test: Annotated[
         list[str] | None, typer.Option(help="Text file: perplexity before and after. Repeat.")
     ] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option(help="Less memory, a third more time.")
-    ] = False,
+    gradient_checkpointing: Checkpointing = False,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16.")] = False,
     targets: Annotated[
         str | None,

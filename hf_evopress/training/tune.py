@@ -60,6 +60,8 @@ _HELDOUT = "held-out text"
 
 CODES = "codes"
 
+_TEXT = ("teacher", "sequences", "heldout", "written", "seq_len", "seed", "column")
+
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -188,7 +190,8 @@ def tune(
     claim(work, {k: v for k, v in made_from.items() if k != "steps"}, what="a training run")
     # a missing text is an error now, not after the teacher's pass
     texts = {name: tokenize_file(path, tokenizer_of(model)) for name, path in (tests or {}).items()}
-    dataset, heldout = datasets_of(model, data, settings, Path(targets or work), progress)
+    text = {key: getattr(settings, key) for key in _TEXT}
+    dataset, heldout = datasets_of(model, data, Path(targets or work), **text, progress=progress)
     return trained(
         model, out, settings, dataset, heldout, work=work, texts=texts, window=window or 512
     )
