@@ -44,8 +44,11 @@ from .task import (
     W,
 )
 
+AHEAD = 2  # rows that are brought to the cache before they are unpacked
+
 # what compiled.py puts here: loads and stores (memory.py), vectors (vectors.py, lanes.py)
 get: Any = None
+prefetch: Any = None
 u8: Any = None
 u16: Any = None
 i32: Any = None
@@ -189,9 +192,12 @@ def read_codes(task, row, at, q, s):  # type: ignore[no-untyped-def]
     n, bits, room, codes = get(task, N), get(task, BITS), get(task, ROOM), get(task, CODES)
     mask, kept = s + MASK * room, s + KEPT_CODES * room
     if get(task, SOURCE) == CODED:
+        width = get(task, WIDTH)
         if bits == 8:  # a byte each, in their order
-            return codes + row * get(task, WIDTH)
-        unpack_row(bits, codes + row * get(task, WIDTH), n, q)
+            return codes + row * width
+        # bit planes are several streams, too short for the processor to notice in time
+        prefetch(codes + (row + AHEAD) * width, (width + 63) >> 6)
+        unpack_row(bits, codes + row * width, n, q)
         return q
     starts, groups = get(task, STARTS), get(task, GROUPS)
     first, end = get(starts, row), get(starts, row + 1)
