@@ -51,7 +51,7 @@ def datasets_of(
     if written:
         # in bfloat16 where that is faster: the teacher's words are its own
         writer = load(teacher, dtype=torch.bfloat16 if has_bfloat16(find_device()) else None)
-        own = {"bos": bos_of(tokenizer), "seed": seed, "progress": progress}
+        own: dict[str, Any] = {"bos": bos_of(tokenizer), "seed": seed, "progress": progress}
         learn = torch.cat(
             [learn, write_sequences(writer, learn, written, where / "written", **own)]
         )
