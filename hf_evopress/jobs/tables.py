@@ -22,6 +22,7 @@ from ..base.fingerprint import model_fingerprint, tensor_fingerprint, text_finge
 from ..base.reading import read_object, reading
 from ..base.resources import atomic_write
 from ..calibration.input_moments import load_stats
+from ..models.kv_cache import known_from
 from ..plans.level import Level
 from ..recipes.recipe import Recipe
 from ..scoring.baseline_scores import (
@@ -190,26 +191,29 @@ class Tables:
         return self._kept(f"drops-{text_fingerprint(words)}", measure)
 
     def _caches(self, store: LevelStore) -> Mapping[str, float]:
-        """Return "cache setting" -> loss when the cache of one layer alone is stored so."""
+        """Return "cache setting" -> loss when the cache of one layer alone is stored so.
+
+        What follows from another setting is not measured.
+        """
         caches, words = self.problem.caches, self._fitness[0]
-        choices = [
-            (unit, Level.parse(option.level))
-            for gene in self.problem.space.genes
-            for unit in gene.units
-            for option in gene.options
-            if unit in caches
-        ]
-        names = [f"{unit} {level}" for unit, level in choices]
-        if not names:
-            return {}
+        found: dict[str, tuple[str, float]] = {}
+        choices: dict[str, tuple[str, Level]] = {}
+        for gene in (g for g in self.problem.space.genes if g.units[0] in caches):
+            unit, levels = gene.units[0], [Level.parse(option.level) for option in gene.options]
+            for level, (source, factor) in known_from(levels).items():
+                found[f"{unit} {level}"] = f"{unit} {source}", factor
+                if factor:
+                    choices[f"{unit} {source}"] = unit, source
+        names = list(choices)
 
         def measure() -> dict[str, float]:
             tokens = self._sample()
             evaluator = Evaluator(self._model(), store, tokens, self._fitness[1])
-            found = single_levels(evaluator, choices, range(len(tokens)))
-            return dict(zip(names, found, strict=True))
+            losses = single_levels(evaluator, list(choices.values()), range(len(tokens)))
+            return dict(zip(names, losses, strict=True))
 
-        return self._kept(f"caches-{text_fingerprint(words, *names)}", measure)
+        kept = self._kept(f"caches-{text_fingerprint(words, *names)}", measure) if names else {}
+        return {name: kept[k] * factor if factor else 0.0 for name, (k, factor) in found.items()}
 
     def _sample(self) -> Any:
         tokens = self._tokens()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from math import ceil
 from typing import Any
@@ -33,6 +33,7 @@ from .sub_blocks import find_sub_blocks, layer_idx
 SUFFIX = ".kv_cache"
 MENU = ("dense", *(f"kv:bits={bits},group_size=64" for bits in (8, 4, 3, 2)))
 BUFFER = 64  # tokens at least
+MEASURED = 3  # bits
 
 _ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")  # of attention layers
 _POSITIONS = ("alibi", "position_bias")  # which are added per key, outside of the mask
@@ -103,6 +104,33 @@ def gear_of(level: Level) -> Gear:
         if type(value) is not int and (key != "outliers" or type(value) is not float):
             raise ValueError(f"{key} of a key-value cache is a number, got {value!r} in {level}")
     return Gear(**params, buffer=size * max(1, ceil(BUFFER / max(1, size))))
+
+
+def known_from(levels: Sequence[Level]) -> dict[Level, tuple[Level, float]]:
+    """Return setting -> the one whose loss is to be measured, and that loss's factor.
+
+    Errors are as large as a step, and losses as their square, once there are enough bits: on
+    SmolLM2 those at 4 bits are 0.19 of those at 3 (0.22 by steps), at 8 bits 0.0035 of those at 4
+    (0.0035), the median of 30 layers. So settings of more than MEASURED bits follow from others.
+    """
+    found: dict[Level, tuple[Level, float]] = {}
+    for level in levels:
+        gear = gear_of(level)
+        near = [
+            (other.bits, x)
+            for x in levels
+            for other in [gear_of(x)]
+            if not gear.is_dense
+            and other.bits <= MEASURED
+            and replace(other, bits=gear.bits) == gear
+        ]
+        source = level
+        if gear.bits > MEASURED and near:
+            bits, source = max(near, key=lambda pair: pair[0])
+            found[level] = source, ((2**bits - 1) / (2**gear.bits - 1)) ** 2
+        else:
+            found[level] = source, float(not gear.is_dense)
+    return found
 
 
 def find_caches(model: nn.Module) -> list[CacheUnit]:

@@ -20,6 +20,8 @@ from hf_evopress.models.kv_cache import (
     cached_forward,
     find_caches,
     gear_of,
+    known_from,
+    stored,
 )
 from hf_evopress.models.patching import patched
 from hf_evopress.plans.level import DENSE
@@ -116,6 +118,25 @@ def test_settings_have_one_spelling() -> None:
     ]:
         with pytest.raises(ValueError, match=told):
             cache_level(wrong)
+
+
+def test_losses_of_many_bits_follow_from_those_of_few() -> None:
+    levels = [cache_level(text) for text in (*MENU, GEAR, "kv:bits=5,group_size=32")]
+    found = known_from(levels)
+    dense, eight, four, three, two, gear, other = levels
+    assert found[dense] == (dense, 0.0)
+    assert found[three] == (three, 1.0) and found[two] == (two, 1.0) and found[gear] == (gear, 1.0)
+    assert found[four] == (three, (7 / 15) ** 2) and found[eight] == (three, (7 / 255) ** 2)
+    assert found[other] == (other, 1.0)  # no other of such groups
+
+
+def test_an_error_is_as_large_as_a_step() -> None:
+    X = torch.randn(2, 3, 256, 16, generator=torch.Generator().manual_seed(0))
+    three, four = (
+        float((stored(X, gear_of(cache_level(f"kv:bits={b}")), is_key=True) - X).square().sum())
+        for b in (3, 4)
+    )
+    assert four / three == pytest.approx((7 / 15) ** 2, rel=0.1)
 
 
 def test_a_plan_may_name_the_modules_of_the_base_model(trained_llama: nn.Module) -> None:
