@@ -175,3 +175,9 @@ def test_levels_without_a_p_step_are_refused_by_name_before_any_text_is_read(
         Tuning(train="code")
     settings = json.loads((there / "small/config.json").read_text())["quantization_config"]
     assert LEVEL in settings["plan"]["levels"].values()  # the message's levels are a plan's
+
+
+def test_without_a_teacher_walks_are_refused_before_any_text(there: Path, tmp_path: Path) -> None:
+    alone = Tuning(**{**QUICK, "teacher": None})
+    with pytest.raises(ValueError, match="moving the codes of trellis.*give --teacher DENSE"):
+        tune("small", tmp_path / "out", alone, data=["missing.txt"])
