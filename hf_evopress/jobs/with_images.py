@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.conversations import ImageText, has_images
-from ..models.classes import IMAGE_TEXT, ModelClass
+from ..models.classes import ModelClass, takes_images
 from ..models.source import read_processor
 from ..recipes.mixture import parse
 from ..recipes.recipe import Recipe
@@ -19,16 +19,17 @@ def image_text(recipe: Recipe, kind: ModelClass, config: Any, work: Path) -> Ima
     what cannot be done with images.
     """
     found = [source for source in recipe.data.sources if has_images(source)]
-    if recipe.vision and (kind is not IMAGE_TEXT or not found):
+    sees = takes_images(config)
+    if recipe.vision and not (sees and found):
         raise ValueError(
             f"--vision compresses the vision tower of a vision-language model, and {recipe.model} "
             f"is of class {kind.name}"
-            if kind is not IMAGE_TEXT
+            if not sees
             else "--vision needs images to calibrate on: give conversations with --data FILE.jsonl"
         )
     if not found:
         return None
-    if kind is not IMAGE_TEXT:
+    if not sees:
         raise ValueError(
             f"{found[0]} holds images, and {recipe.model} is of class {kind.name}, which takes "
             "text only"

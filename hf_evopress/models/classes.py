@@ -98,12 +98,20 @@ POOLINGS = ("mean", "first", "last")
 @lru_cache(maxsize=None)
 def find_class(architecture: str) -> ModelClass | None:
     """Return the class of a model called such as BertForMaskedLM, None where there is none here."""
-    for kind in (SEQ2SEQ, IMAGE_TEXT, *CLASSES):  # those first that others list as well (Gemma 3)
-        mapping: Any = kind.loader._model_mapping
-        for made in mapping._model_mapping.values():
-            if architecture == made or (isinstance(made, tuple) and architecture in made):
-                return kind
-    return None
+    return next((kind for kind in CLASSES if _lists(kind, architecture)), None)
+
+
+def takes_images(config: Any) -> bool:
+    """Return whether a model of this config takes images; its class may be causal (Gemma 3)."""
+    return any(_lists(IMAGE_TEXT, name) for name in getattr(config, "architectures", None) or ())
+
+
+def _lists(kind: ModelClass, architecture: str) -> bool:
+    mapping: Any = kind.loader._model_mapping
+    return any(
+        architecture == made or (isinstance(made, tuple) and architecture in made)
+        for made in mapping._model_mapping.values()
+    )
 
 
 def class_of(model: Any) -> ModelClass:

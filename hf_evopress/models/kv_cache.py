@@ -145,7 +145,12 @@ def find_caches(model: nn.Module) -> list[CacheUnit]:
         raise ValueError("the cache of an encoder-decoder cannot be part of a budget")
     kind = type(model).__name__
     cache, ids = DynamicCache(config=config), torch.zeros(1, 2, dtype=torch.long)
-    name = next(n for n in _ARGUMENTS if n in inspect.signature(model.forward).parameters)
+    known = inspect.signature(model.forward).parameters
+    name = next((n for n in _ARGUMENTS if n in known), None)
+    if name is None:
+        raise ValueError(
+            f"{kind} has no key-value cache that a budget could count: leave out the context"
+        )
     try:
         with torch.no_grad():
             given: dict[str, Any] = {name: cache, "use_cache": True}

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from hf_evopress.calibration.input_moments import calibrate, load_stats
 from hf_evopress.calibration.output_moments import load_moments, output_moments
-from hf_evopress.models.classes import call
+from hf_evopress.models.classes import CAUSAL, IMAGE_TEXT, call, find_class, takes_images
 from hf_evopress.models.images import Images, example, give_images
 from hf_evopress.models.two_stacks import stream_of
 from hf_evopress.models.units import find_units
@@ -67,3 +68,13 @@ def test_a_step_that_has_no_tokens_refuses(seeing: tuple[Any, Tensor]) -> None:
     hidden = stream.embed(rows[1:])
     with pytest.raises(ValueError, match="does not take along: take text without images"):
         stream.run_block(0, hidden)
+
+
+def test_a_class_that_is_causal_as_well_takes_images_and_all_that_is_of_causal_models() -> None:
+    def config(name: str) -> Any:
+        return transformers.PretrainedConfig(architectures=[name])
+
+    gemma3, llava = "Gemma3ForConditionalGeneration", "LlavaForConditionalGeneration"
+    assert find_class(gemma3) is CAUSAL and find_class(llava) is IMAGE_TEXT
+    assert takes_images(config(gemma3)) and takes_images(config(llava))
+    assert not takes_images(config("LlamaForCausalLM")) and not takes_images(object())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from hf_evopress import GearCache
@@ -27,6 +28,10 @@ from hf_evopress.models.patching import patched
 from hf_evopress.plans.level import DENSE
 from hf_evopress.scoring.cached import through_cache
 
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "vocab_size": 64,
+}  # fmt: skip
 IDS = torch.arange(1, 201)[None] % 97
 GEAR = "kv:rank=2,bits=3,group_size=32,outliers=0.05"
 
@@ -98,6 +103,8 @@ def test_caches_are_found_without_weights(tiny_model: Callable[..., Any]) -> Non
 def test_models_whose_cache_cannot_be_set_are_refused(tiny_model: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="takes alibi, cannot be searched"):
         find_caches(tiny_model("falcon", alibi=True))
+    with pytest.raises(ValueError, match="BertForMaskedLM has no key-value cache"):
+        find_caches(transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)))
     model = tiny_model("llama")
     model.config.is_encoder_decoder = True
     with pytest.raises(ValueError, match="of an encoder-decoder"):

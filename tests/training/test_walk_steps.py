@@ -70,6 +70,20 @@ def test_a_step_codes_few_tiles_again_and_goes_downhill(shape: tuple[int, int], 
         assert float(part.abs().sum() if part.numel() else 0.0) < 1e-3
 
 
+@pytest.mark.parametrize("text", [LEVEL, FREE])
+def test_a_step_is_the_same_on_any_device(device: torch.device, text: str) -> None:
+    _, state, params = packed((64, 96), f"{text},feedback=none")
+    there = {name: tensor.clone().to(device) for name, tensor in state.items()}
+    G = torch.randn(64, 96, generator=torch.Generator().manual_seed(5))
+    how = {"max_change": 0.25, "trust": 10.0}
+    moved, n_changed = move_walks(state, rotated_gradient(G, params), params, **how)
+    u = rotated_gradient(G.to(device), params)
+    moved_there, n_there = move_walks(there, u, params, **how)
+    assert moved_there.device.type == device.type and n_there == n_changed > 0
+    assert torch.equal(moved_there.cpu(), moved)
+    assert all(torch.equal(there[name].cpu(), tensor) for name, tensor in state.items())
+
+
 def test_the_trust_ratio_bounds_what_a_step_changes() -> None:
     level, state, params = packed((64, 96), f"{LEVEL},feedback=none")
     before = compose.decompress(level, state, (64, 96), torch.float32)
