@@ -1,6 +1,8 @@
 """The default search: evolution from the knapsack plan, offspring screened by predicted loss.
 
-It starts from the best of the knapsack plan, the uniform plans and given plans. Each generation
+It starts from the best of the knapsack plan, the uniform plans, given plans and, where embedding
+or head are searched, the knapsack plans of each level of theirs: one choice that moves a fifth of
+all bytes is worth a measurement of its own. Each generation
 draws many mutants, evaluates only those that a surrogate likes best (one is the knapsack plan of
 the corrected table), and lets the best of them replace the incumbent only if it is significantly
 better on fresh sequences, by a paired test. It stops when nothing is found for a while, so that
@@ -10,6 +12,7 @@ uniform plan on held-out sequences, with the paired differences.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,6 +27,7 @@ from .surrogate import Surrogate, rate_table
 
 EXPLORED = 0.25  # of the offspring are drawn at random: the surrogate may be wrong
 UNIFORM = 6  # uniform plans measured at the start: those of least predicted loss
+ENDS_WITHIN = 2.0  # times the least predicted loss: knapsack plans of other ends measured there
 SAMPLED = 8  # units looked at before one of them pays for a raise
 TRIES = 10  # draws per mutant before a generation makes do with fewer
 
@@ -106,7 +110,8 @@ def _start(
     if run.table is not None:  # a menu of many families has many that cannot win
         uniform.sort(key=lambda plan: total_loss(run.space, surrogate.prior, plan))
         uniform = uniform[:UNIFORM]
-    plans = unique([allocated, *map(run.space.canonical, run.starts), *uniform])
+    ends = _with_other_ends(run, surrogate.prior, allocated) if run.table is not None else []
+    plans = unique([allocated, *ends, *map(run.space.canonical, run.starts), *uniform])
     if len(plans) == 1:
         run.found(plans[0], None)
         return (plans[0] if uniform else None), plans[0]
@@ -116,6 +121,24 @@ def _start(
     best = min(plans, key=score.__getitem__)
     run.found(best, score[best])
     return min(uniform, key=score.__getitem__, default=None), best
+
+
+def _with_other_ends(run: Run, table: Table, allocated: Genome) -> list[Genome]:
+    """Return the knapsack plan of each level of embedding and head that may be as good."""
+    most = ENDS_WITHIN * total_loss(run.space, table, allocated)
+    never = 1e3 * (1 + max(map(max, table)))
+    found = []
+    for i, gene in enumerate(run.space.genes):
+        if not gene.is_end:
+            continue
+        for choice in range(len(gene.options)):
+            forced = [list(row) for row in table]
+            forced[i] = [loss if n == choice else never for n, loss in enumerate(table[i])]
+            with contextlib.suppress(ValueError):  # no plan with this level is within the budget
+                plan = allocate(run.space, forced, run.limit).genome
+                if plan[i] == choice and total_loss(run.space, table, plan) <= most:
+                    found.append(plan)
+    return found
 
 
 def _learn(surrogate: Surrogate, plans: Sequence[Genome], losses: Losses) -> None:

@@ -183,3 +183,26 @@ def test_a_pivot_leaves_the_blocks_before_it_alone() -> None:
             for g in children
         )
     assert shared[True] > 1.5 * shared[False]
+
+
+def test_each_level_of_the_ends_is_measured_at_the_start() -> None:
+    """One large choice that is predicted wrong is put right without a single mutation."""
+    layers = {f"model.layers.{i}.w": 10 for i in range(4)}
+    units = {"embed": 20} | layers
+    bits = {u: (2, 3, 4) if u == "embed" else (2, 4) for u in units}  # no uniform plan has 3
+    space = SearchSpace.build(
+        units, {u: [(f"b{b}", n * b) for b in bits[u]] for u, n in units.items()}, ends=["embed"]
+    )
+    table = [[1.2, 0.8, 0.1], *([[0.5, 0.2]] * 4)]  # says 4 bits for the embedding
+    budget = Budget.parse(space, ratio=space.bits_per_weight(space.cheapest) * 1.5 / 16)
+
+    def loss(genome: Genome) -> float:
+        return total_loss(space, [[1.0, 0.0, 0.1], *table[1:]], genome)
+
+    search = Search(space, budget, table=table, **PATIENT | {"generations": 0})
+    asked = search.ask()
+    assert asked is not None
+    assert {genome[0] for genome in asked.genomes} == {0, 1, 2}
+    assert asked.genomes[0][0] == 2
+    search.tell([[loss(genome)] * len(asked.sequences) for genome in asked.genomes])
+    assert drive(search, loss).best[0] == 1
