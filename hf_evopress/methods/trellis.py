@@ -9,7 +9,9 @@ statistics know the outputs' moments, along the outputs (`maths/two_sided.py`).
 
 Stores exactly `bits` per weight of whole tiles and a scale of 32 bits; without tail_biting also
 state_bits - bits per tile. Sides that 16 does not divide are padded to whole tiles, and the padding
-is stored. Making a weight takes 2^state_bits steps per weight, whatever the bits.
+is stored. With scales=channels W is diag(a) Q_o^T Y Q_i diag(b), and 16 bits for each row and each
+column are stored instead of the one scale (`maths/channel_scales.py`). Making a weight takes
+2^state_bits steps per weight, whatever the bits.
 
 The weight is computed in float32 by sums and products in a fixed order: the same numbers on every
 machine. It is scored, shipped and run as that weight; `rotated_operator` rotates the
@@ -29,6 +31,7 @@ from torch import Tensor
 from .base import Operator, Param, Shape, SharedWork, State
 from .maths.codebook import CODEBOOKS, codebook
 from .maths.linalg import DAMP, SINK, Stats
+from .maths.tile_order import ORDERS, in_rows
 from .maths.trellis_rounding import (
     DAMP_OUTPUTS,
     FEEDBACKS,
@@ -43,6 +46,7 @@ from .maths.two_sided import TILE
 from .maths.walks import LENGTH, start_bytes, unpack_walks
 
 MAX_STATE_BITS = 16
+SCALES = ("tensor", "channels")
 _PIECE = 2**18  # weights whose walks are read at once on a CPU
 
 
@@ -61,6 +65,10 @@ class Trellis(SharedWork):
         "rotation": Param(
             str, "size of the rotations, or 'full'", default="full", choices=ROTATIONS
         ),
+        "order": Param(
+            str, "in which a walk visits its tile; mma: as EXL3", default="rows", choices=ORDERS
+        ),
+        "scales": Param(str, "one, or one per row and column", default="tensor", choices=SCALES),
         "seed": Param(int, "of the rotations' signs", default=0, at_least=0, at_most=2**30),
         "tail_biting": Param(bool, "a walk's start is its end, none is stored", default=True),
         "feedback": Param(
@@ -79,6 +87,7 @@ class Trellis(SharedWork):
         "trellis:bits=3,state_bits=8",
         "trellis:bits=2,codebook=mul1,state_bits=6,tail_biting=false,sink=0.0",
         "trellis:bits=4,rotation=none,state_bits=5,feedback=none,codebook=gauss",
+        "trellis:bits=3,state_bits=7,scales=channels,order=mma,codebook=mcg",
     )
 
     def check(self, **params: Any) -> None:
@@ -108,7 +117,8 @@ class Trellis(SharedWork):
         starts = 0
         if not params["tail_biting"]:
             starts = start_bytes(rows * columns, params["bits"], params["state_bits"])
-        return rows * columns * LENGTH * params["bits"] + 8 * starts + 32
+        scales = 16 * sum(shape) if params["scales"] == "channels" else 32
+        return rows * columns * LENGTH * params["bits"] + 8 * starts + scales
 
     def compress_many(
         self, Ws: Sequence[Tensor], stats: Stats | None, settings: Sequence[Mapping[str, Any]]
@@ -128,7 +138,11 @@ class Trellis(SharedWork):
     def decompress(self, state: State, shape: Shape, dtype: torch.dtype, **params: Any) -> Tensor:
         Y = rotated_weight(state, shape, **params)
         W = unrotate_sides(Y, params["rotation"], params["seed"])
-        return (W * state["scale"]).to(dtype)
+        if params["scales"] == "channels":
+            W = W * state["row_scales"].float().unsqueeze(1) * state["column_scales"].float()
+        else:
+            W = W * state["scale"]
+        return W.to(dtype)
 
     def empty(self, shape: Shape, dtype: torch.dtype, **params: Any) -> State:
         rows, columns = _tiles(shape)
@@ -137,7 +151,7 @@ class Trellis(SharedWork):
             "codes": torch.empty(
                 rows, columns, LENGTH * bits // 8, dtype=torch.uint8, device="meta"
             ),
-            "scale": torch.empty(1, dtype=torch.float32, device="meta"),
+            **_empty_scales(shape, params["scales"]),
         }
         if not params["tail_biting"]:
             size = start_bytes(rows * columns, bits, params["state_bits"])
@@ -152,12 +166,13 @@ class Trellis(SharedWork):
         What a kernel that reads codes computes. In float32; W^T x agrees to about 1e-6 of
         |W| |x|.
         """
-        Y = rotated_weight(state, shape, **params) * state["scale"]
+        Y = rotated_weight(state, shape, **params)
+        a, b = state["scale" if "scale" in state else "row_scales"], state.get("column_scales")
 
         def run(x: Tensor) -> Tensor:
-            flat = x.reshape(-1, shape[1]).T
+            flat = (x if b is None else x.float() * b).reshape(-1, shape[1]).T
             y = Y @ rotate_inputs(flat, params["rotation"], params["seed"])
-            y = unrotate_outputs(y, params["rotation"], params["seed"]).T
+            y = unrotate_outputs(y, params["rotation"], params["seed"]).T * a
             y = y.to(dtype).reshape(*x.shape[:-1], shape[0])
             return y if bias is None else y + bias
 
@@ -181,9 +196,20 @@ def rotated_weight(state: State, shape: Shape, **params: Any) -> Tensor:
     for low in range(0, rows, step):
         part = codes[low : low + step].flatten(0, 1)
         walks = unpack_walks(part, bits, state_bits, state.get("starts"))
-        tiles = values.index_select(0, walks.flatten()).view(-1, columns, TILE, TILE)
+        tiles = in_rows(values.index_select(0, walks.flatten()).view(-1, LENGTH), params["order"])
+        tiles = tiles.view(-1, columns, TILE, TILE)
         Y[low : low + step] = tiles.transpose(1, 2)
     return Y.view(rows * TILE, columns * TILE)[: shape[0], : shape[1]]
+
+
+def _empty_scales(shape: Shape, scales: str) -> State:
+    if scales == "tensor":
+        return {"scale": torch.empty(1, dtype=torch.float32, device="meta")}
+    names = ("row_scales", "column_scales")
+    return {
+        name: torch.empty(n, dtype=torch.float16, device="meta")
+        for name, n in zip(names, shape, strict=True)
+    }
 
 
 def _tiles(shape: Shape) -> tuple[int, int]:

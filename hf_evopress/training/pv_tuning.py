@@ -104,7 +104,8 @@ class PVTuning(torch.optim.AdamW):
             state = self.state[layer.get_parameter("codes")]
             is_scalar = isinstance(_method(layer.level), CodedMethod)
             if not is_scalar:
-                gradient = rotated_gradient(gradient, next(compose.terms(layer.level, {}))[1])
+                _, params, own, _ = next(compose.terms(layer.level, layer.state))
+                gradient = rotated_gradient(gradient, params, own)
             u = _adam(state, gradient, group["betas"], group["eps"], by_weight=is_scalar)
             if state["step"] % self.every == 0:
                 change = self._change if is_scalar else self._code_again

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..methods.base import State
 from ..methods.maths.codebook import codebook
+from ..methods.maths.tile_order import along_walk
 from ..methods.maths.trellis_rounding import rotate_inputs, rotate_outputs
 from ..methods.maths.two_sided import TILE
 from ..methods.maths.viterbi import nearest_walks
@@ -27,8 +28,13 @@ from ..methods.maths.walks import LENGTH, pack_starts, pack_walks, unpack_walks
 REACH = 1.0  # of a proposal, in root mean square errors of the code
 
 
-def rotated_gradient(G: Tensor, params: Mapping[str, Any]) -> Tensor:
-    """Return Q_o G Q_i^T: the gradient (out, in) of a weight, as that of its rotated weight."""
+def rotated_gradient(G: Tensor, params: Mapping[str, Any], state: State | None = None) -> Tensor:
+    """Return Q_o G Q_i^T: the gradient (out, in) of a weight, as that of its rotated weight.
+
+    With a state of scales=channels Q_o diag(a) G diag(b) Q_i^T, with its scales a and b.
+    """
+    if state is not None and params["scales"] == "channels":
+        G = G * state["row_scales"].float().unsqueeze(1) * state["column_scales"].float()
     rotation, seed = params["rotation"], params["seed"]
     half = rotate_outputs(G, rotation, seed)
     return rotate_inputs(half.T.contiguous(), rotation, seed).T.contiguous()
@@ -47,7 +53,8 @@ def move_walks(
     codes, starts = state["codes"], state.get("starts")
     rows, columns = codes.shape[:2]
     moved = torch.zeros(rows * columns, dtype=torch.bool, device=codes.device)
-    tiles = _tiles(u * state["scale"].sign(), rows, columns)
+    sign = state["scale"].sign() if "scale" in state else 1.0  # u has those of channels
+    tiles = along_walk(_tiles(u * sign, rows, columns), params["order"])
     sizes = tiles.square().mean(1).sqrt()
     most = min(math.ceil(max_change * len(tiles)), int((sizes > 0).sum()))
     if not most:

@@ -40,8 +40,10 @@ TRELLIS = [
     "trellis:bits=3,state_bits=10,feedback=none,rotation=none",
     "trellis:bits=5,state_bits=9,feedback=none,seed=3",
     "trellis:bits=7,state_bits=7,feedback=none",
+    "trellis:bits=3,state_bits=7,feedback=none,scales=channels",
     "trellis:bits=2,state_bits=6,feedback=none + lowrank:rank=2,metric=plain",
 ]
+MMA = [f"trellis:bits={k},state_bits=8,feedback=none,order=mma,codebook=mul1" for k in (1, 2, 3, 8)]
 SUMS = [
     "lowrank:rank=8,metric=plain",
     "lowrank:rank=7,metric=plain,factors=int8",
@@ -115,7 +117,7 @@ def test_prompts_and_gradients_are_those_of_the_reference(level: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(48, 96), (40, 72)], ids=str)
-@pytest.mark.parametrize("level", TRELLIS)
+@pytest.mark.parametrize("level", TRELLIS + MMA)
 def test_trellis_codes_are_multiplied_in_the_rotated_basis(
     level: str, shape: tuple[int, int]
 ) -> None:
@@ -132,7 +134,11 @@ def test_trellis_codes_are_multiplied_in_the_rotated_basis(
 
 
 @pytest.mark.parametrize(
-    "level", ["trellis:bits=8,state_bits=8", "trellis:bits=2,state_bits=6,tail_biting=false"]
+    "level",
+    [
+        "trellis:bits=8,state_bits=8",
+        "trellis:bits=2,state_bits=6,tail_biting=false",
+    ],
 )
 def test_trellis_codes_that_no_kernel_reads_have_none(level: str) -> None:
     assert kernel_of(compose.normalize(level), (48, 96)) is None

@@ -98,7 +98,10 @@ def test_it_loses_less_than_gptq_at_fewer_bits():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("options", ["", ",tail_biting=false", ",rotation=none,codebook=3inst"])
+@pytest.mark.parametrize(
+    "options",
+    ["", ",tail_biting=false", ",rotation=none,codebook=3inst", ",scales=channels,order=mma"],
+)
 def test_any_shape_costs_its_whole_tiles(shape, options):
     W, stats, G = layer(*shape)
     level = compose.normalize(f"trellis:bits=3,state_bits=7{options}")
@@ -106,7 +109,7 @@ def test_any_shape_costs_its_whole_tiles(shape, options):
     tiles = -(-shape[0] // 16) * -(-shape[1] // 16)
     starts = -(-tiles * 4 // 8) if "tail" in options else 0
     stored = sum(t.numel() * t.element_size() for t in state.values())
-    assert stored == tiles * 96 + starts + 4
+    assert stored == tiles * 96 + starts + (2 * sum(shape) if "channels" in options else 4)
     assert compose.cost_bits(level, shape) == 8 * stored
     assert W_hat.shape == W.shape and W_hat.isfinite().all()
     if W.numel() > 1000:  # smaller ones do not look Gaussian, nor does the sink's row
@@ -124,6 +127,38 @@ def test_a_weight_of_zeros_stays_one():
     for given in (stats, stats.with_outputs([G])):
         state, W_hat = made("trellis:bits=2,state_bits=6", torch.zeros(20, 30), given)
         assert not W_hat.any() and not state["scale"].any()
+
+
+def test_scales_of_channels_of_zeros_stay_finite():
+    W, stats, G = layer(20, 30)
+    W[3], W[:, 7] = 0, 0
+    level = "trellis:bits=3,state_bits=8,scales=channels"
+    for given in (stats, stats.with_outputs([G])):
+        assert made(level, W, given)[1].isfinite().all()
+        zeros, W_zero = made(level, torch.zeros(20, 30), given)
+        assert not W_zero.any() and not zeros["row_scales"].any()
+
+
+def test_scales_of_channels_follow_outliers_where_a_rotation_spreads_them():
+    """Blocks of 32 mix a loud channel with its neighbours; with a scale of its own it is not."""
+    W, stats, G = layer(64, 96)
+    W[5] *= 20
+    W[:, 11] *= 20
+    two_sided, H = stats.with_outputs([G]), stats.hessian()
+    level = "trellis:bits=3,state_bits=8,rotation=32"
+    tensor, channels = (
+        loss(W - made(f"{level},scales={x}", W, two_sided)[1], H, G) for x in ("tensor", "channels")
+    )
+    assert channels < 0.7 * tensor
+
+
+def test_the_order_along_a_walk_is_another_code_of_the_same_error():
+    W, stats, _ = layer(64, 96)
+    state, rows = made("trellis:bits=2,state_bits=8", W, stats)
+    other, mma = made("trellis:bits=2,state_bits=8,order=mma", W, stats)
+    assert not torch.equal(state["codes"], other["codes"])
+    H = stats.hessian()
+    assert loss(W - mma, H) == pytest.approx(loss(W - rows, H), rel=0.1)
 
 
 def test_outputs_without_gradients_are_rounded_as_on_one_side():
@@ -201,9 +236,10 @@ def test_the_factor_of_one_input_is_made_once():
     assert sum(key[0] == "trellis" for key in stats._factors) == 2  # the moment and its factor
 
 
-def test_rotating_activations_is_the_same_layer():
+@pytest.mark.parametrize("options", ["", ",scales=channels,order=mma"])
+def test_rotating_activations_is_the_same_layer(options):
     W, stats, _ = layer(40, 72)
-    level = compose.normalize("trellis:bits=3,state_bits=6")
+    level = compose.normalize(f"trellis:bits=3,state_bits=6{options}")
     state, W_hat = made(level, W, stats)
     g = torch.Generator().manual_seed(3)
     x, bias = torch.randn(2, 5, 72, generator=g), torch.randn(40, generator=g)
@@ -223,7 +259,8 @@ def test_a_low_rank_term_takes_what_is_left():
 
 def test_the_decoded_weight_is_the_same_bit_for_bit_wherever_it_is_computed(device):
     W, stats, _ = layer(40, 72)
-    for options in ("", ",tail_biting=false", ",rotation=none", ",codebook=mul1"):
+    channels = ",scales=channels,order=mma"
+    for options in ("", ",tail_biting=false", ",rotation=none", ",codebook=mul1", channels):
         level = compose.normalize(f"trellis:bits=3,state_bits=7{options}")
         state, W_hat = made(level, W, stats)
         there = {name: tensor.to(device) for name, tensor in state.items()}

@@ -244,6 +244,21 @@ def test_a_method_with_another_default_makes_another_level_of_the_same_name(
     assert LevelStore.lacks(tmp_path, units, others, _source(model)) is False
 
 
+def test_a_parameter_that_came_later_leaves_stores_as_they_are(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    built = _build(model, tmp_path)
+    units = list(built.units.values())
+    offered = menus({u.name: u.shape for u in units}, LEVELS)
+    index = json.loads((tmp_path / "index.json").read_text())
+    del index["defaults"]["gptq"]["damp"]  # as a version without it wrote
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    assert LevelStore.lacks(tmp_path, units, offered, _source(model)) is False
+    index["defaults"]["gptq"]["gone"] = 1  # what this version does not know may mean anything
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    assert LevelStore.lacks(tmp_path, units, offered, _source(model)) is None
+
+
 def test_methods_are_told_how_the_loss_feels_each_output(model: nn.Module, tmp_path: Path) -> None:
     """Trellis codes round on both sides where there are sensitivities, and on one where not."""
     level = "trellis:bits=2,state_bits=6"

@@ -24,6 +24,7 @@ from hf_evopress.training.walk_steps import move_walks, rotated_gradient
 
 LEVEL = "trellis:bits=2,state_bits=8"
 FREE = "trellis:bits=2,state_bits=6,tail_biting=false"
+CHANNELS = "trellis:bits=2,state_bits=8,scales=channels,order=mma"
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +52,21 @@ def packed(shape: tuple[int, int], text: str) -> tuple[Any, dict[str, Tensor], d
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (40, 33)])  # whole tiles, and padded ones
-@pytest.mark.parametrize("text", [LEVEL, FREE])
+@pytest.mark.parametrize("text", [LEVEL, FREE, CHANNELS])
 def test_a_step_codes_few_tiles_again_and_goes_downhill(shape: tuple[int, int], text: str) -> None:
     level, state, params = packed(shape, f"{text},feedback=none")
     G = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     before = compose.decompress(level, state, shape, torch.float32)
     sizes = {name: tensor.shape for name, tensor in state.items()}
-    u = rotated_gradient(G, params)
+    u = rotated_gradient(G, params, state)
     moved, n_changed = move_walks(state, u, params, max_change=0.25, trust=10.0)
     change = compose.decompress(level, state, shape, torch.float32) - before
     assert 0 < int(moved.sum()) <= math.ceil(0.25 * moved.numel()) and n_changed > 0
     assert float((change * G).sum()) < 0
     assert {name: tensor.shape for name, tensor in state.items()} == sizes
     # in the rotated basis other tiles are as they were
+    if text == CHANNELS:
+        change /= state["row_scales"].float().unsqueeze(1) * state["column_scales"].float()
     still = rotated_gradient(change, params)
     for r, c in (~moved).nonzero().tolist():
         part = still[16 * r : 16 * r + 16, 16 * c : 16 * c + 16]

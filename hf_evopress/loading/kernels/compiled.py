@@ -47,7 +47,8 @@ Task = ctypes.c_int64 * SIZE
 _FAST = ("dot_floats", "dot_codes")  # sums in any order
 _FUNCTIONS = (  # callees first
     *("to_float", "to_bfloat16", "unpack_range", "unpack_row", "read_mask", "read_grids"),
-    *("read_codes", "weights_of", "read_walks", "read_weights", "count_kept", "dot_floats"),
+    *("read_codes", "weights_of", "read_walks", "read_mma_walks", "read_weights", "count_kept"),
+    "dot_floats",
     *("dot_codes", "dot_rest", "spread", "write", "multiply_row", "multiply_codes"),
     *("expand_row", "prepare", "place", "share", "run", "multiply", "take_rows", "part"),
 )

@@ -148,8 +148,8 @@ class OnGPU(ABC):
     def tensors(self, state: Tensors) -> dict[str, Any]:
         """Return the tensors that they read."""
 
-    def enter(self, x: Tensor) -> Tensor:
-        return self.matrix.enter(x)
+    def enter(self, x: Tensor, state: Tensors) -> Tensor:
+        return self.matrix.enter(x, state)
 
     def leave(self, y: Tensor, state: Tensors) -> Tensor:
         return self.matrix.leave(y, state)
@@ -157,8 +157,8 @@ class OnGPU(ABC):
     def enter_back(self, grad: Tensor, state: Tensors) -> Tensor:
         return self.matrix.enter_back(grad, state)
 
-    def leave_back(self, total: Tensor) -> Tensor:
-        return self.matrix.leave_back(total)
+    def leave_back(self, total: Tensor, state: Tensors) -> Tensor:
+        return self.matrix.leave_back(total, state)
 
 
 class Codes(OnGPU):
@@ -270,7 +270,7 @@ class Walks(OnGPU):
         bias: Tensor | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        own = self.enter(x.float() if len(x) == 1 else x).contiguous()
+        own = self.enter(x.float() if len(x) == 1 else x, state).contiguous()
         y = self.leave(super().product(state, own, torch.float32), state)
         for more in (start, bias):
             y = y if more is None else y + more
@@ -328,6 +328,11 @@ class RowsOfTwoKinds(OnGPU):
 
     def tensors(self, state: Tensors) -> dict[str, Any]:
         return {}
+
+
+def has_kernel(matrix: Matrix) -> bool:
+    """Return whether kernels in Triton read the matrix: not in the order of tensor cores."""
+    return matrix.fixed.get("source", T.CODED) != T.MMA_WALKS
 
 
 def on_gpu(matrix: Matrix) -> OnGPU:

@@ -108,7 +108,7 @@ class Kernel:
             own = x if len(matrices) == 1 else F.linear(x, matrices[0].weights(state, x.dtype))
             # a bias is rounded together with the product, where that is the output's already
             added = bias if total is None and not last.is_rotated else None
-            y = last.leave(self._tiles(last, last.enter(own), state, added), state)
+            y = last.leave(self._tiles(last, last.enter(own, state), state, added), state)
             if added is None and bias is not None and total is None:
                 y = y + bias
             total = y if total is None else total + y
@@ -144,7 +144,7 @@ class Kernel:
                 last = min(first + step, rows)
                 W = matrices[0].weights(state, flat.dtype, first=first, last=last)
                 part.addmm_(own[:, first:last], W)
-            total += matrices[0].leave_back(part)
+            total += matrices[0].leave_back(part, state)
         return total.view(*grad.shape[:-1], n)
 
     def look_up(self, ids: Tensor, state: Tensors, dtype: torch.dtype) -> Tensor:

@@ -78,7 +78,7 @@ class Matrix:
         del keep
         return y
 
-    def enter(self, x: Tensor) -> Tensor:
+    def enter(self, x: Tensor, state: Tensors) -> Tensor:
         """Return x (tokens, n) as the stored rows are multiplied with, in its dtype."""
         return x
 
@@ -89,7 +89,7 @@ class Matrix:
     def enter_back(self, grad: Tensor, state: Tensors) -> Tensor:
         return grad
 
-    def leave_back(self, total: Tensor) -> Tensor:
+    def leave_back(self, total: Tensor, state: Tensors) -> Tensor:
         return total
 
     def weights(

@@ -1,6 +1,7 @@
 """A trellis-coded matrix: its walks are read as they are, and the activations are rotated instead.
 
 W = s Q_o^T Y Q_i (methods/trellis.py): W x is Q_o^T (Y (Q_i x)) s, and rotations take n log n.
+Scales of rows and columns stand outside of the rotations.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Rotated(Matrix):
 
     rotation: str = "full"
     seed: int = 0
-    scale: str = "scale"
+    scale: str | None = "scale"  # None: row_scales and column_scales instead
+    row_scales: str = ""
+    column_scales: str = ""
     codebook: str = "strata"
     is_rotated: ClassVar[bool] = True
 
@@ -43,26 +46,30 @@ class Rotated(Matrix):
         bias: Tensor | None = None,
         start: Tensor | None = None,
     ) -> Steps:
-        y = yield from super().steps(state, self.enter(x.float()).contiguous(), torch.float32)
+        y = yield from super().steps(
+            state, self.enter(x.float(), state).contiguous(), torch.float32
+        )
         y = self.leave(y, state)
         for more in (start, bias):
             y = y if more is None else y + more
         return y.to(dtype)
 
-    def enter(self, x: Tensor) -> Tensor:
-        return rotate_inputs(x.T, self.rotation, self.seed).T.to(x.dtype)
+    def enter(self, x: Tensor, state: Tensors) -> Tensor:
+        own = x if self.scale else x.float() * state[self.column_scales]
+        return rotate_inputs(own.T, self.rotation, self.seed).T.to(x.dtype)
 
     def leave(self, y: Tensor, state: Tensors) -> Tensor:
         turned = unrotate_outputs(y.T, self.rotation, self.seed).T
-        return (turned * state[self.scale]).to(y.dtype)
+        return (turned * state[self.scale or self.row_scales]).to(y.dtype)
 
     def enter_back(self, grad: Tensor, state: Tensors) -> Tensor:
         """Return grad (tokens, rows) as the stored rows are added up with."""
-        turned = rotate_outputs(grad.T, self.rotation, self.seed).T
-        return (turned * state[self.scale]).to(grad.dtype)
+        own = grad.float() * state[self.scale or self.row_scales]
+        return rotate_outputs(own.T, self.rotation, self.seed).T.to(grad.dtype)
 
-    def leave_back(self, total: Tensor) -> Tensor:
+    def leave_back(self, total: Tensor, state: Tensors) -> Tensor:
         """Return the gradient of x from the sum of the stored rows."""
-        if self.rotation == "none":
-            return total
-        return unrotate(total.T, 2 * self.seed, block_of(self.rotation)).T.to(total.dtype)
+        dtype = total.dtype
+        if self.rotation != "none":
+            total = unrotate(total.T, 2 * self.seed, block_of(self.rotation)).T
+        return (total if self.scale else total * state[self.column_scales]).to(dtype)

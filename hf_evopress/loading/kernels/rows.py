@@ -23,6 +23,7 @@ from .task import (
     KEPT,
     KEPT_CODES,
     MASK,
+    MMA_WALKS,
     NUMBER_BITS,
     PLACES,
     PLACES_WIDTH,
@@ -249,6 +250,36 @@ def read_walks(task, row, s):  # type: ignore[no-untyped-def]
             at += k
 
 
+def read_mma_walks(task, row, s):  # type: ignore[no-untyped-def]
+    """Do what `read_walks` does for walks in the order `mma` (methods/maths/tile_order.py).
+
+    A row of a tile is four runs of four weights, of inputs 2 r, 2 r + 1, 2 r + 8 and 2 r + 9. The
+    bits of a run and the 16 before them lie in seven bytes.
+    """
+    k, tiles, table = get(task, BITS), get(task, WIDTH), get(task, TABLE)
+    mask = (1 << get(task, NUMBER_BITS)) - 1
+    w = s + W * get(task, ROOM)
+    first = get(task, CODES) + (row // 16) * tiles * 32 * k
+    start = 32 * (row & 7) + 4 * ((row >> 3) & 1)
+    for tile in range(tiles):
+        at = first + tile * 32 * k
+        for run in range(4):
+            bit = (start + 8 * run) * k - 16  # before the walk's first: at its end
+            byte = bit >> 3
+            some = 0
+            for i in range(byte, byte + 7):
+                if i < 0:
+                    i += 32 * k
+                elif i >= 32 * k:
+                    i -= 32 * k
+                some = (some << 8) | u8(at + i)
+            after = 56 - 16 - (bit - 8 * byte)  # bits from the run's first to the last byte's end
+            for j in range(4):
+                state = (some >> (after - (j + 1) * k)) & mask
+                place = 16 * tile + 2 * run + 8 * (j >> 1) + (j & 1)
+                set_f32(w + 4 * place, f32(table + 4 * state))
+
+
 def read_weights(task, row, at, s):  # type: ignore[no-untyped-def]
     """Write the weights of a row, float32: the numbers that decompress() gives."""
     n, room, codes = get(task, N), get(task, ROOM), get(task, CODES)
@@ -267,6 +298,8 @@ def read_weights(task, row, at, s):  # type: ignore[no-untyped-def]
             kept += 4 * is_kept
     elif source == WALKS:
         read_walks(task, row, s)
+    elif source == MMA_WALKS:
+        read_mma_walks(task, row, s)
     else:
         weights_of(task, at, read_codes(task, row, at, s + Q * room, s), s)
 

@@ -54,7 +54,7 @@ SIZE = 44
 PLACE = {name.lower(): i for name, i in list(globals().items()) if type(i) is int and i < SIZE}
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # kinds of numbers
-CODED, SPARSE_CODES, SPARSE_FLOATS, FLOATS, WALKS = 0, 1, 2, 3, 4  # sources of a row
+CODED, SPARSE_CODES, SPARSE_FLOATS, FLOATS, WALKS, MMA_WALKS = 0, 1, 2, 3, 4, 5  # sources of a row
 
 # what lies where in a thread's memory, in ROOMs: codes of a row and of the next, mask and kept
 # codes, one byte each; float32: weights, kept weights, scales and zero points of groups, factors

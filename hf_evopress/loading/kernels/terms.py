@@ -41,7 +41,7 @@ def factors(part: Method, params: Mapping[str, Any], suffix: str, shape: Shape) 
         rank = params["rank"]
         sizes = {"A": (rank, shape[1]), "B": (shape[0], rank)}
         return tuple(_thin(f"{n}{suffix}", s, params, suffix) for n, s in sizes.items())
-    if _reads_as(part, Trellis) and params["tail_biting"] and params["bits"] <= MOST_BITS:
+    if _reads_as(part, Trellis) and _reads_walks(params):
         return (_walks(params, suffix, shape),)
     return None
 
@@ -97,13 +97,18 @@ def _sparse(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
     )
 
 
+def _reads_walks(params: Mapping[str, Any]) -> bool:
+    is_short: bool = params["order"] == "mma" or params["bits"] <= MOST_BITS
+    return is_short and params["tail_biting"]
+
+
 def _walks(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
     bits, state_bits = params["bits"], params["state_bits"]
     return Rotated(
         shape,
         f"codes{suffix}",
         fixed={
-            "source": T.WALKS,
+            "source": T.WALKS if params["order"] == "rows" else T.MMA_WALKS,
             "bits": bits,
             "number_bits": state_bits,
             "width": -(-shape[1] // TILE),
@@ -111,7 +116,9 @@ def _walks(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
         table=_values(params["codebook"], state_bits, bits),
         rotation=params["rotation"],
         seed=params["seed"],
-        scale=f"scale{suffix}",
+        scale=f"scale{suffix}" if params["scales"] == "tensor" else None,
+        row_scales=f"row_scales{suffix}",
+        column_scales=f"column_scales{suffix}",
         codebook=params["codebook"],
     )
 

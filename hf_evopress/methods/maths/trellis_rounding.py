@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import channel_scales
 from .codebook import codebook, spread
 from .linalg import Stats
 from .rotation import WHOLE, rotate, rotate_moment, unrotate
+from .tile_order import along_walk, in_rows
 from .two_sided import TILE, Weight, block_factor, round_in_step
 from .viterbi import encode
 from .walks import LENGTH, pack_starts, pack_walks
@@ -64,6 +66,7 @@ class _Job:
     G: Tensor | None
     weight: Weight
     params: Settings
+    channels: _Channels | None
     scale: float
     states: Tensor  # (rows of tiles, columns of tiles, 256) int32
 
@@ -94,7 +97,18 @@ def round_weights(
     return [[made[s, w] for w in range(len(Ws))] for s in range(len(settings))]
 
 
-_ROTATED_BY = ("rotation", "seed", "feedback", "damp", "damp_outputs", "sink")
+_ROTATED_BY = ("rotation", "seed", "scales", "feedback", "damp", "damp_outputs", "sink")
+
+
+@dataclass
+class _Channels:
+    """A weight as it is, the scales of its rows and columns, and its damped moments."""
+
+    W: Tensor
+    a: Tensor
+    b: Tensor
+    H: Tensor | None = None
+    G: Tensor | None = None
 
 
 @dataclass
@@ -106,33 +120,68 @@ class _Rotated:
     G: Tensor | None = None
     M: Tensor | None = None
     N: Tensor | None = None
+    channels: _Channels | None = None
 
     @classmethod
     def of(cls, W: Tensor, index: int, stats: Stats | None, params: Settings) -> _Rotated:
         rotation, seed = params["rotation"], params["seed"]
-        device = W.device if stats is None else stats.gram.device
-        half = rotate_outputs(W.to(device, torch.float32), rotation, seed)
+        W = W.to(W.device if stats is None else stats.gram.device, torch.float32)
+        channels = None
+        if params["scales"] == "channels":
+            channels = _Channels(W, *channel_scales.flatten(W))
+            W = W / channels.a.unsqueeze(1) / channels.b
+        half = rotate_outputs(W, rotation, seed)
         R = rotate_inputs(half.T.contiguous(), rotation, seed).T.contiguous()
+        made = cls(R, channels=channels)
         if params["feedback"] == "none" or stats is None:
-            return cls(R)
-        sink, damp = params["sink"], params["damp"]
-        key = ("trellis", rotation, seed, sink)
-
-        def moment(H: Tensor, seed: int) -> Tensor:
-            return H if rotation == "none" else rotate_moment(H, seed, block_of(rotation))
-
-        H = stats.remember(key, lambda: moment(stats.hessian(sink=sink), 2 * seed))
-        M = stats.remember((*key, damp), lambda: block_factor(H, damp))
+            return made
+        made._add_inputs(stats, params)
         G = stats.outputs[index] if stats.outputs and params["feedback"] == "both" else None
-        if G is None:
-            return cls(R, H, None, M)
-        if G.shape[0] != W.shape[0]:
+        if G is not None and G.shape[0] != W.shape[0]:
             raise ValueError(
                 f"a weight of shape {tuple(W.shape)} has {W.shape[0]} outputs, the moments of "
                 f"its gradients have {G.shape[0]}"
             )
-        G = moment(G.to(device), 2 * seed + 1)
-        return cls(R, H, G, M, block_factor(G, params["damp_outputs"], upper=True))
+        if G is not None:
+            made._add_outputs(G.to(W.device), params)
+        return made
+
+    def _add_inputs(self, stats: Stats, params: Settings) -> None:
+        rotation, seed, sink, damp = (params[k] for k in ("rotation", "seed", "sink", "damp"))
+
+        def moment() -> Tensor:
+            H = stats.hessian(sink=sink)
+            if self.channels is not None:
+                self.channels.H = _damped(H, damp)
+                H = H * self.channels.b * self.channels.b.unsqueeze(1)
+            return _rotated_moment(H, rotation, 2 * seed)
+
+        if self.channels is not None:  # a weight's own
+            self.H = moment()
+            self.M = block_factor(self.H, damp)
+            return
+        key = ("trellis", rotation, seed, sink)
+        self.H = H = stats.remember(key, moment)
+        self.M = stats.remember((*key, damp), lambda: block_factor(H, damp))
+
+    def _add_outputs(self, G: Tensor, params: Settings) -> None:
+        damp = params["damp_outputs"]
+        if self.channels is not None:
+            self.channels.G = _damped(G, damp)
+            G = G * self.channels.a * self.channels.a.unsqueeze(1)
+        self.G = _rotated_moment(G, params["rotation"], 2 * params["seed"] + 1)
+        self.N = block_factor(self.G, damp, upper=True)
+
+
+def _rotated_moment(H: Tensor, rotation: str, seed: int) -> Tensor:
+    return H if rotation == "none" else rotate_moment(H, seed, block_of(rotation))
+
+
+def _damped(H: Tensor, damp: float) -> Tensor:
+    """Return H + damp * mean(diag H) * I."""
+    H = H.clone()
+    H.diagonal().add_(damp * H.diagonal().mean())
+    return H
 
 
 def _job(rotated: _Rotated, params: Settings) -> _Job:
@@ -144,7 +193,7 @@ def _job(rotated: _Rotated, params: Settings) -> _Job:
     width = spread(params["codebook"], params["state_bits"], bits)
     scale = GAIN[bits] / width * float(R.square().mean().sqrt())
     states = torch.empty(weight.rows, weight.columns, LENGTH, dtype=torch.int32, device=R.device)
-    return _Job(R, rotated.H, rotated.G, weight, params, scale, states)
+    return _Job(R, rotated.H, rotated.G, weight, params, rotated.channels, scale, states)
 
 
 def _values(jobs: Sequence[_Job]) -> int:
@@ -165,13 +214,14 @@ def _finish(jobs: dict[tuple[int, int], _Job]) -> dict[tuple[int, int], dict[str
             values = codebook(name, state_bits, bits, targets[0].device)
             tiles = [targets[where[id(job)]] for job in members]
             scaled = [
-                x.flatten(1) / (job.scale or 1.0) for x, job in zip(tiles, members, strict=True)
+                along_walk(x.flatten(1), job.params["order"]) / (job.scale or 1.0)
+                for x, job in zip(tiles, members, strict=True)
             ]
             states = encode(torch.cat(scaled), values, bits, tail_biting=tail_biting)
             for job, own in zip(members, states.split([len(x) for x in tiles]), strict=True):
                 if len(own):
                     job.states[job.weight.places(step)] = own
-                Y = values[own.long()] * job.scale
+                Y = in_rows(values[own.long()] * job.scale, job.params["order"])
                 rounded[where[id(job)]] = Y.view(-1, TILE, TILE)
         step += 1
         return rounded
@@ -184,16 +234,25 @@ def _packed(job: _Job) -> dict[str, Tensor]:
     params, states = job.params, job.states
     bits, state_bits = params["bits"], params["state_bits"]
     values = codebook(params["codebook"], state_bits, bits, states.device)
-    Y = values[states.long()].view(job.weight.rows, job.weight.columns, TILE, TILE)
+    Y = in_rows(values[states.long()], params["order"]).unflatten(-1, (TILE, TILE))
     Y = Y.transpose(1, 2).reshape(job.weight.W.shape)[: job.R.shape[0], : job.R.shape[1]]
-    scale = _least_squares(job.R, Y, job.H, job.G) if job.scale else 0.0
-    state = {
-        "codes": pack_walks(states, bits),
-        "scale": torch.tensor([scale], dtype=torch.float32, device=states.device),
-    }
+    state = {"codes": pack_walks(states, bits), **_scales(job, Y)}
     if not params["tail_biting"]:
         state["starts"] = pack_starts(states, bits, state_bits)
     return state
+
+
+def _scales(job: _Job, Y: Tensor) -> dict[str, Tensor]:
+    """Return the scales of least squares for the coded Y, as they are stored."""
+    scale = _least_squares(job.R, Y, job.H, job.G) if job.scale else 0.0
+    if (channels := job.channels) is None:
+        return {"scale": torch.tensor([scale], dtype=torch.float32, device=Y.device)}
+    a, b = scale * channels.a, channels.b
+    if scale:
+        Z = unrotate_sides(Y, job.params["rotation"], job.params["seed"])
+        a, b = channel_scales.fit(channels.W, Z, a, b, channels.H, channels.G)
+    a, b = channel_scales.in_half(a, b)
+    return {"row_scales": a, "column_scales": b}
 
 
 def _least_squares(R: Tensor, Y: Tensor, H: Tensor | None, G: Tensor | None) -> float:

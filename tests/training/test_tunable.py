@@ -1,0 +1,42 @@
+"""Floats of packed layers are trained in float32 and rounded back to what their level stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hf_evopress.loading.stitch import compress_model
+from hf_evopress.models.units import find_units
+from hf_evopress.plans.plan import Plan
+from hf_evopress.training.tunable import make_tunable, settle
+
+LEVEL = "trellis:bits=2,state_bits=6,scales=channels,feedback=none"
+
+
+def test_scales_of_trellis_channels_are_trained_and_rounded_back(
+    tiny_model: Callable[..., Any],
+) -> None:
+    dense, model = tiny_model("llama"), tiny_model("llama")
+    shapes = {u.name: u.shape for u in find_units(model)}
+    compress_model(model, Plan(dict.fromkeys(shapes, LEVEL), shapes), None)
+    ids = torch.arange(64).view(2, 32)
+    with torch.no_grad():
+        wanted = dense(ids).logits
+
+    def loss() -> torch.Tensor:
+        return (model(ids).logits - wanted).square().mean()
+
+    names = make_tunable(model, ["scales"])
+    assert sorted({name.rpartition(".")[2] for name in names}) == ["column_scales", "row_scales"]
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    before = float(loss().detach())
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    settle(model)
+    assert {model.get_parameter(name).dtype for name in names} == {torch.float16}
+    with torch.no_grad():
+        assert float(loss()) < 0.9 * before
