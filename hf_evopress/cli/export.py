@@ -21,8 +21,8 @@ def export(
             "--format",
             help="dense: a stock checkpoint, no smaller; pruned: the same without the blocks that "
             "are dropped whole; compressed_tensors: packed codes that stock transformers and "
-            "vLLM read; gguf: a file for llama.cpp; onnx: a graph for ONNX Runtime. See "
-            "hf-evopress list.",
+            "vLLM read; exl3: trellis codes for exllamav3; gguf: a file for llama.cpp; onnx: a "
+            "graph for ONNX Runtime. See hf-evopress list.",
         ),
     ],
     requantise: Annotated[
@@ -51,6 +51,8 @@ def export(
         --level gptq:bits=8,group_size=128,symmetric=true \\
         --tie q_proj,k_proj,v_proj --tie gate_proj,up_proj --out mixed
     hf-evopress export mixed --format compressed_tensors --out mixed-vllm
+    hf-evopress compress MODEL --for exl3 --bits 3.5 --out walks
+    hf-evopress export walks --format exl3 --out walks-exl3
     hf-evopress export smol --format gguf --requantise --out smol-gguf
     hf-evopress export smol --format onnx --out smol-onnx
     """

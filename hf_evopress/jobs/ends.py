@@ -83,6 +83,8 @@ def choose_ends(skeleton: nn.Module, recipe: Recipe) -> Ends:
         return Ends(every=every)
     units = find_ends(skeleton, skip=recipe.skip)
     _say_skipped([unit for unit in every if unit not in units])
+    if recipe.export == "exl3":
+        units = [unit for unit in units if unit.role == "head"]  # it has no packed embedding
     if said == "auto" and not class_of(skeleton).generates:
         units = [unit for unit in units if unit.role == "embedding"]
     if in_budget:

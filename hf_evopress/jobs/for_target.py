@@ -1,4 +1,4 @@
-"""Compress for a target: the one of this machine where none is said, and what vLLM takes."""
+"""Compress for a target: this machine's where none is said, what vLLM and exllamav3 take."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..export.exl3_format.tensors import LEVEL, obstacles
 from ..export.vllm_limits import ON_GPUS
 from ..methods import compose
+from ..methods.base import Shape
 from ..methods.maths.codes import CodedMethod
 from ..plans.level import Level
 from ..recipes.recipe import Recipe
@@ -30,6 +32,17 @@ def check_for_vllm(menus: Mapping[str, Sequence[Level]]) -> None:
                 raise ValueError(
                     f"{unit} is offered '{level}', which vLLM does not read from an export to "
                     "compressed_tensors: offer codes of 4 or 8 bits, dense, or leave levels out"
+                )
+
+
+def check_for_exl3(menus: Mapping[str, Sequence[Level]], shapes: Mapping[str, Shape]) -> None:
+    """Raise ValueError that names a level which exllamav3 does not read."""
+    for unit, menu in menus.items():
+        for level in menu:
+            if not level.is_dense and (why := next(obstacles(level, shapes[unit]), None)):
+                raise ValueError(
+                    f"{unit}: exllamav3 does not read what it is offered: {why}; offer levels such "
+                    f"as {LEVEL.format(bits=3)}, dense, or leave levels out"
                 )
 
 

@@ -31,7 +31,7 @@ from ..search.drop_counts import drop_counts
 from ..search.space import Genome, SearchSpace
 from .ends import Ends, choose_ends, default_level
 from .for_gguf import check_menus, fitting_menus, fixed_bits, is_for_gguf
-from .for_target import check_for_vllm
+from .for_target import check_for_exl3, check_for_vllm
 from .shared_levels import check_shared, with_shared
 
 NOTHING = Droppable({}, {}, {})
@@ -124,6 +124,8 @@ def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
         check_menus(offered)
     if recipe.export == "vllm":
         check_for_vllm(offered)
+    if recipe.export == "exl3":
+        check_for_exl3(offered, {unit.name: unit.shape for unit in units})
     added = NOTHING
     if recipe.drop.kinds or said.drop is not None:
         added = droppable(

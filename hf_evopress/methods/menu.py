@@ -39,8 +39,11 @@ GGUF_WIDE = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k")
 # reads those only where all layers have one level.
 VLLM_BITS, VLLM_GROUPS = (4, 8), (32, 64, 128)
 
-FAMILIES = ("quant", "trellis", "sparse", "lowrank", "residual", "gguf", "vllm")
-_APART = ("gguf", "vllm")  # not under `all`: for files of other programs
+# What exllamav3's kernels take (export/exl3_format/tensors.py).
+EXL3_BITS = (2, 3, 4, 5, 6, 8)
+
+FAMILIES = ("quant", "trellis", "sparse", "lowrank", "residual", "gguf", "vllm", "exl3")
+_APART = ("gguf", "vllm", "exl3")  # not under `all`: for files of other programs
 
 
 def default_levels(method: str = "gptq") -> list[str]:
@@ -93,6 +96,10 @@ def family_menu(shape: Shape, families: Sequence[str], sparsity: float | None) -
             words += [f"trellis:bits={b}" for b in TRELLIS_BITS]
         if family == "gguf":
             words += [f"gguf:type={t}" for t in (*GGUF_NARROW, *GGUF_WIDE)]
+        if family == "exl3" and not any(n % 128 for n in shape):
+            # scales of channels, as the files have room for them anyway
+            tail = "state_bits=16,codebook=mul1,rotation=128,order=mma,scales=channels"
+            words += [f"trellis:bits={b},{tail}" for b in EXL3_BITS]
         if family == "vllm":
             words += [
                 f"gptq:bits={b},group_size={g},symmetric=true"
@@ -111,7 +118,7 @@ def family_menu(shape: Shape, families: Sequence[str], sparsity: float | None) -
             words += _lowrank(shape, sparsity)
     offered = dict.fromkeys(compose.normalize(word) for word in words)
     able = [level for level in offered if fits(level, shape)]
-    if not able and set(families) & set(_APART):  # rows of no multiple of 32
+    if not able and set(families) & set(_APART):  # sizes of no multiple of 32, or of 128
         return [DENSE]
     return _by_cost(able, shape)
 

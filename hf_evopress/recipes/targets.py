@@ -4,6 +4,8 @@ cpu           codes of 2 to 8 bits: kernels unpack them faster than dense weight
 gpu           the same, and trellis codes, which lose less per byte
 vllm          codes of 4 and 8 bits without zero points, which vLLM reads from an export
               to compressed_tensors; layers that vLLM computes as one share a level; ends stay dense
+exl3          trellis codes of 2^16 states, which exllamav3 reads from an export to exl3; weights
+              of other sizes than multiples of 128, and the embedding, stay dense
 gguf          tensor types of GGUF files; one is written as well
 transformers  all levels that this package loads, fast or not
 evopress      what the machine that compresses is: gpu where there is one, else cpu
@@ -23,11 +25,12 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "cpu": (),
     "gpu": ("quant", "trellis"),
     "vllm": ("vllm",),
+    "exl3": ("exl3",),
     "gguf": ("gguf",),
     "transformers": ("all",),
 }
 EXPORTS = tuple(FAMILIES)
-APART = ("gguf", "vllm")  # which hold their own levels only, for every weight
+APART = ("exl3", "gguf", "vllm")  # which hold their own levels only, for every weight
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one layer in vLLM
 ACCELERATORS = ("cuda", "xpu")  # with kernels of ours
 

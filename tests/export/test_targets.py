@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_evopress.base import plugins
 from hf_evopress.export.compressed_tensors import check_plan
+from hf_evopress.export.exl3_format.tensors import LEVEL, obstacles
 from hf_evopress.export.gguf import fits_file
 from hf_evopress.export.onnx_format.layers import is_packed
 from hf_evopress.loading.kernels import launch
@@ -29,11 +30,14 @@ CODES = [
     *(f"gptq:bits={bits},group_size=64,symmetric=true" for bits in (3, 4, 8)),
     "gptq:bits=3,group_size=64 + lowrank:rank=8,factors=int8",
     *(f"trellis:bits={bits}" for bits in (2, 3, 4, 8)),
+    "trellis:bits=3,scales=channels",
+    LEVEL.format(bits=3),
     "rows:bits=4,group_size=64,top_bits=6",
 ]
 COLUMNS = (
     *("level", "here, CPU", "here, GPU", "as embedding and head"),
     *("`compressed_tensors` (transformers, vLLM)", "GGUF (llama.cpp)", "ONNX (ONNX Runtime)"),
+    "EXL3 (exllamav3)",
 )
 
 
@@ -54,7 +58,7 @@ def told(level: Level, model: nn.Module, unit: str) -> list[str]:
     except ValueError:
         stock = "refused"
     if level.is_dense:
-        return ["works"] * 6
+        return ["works"] * 7
     here = [chosen(level, SHAPE, torch.device(name), torch.bfloat16) for name in ("cpu", "cuda")]
     return [
         *("fast" if choice in (KERNELS, TRITON_KERNELS) else "works" for choice in here),
@@ -62,6 +66,7 @@ def told(level: Level, model: nn.Module, unit: str) -> list[str]:
         stock,
         "works" if fits_file(level) else "refused; rounded with `--requantise`",
         "works" if is_packed(level, SHAPE) else "stored dense",
+        "refused" if any(obstacles(level, SHAPE)) else "works",
     ]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_evopress.export.compressed_tensors import check_plan
+from hf_evopress.export.exl3 import check_plan as check_exl3
 from hf_evopress.export.vllm_limits import vllm_obstacles
 from hf_evopress.jobs.for_target import for_this_machine
 from hf_evopress.jobs.pipeline import compress
@@ -73,6 +74,35 @@ def test_what_is_for_vllm_has_no_obstacle_there() -> None:
     start = "model.layers.0."
     assert {f"{start}self_attn.{x}_proj" for x in "qkv"} in groups
     assert {f"{start}mlp.{x}_proj" for x in ("gate", "up")} in groups
+
+
+def test_what_is_for_exl3_has_a_place_there() -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_key_value_heads": 4}
+    model = make_tiny_model("llama", **sizes, tie_word_embeddings=False)
+    problem = pose(model, recipe(**{"for": "exl3"}, ends="budget", budget={"bits": 11.0}))
+    shapes = {unit.name: unit.shape for unit in problem.units}
+    assert [unit.name for unit in problem.ends.units] == ["lm_head"]
+    for unit, menu in problem.menus.items():
+        bits = [level.terms[0].kwargs.get("bits") for level in menu]
+        assert bits == ([2, 3, 4, 5, 6, 8] if "mlp" not in unit else [None]), "or dense"
+    for n in range(6):
+        levels = {unit: menu[min(n, len(menu) - 1)] for unit, menu in problem.menus.items()}
+        check_exl3(model, Plan(levels, shapes))
+
+
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        ({"levels": ["trellis:bits=4"]}, "q_proj: exllamav3 does not read .*order=rows where it"),
+        ({"families": ["trellis"]}, "exl3 has its own levels; leave families"),
+        ({"drop": {"kinds": ["mlp"]}}, "for exl3 holds every weight and every sub-block"),
+        ({"ends": "rtn:bits=8,group_size=32"}, "lm_head: exllamav3 does not read"),
+    ],
+)
+def test_what_exllamav3_does_not_take_is_refused(more: dict[str, Any], reason: str) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4}
+    with pytest.raises(ValueError, match=reason):
+        pose(make_tiny_model("llama", **sizes), recipe(**{"for": "exl3"}, **more))
 
 
 @pytest.mark.parametrize(
