@@ -112,6 +112,10 @@ def test_what_baselines_look_at(home: Path, strategy: str) -> None:
     assert find_plan(job, build_levels(job)).levels
 
 
+# the search for codes is slow on the second device: one square layer is left, and one that is not
+SLOW = ["model.layers.[02].*", "*.[kvo]_proj", "*.gate_proj", "*.up_proj"]
+
+
 @pytest.mark.parametrize(
     "level",
     [
@@ -142,6 +146,7 @@ def test_levels_of_every_method_are_made_scored_and_loaded(
         offload=offload,
         levels=[level],
         budget={"ratio": 1.0},
+        skip=SLOW if level.startswith("trellis") else [],
     )
     job = Job(words)
     store = build_levels(job)
