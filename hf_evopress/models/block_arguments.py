@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Argume
 
 
 def hidden_of(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
+    return out[0] if isinstance(out, (tuple, list)) else out
 
 
 def as_form(hidden: Tensor, tuple_size: int) -> Any:
@@ -55,3 +55,18 @@ def same(one: Any, two: Any) -> bool:
     if isinstance(one, (tuple, list)):
         return len(one) == len(two) and all(map(same, one, two))
     return True
+
+
+def held_bytes(arguments: Sequence[Arguments]) -> int:
+    """Return the bytes of all tensors in the arguments of blocks; what they share counts once."""
+    found = [t for one in arguments for t in _tensors((one.args, one.kwargs, one.added))]
+    storages = [tensor.untyped_storage() for tensor in found]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, tuple, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)

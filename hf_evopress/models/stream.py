@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.placement import Place, Visit, place_of, visiting
-from .block_arguments import Arguments, as_form, same, split
+from .block_arguments import Arguments, as_form, held_bytes, same, split
 from .classes import call
 from .images import images_of
 from .units import find_blocks
@@ -26,8 +26,8 @@ _EXCHANGED = {
     "num_kv_shared_layers": "blocks that read the keys and values of others",
     "hidden_size_per_layer_input": "an embedding of the tokens for each block",
 }
-_MAX_SHAPES = 8  # masks of eager attention grow with batch * seq^2
-_MAX_BATCHES = 256  # of tokens with images, each with masks and positions of its own
+_MAX_SHAPES = 8  # without images, where masks depend on nothing else
+_MAX_BYTES = 2**30  # masks grow with batch * seq^2; with images each batch has its own
 
 
 _Key = tuple[int, int, Place, bytes]  # batch, seq, where it computes, tokens with images
@@ -66,7 +66,9 @@ class BlockStream:
         inside = {id(module) for block in self.blocks for module in block.modules()}
         self._outside = [module for module in model.modules() if id(module) not in inside]
         self._captured: dict[_Key, list[Arguments]] = {}
+        self._held: dict[_Key, int] = {}  # bytes of these
         self._tuple_sizes: list[int] | None = None
+        self._embedded: Tensor | None = None  # with images, of the tokens that were captured last
         self._here: dict[str, tuple[int, Place, Visit]] = {}  # what is brought: a block, the ends
 
     def _find(self) -> tuple[list[str], list[nn.Module]]:
@@ -117,7 +119,11 @@ class BlockStream:
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the input of block 0, (batch, seq, dim)."""
         _check_ids(input_ids)
+        self._embedded = None
         self._arguments(input_ids, input_ids)
+        embedded, self._embedded = self._embedded, None
+        if embedded is not None and not torch.is_grad_enabled():
+            return embedded  # the tower of images need not run once more
         seen: list[Tensor] = []
 
         def reach(*args: Any, **kwargs: Any) -> Any:
@@ -137,6 +143,7 @@ class BlockStream:
         input_ids: the tokens that the hidden states are of, needed where there may be images.
         """
         arguments = self._arguments(hidden, input_ids)[i]
+        self._embedded = None
         self._let_go("ends")
         self.bring(i)
         return arguments.output(self.blocks[i], self.place.on_device(hidden))
@@ -263,7 +270,7 @@ class BlockStream:
                 def watched(*args: Any, **kwargs: Any) -> Any:
                     self.bring(i)
                     out = forward(*args, **kwargs)
-                    sizes[i] = len(out) if isinstance(out, tuple) else 0
+                    sizes[i] = len(out) if isinstance(out, (tuple, list)) else 0
                     return out
 
                 return watched
@@ -286,8 +293,13 @@ class BlockStream:
                     f"block {self.names[i]} of {type(self.model).__name__} gets inputs other than "
                     "hidden states that depend on the tokens and cannot be streamed"
                 )
-        while len(self._captured) >= (_MAX_BATCHES if has_images else _MAX_SHAPES):
-            del self._captured[next(iter(self._captured))]
+        self._held[key] = held_bytes(arguments)
+        while self._captured and (
+            sum(self._held.values()) > _MAX_BYTES
+            or (not has_images and len(self._captured) >= _MAX_SHAPES)
+        ):
+            oldest = next(iter(self._captured))
+            del self._captured[oldest], self._held[oldest]
         self._captured[key] = arguments
 
     def _record(self, input_ids: Tensor) -> list[Arguments]:
@@ -298,6 +310,8 @@ class BlockStream:
         def note(i: int) -> Callable[..., Any]:
             def noted(*args: Any, **kwargs: Any) -> Any:
                 hidden, seen[i] = split(args, kwargs)
+                if has_images and i == 0:
+                    self._embedded = hidden
                 if has_images and i > 0 and hidden.any():  # the block before put out nothing
                     seen[i - 1] = replace(seen[i - 1], added=hidden)
                 if i == self.n_blocks - 1:

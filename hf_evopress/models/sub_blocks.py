@@ -172,9 +172,11 @@ def droppable(
         if sub.kind in kinds and keep_first <= sub.block < n_blocks - keep_last
     ]
     if not chosen:
+        two_stacks = getattr(model.config, "is_encoder_decoder", False)  # type: ignore[union-attr]
+        why = "; those of an encoder-decoder stay whole: leave out drop" if two_stacks else ""
         raise ValueError(
             f"no sub-block of {type(model).__name__} can be dropped with kinds={list(kinds)}, "
-            f"keep_first={keep_first} and keep_last={keep_last} of {n_blocks} blocks"
+            f"keep_first={keep_first} and keep_last={keep_last} of {n_blocks} blocks{why}"
         )
     options: dict[str, list[tuple[str, int]]] = {}
     inside: dict[str, str] = {}

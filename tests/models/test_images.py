@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_evopress.calibration.input_moments import calibrate, load_stats
 from hf_evopress.calibration.output_moments import load_moments, output_moments
+from hf_evopress.models.block_arguments import held_bytes
 from hf_evopress.models.classes import CAUSAL, IMAGE_TEXT, call, find_class, takes_images
 from hf_evopress.models.images import Images, example, give_images
 from hf_evopress.models.two_stacks import stream_of
@@ -50,6 +51,41 @@ def test_block_by_block_is_the_forward_with_images(seeing: tuple[Any, Tensor]) -
             stream.check(ids)
         found = call(model, rows[1:2])
         assert not torch.equal(found, call(model, rows[1:2], with_images=False))
+
+
+def test_the_tower_runs_once_for_a_batch_first_seen(seeing: tuple[Any, Tensor]) -> None:
+    model, rows = seeing
+    stream = stream_of(model)
+    towers = [
+        m
+        for n, m in model.named_modules()
+        if n.endswith(("visual", "vision_tower", "vision_model"))
+    ]
+    runs: list[int] = []
+    hook = towers[0].register_forward_hook(lambda *_: runs.append(1))
+    with torch.no_grad():
+        first = stream.embed(rows[1:2])
+        assert len(runs) == 1
+        assert torch.equal(stream.embed(rows[1:2]), first)
+    with torch.enable_grad():
+        assert torch.equal(stream.embed(rows[1:2]), first)
+    hook.remove()
+
+
+def test_what_blocks_get_is_kept_up_to_a_number_of_bytes(
+    seeing: tuple[Any, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = seeing
+    stream, batches = stream_of(model), list(rows.split(1))
+    with torch.no_grad():
+        wanted = [stream.run_block(0, stream.embed(ids), ids) for ids in batches]
+        assert len(stream._captured) == 3
+        most = held_bytes(next(iter(stream._captured.values()))) + 1
+        monkeypatch.setattr("hf_evopress.models.stream._MAX_BYTES", most)
+        stream = stream_of(model)
+        for ids, hidden in zip(batches, wanted, strict=True):
+            assert torch.equal(stream.run_block(0, stream.embed(ids), ids), hidden)
+            assert len(stream._captured) == 1
 
 
 def test_calibration_sees_every_layer(seeing: tuple[Any, Tensor], tmp_path: Path) -> None:
