@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..base.patterns import matches
+from ..base.resources import parse_size
 from ..methods import compose
 from ..methods.menu import family_menu, fits
 from ..models.classes import class_of
@@ -32,13 +33,16 @@ logger = logging.getLogger(__name__)
 
 Shape = tuple[int, int]
 
-# 8 bits cost SmolLM2-135M 0.0003 nats; below 3 bits an embedding is of no use.
+# 8 bits cost SmolLM2-135M 0.0003 nats
 FIXED_BITS = 8
 BITS = (3, 4, 5, 6, 8)
 FINE_BITS = (3, 4, 5)  # at half groups as well
 # rows at two bit-widths (rest, top, share of the top): of SmolLM2-135M 15.8 MB lose 0.040 nats
 # by (4, 6, 0.1), where all rows at 4 bits lose 0.097 in 15.1 MB
 ROWS = ((3, 5, 0.1), (3, 6, 0.25), (4, 6, 0.1), (4, 6, 0.25), (5, 8, 0.1), (6, 8, 0.1))
+# Below 3 bits an embedding loses much: only files of fewer than 3 bits per weight are offered that.
+SMALL = 3
+SMALL_ROWS = ((2, 3, 0.25), (2, 4, 0.1), (2, 5, 0.25))
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ def choose_ends(skeleton: nn.Module, recipe: Recipe) -> Ends:
     if said == "auto" and not class_of(skeleton).generates:
         units = [unit for unit in units if unit.role == "embedding"]
     if in_budget:
-        offered = {u.name: _menu(u, recipe) for u in units}
+        is_small = _bits_per_weight(skeleton, recipe) < SMALL
+        offered = {u.name: _menu(u, recipe, is_small=is_small) for u in units}
         return Ends(tuple(units), offered, every=every)
     fixed = {u.name: _level(u, said, recipe) for u in units}
     return Ends(tuple(units), {name: [level] for name, level in fixed.items()}, fixed, every)
@@ -112,10 +117,19 @@ def default_level(shape: Shape) -> Level:
     return compose.normalize(f"rtn:bits={FIXED_BITS},group_size={_group(shape)}")
 
 
-def _menu(unit: Unit, recipe: Recipe) -> list[Level]:
+def _bits_per_weight(skeleton: nn.Module, recipe: Recipe) -> float:
+    """Return what the budget leaves a weight of the whole model, in bits."""
+    budget = recipe.budget
+    if budget.size is None:
+        return budget.bits if budget.bits is not None else 16 * (budget.ratio or 1.0)
+    return 8 * parse_size(budget.size) / sum(p.numel() for p in skeleton.parameters())
+
+
+def _menu(unit: Unit, recipe: Recipe, *, is_small: bool) -> list[Level]:
     """Return the levels that an end is offered, cheapest first: ours, and those of the user.
 
-    Of the latter an embedding is offered those whose rows can be looked up one by one.
+    Of the latter an embedding is offered those whose rows can be looked up one by one. is_small:
+    whether the budget leaves so few bits that some below 3 are offered as well.
     """
     shape = unit.shape
     if recipe.export in APART:
@@ -126,7 +140,10 @@ def _menu(unit: Unit, recipe: Recipe) -> list[Level]:
     words = [f"gptq:bits={b},group_size={group}" for b in BITS]
     if group % 64 == 0:
         words += [f"gptq:bits={b},group_size={group // 2}" for b in FINE_BITS]
-    words += [f"rows:bits={b},top_bits={t},top={s},group_size={group}" for b, t, s in ROWS]
+    rows = (*SMALL_ROWS, *ROWS) if is_small else ROWS
+    words += [f"rows:bits={b},top_bits={t},top={s},group_size={group}" for b, t, s in rows]
+    if is_small:
+        words.append(f"gptq:bits=2,group_size={group}")
     offered = dict.fromkeys([compose.normalize(w) for w in words] + [default_level(shape)])
     for level in map(compose.normalize, recipe.levels or ()):
         is_able = unit.role == "head" or compose.looks_up_rows(level)

@@ -3,11 +3,17 @@
     python tests/benchmarks/methods.py .cache/SmolLM2-135M-Instruct --data calibration.txt \
         --test wiki.test.raw --work w --level gptq:bits=3,group_size=64 --level dict:bits=3.3
     python tests/benchmarks/methods.py ... --blocks 5 15 25 --level ...     # these blocks only
+    python tests/benchmarks/methods.py ... --decode --joint 2.3 2.8 3.3 4.3
 
 Statistics of the inputs and of the outputs' gradients are made once per work folder. Prints per
 level the stored bits per weight of the layers that have it, their mean relative output error on
 text that is held out, the KL that they are expected to add, the KL from the dense model (none with
 --windows 0), and the CPU seconds that making them took.
+
+--decode: also the microseconds that all layers of the last block take for one token in bfloat16,
+runtime auto, by turns with the dense layers.
+--joint: also the knapsack's choice among all levels per layer at these stored bits, by the KL that
+each is expected to add, how often it takes which level, and the KL of the plan.
 """
 
 from __future__ import annotations
@@ -15,33 +21,51 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_evopress.calibration.data import tokenize_file
 from hf_evopress.calibration.input_moments import load_stats
 from hf_evopress.calibration.output_moments import kfac_loss, load_moments
+from hf_evopress.jobs.bench import best
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.levels import calibrated
+from hf_evopress.loading.layers import CompressedLinear
+from hf_evopress.methods.base import Shape, State
 from hf_evopress.methods.compose import compress_stacked, cost_bits, decompress, normalize
 from hf_evopress.plans.level import Level
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.scoring.evaluate import compare_many
+from hf_evopress.search import knapsack
+from hf_evopress.search.space import SearchSpace
 
 
 class Made:
-    """The weights of one level, and what they cost."""
+    """The weights of one level, by layer what they cost, and the layers of the last block."""
 
     def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}
+        self.layers: list[nn.Linear] = []
         self.errors: list[float] = []
-        self.bits = self.numel = 0
-        self.seconds = self.nats = 0.0
+        self.costs: dict[str, int] = {}
+        self.losses: dict[str, float] = {}
+        self.seconds = 0.0
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight."""
+        return sum(self.costs.values()) / sum(W.numel() for W in self.weights.values())
+
+    @property
+    def nats(self) -> float:
+        """The KL that all are expected to add."""
+        return sum(self.losses.values())
 
 
 def make(level: Level, dense: Any, work: str, blocks: Sequence[int]) -> Made:
@@ -63,13 +87,59 @@ def make(level: Level, dense: Any, work: str, blocks: Sequence[int]) -> Made:
                 shape = (W.shape[0], W.shape[1])
                 made.weights[name] = decompress(level, state, shape, torch.float32)
                 d = W - made.weights[name]
-                if name in G:
-                    made.nats += kfac_loss(d, known.hessian(), G[name])
+                made.losses[name] = kfac_loss(d, known.hessian(), G[name])
                 made.errors.append(float(((d @ H) * d).sum() / ((W @ H) * W).sum()))
                 made.weights[name] = made.weights[name].bfloat16()
-                made.bits += cost_bits(level, shape)
-                made.numel += W.numel()
+                made.costs[name] = cost_bits(level, shape)
+                if number == blocks[-1]:
+                    made.layers.append(_layer(level, state, shape))
     return made
+
+
+def _layer(level: Level, state: State, shape: Shape) -> nn.Linear:
+    layer = CompressedLinear.from_state(level, state, None, shape, dtype=torch.bfloat16)
+    layer.prepare("auto")
+    return layer
+
+
+def decoded(rows: Mapping[str, Made], dense: Any, repeats: int) -> dict[str, float]:
+    """Return the seconds of all layers of the last block for one token, dense and by level."""
+    names = list(next(iter(rows.values())).weights)[-len(next(iter(rows.values())).layers) :]
+    layers: dict[str, list[Any]] = {
+        "dense": [copy.deepcopy(dense.get_submodule(name)).bfloat16() for name in names],
+        **{name: made.layers for name, made in rows.items()},
+    }
+    x = {
+        n: torch.randn(1, n, dtype=torch.bfloat16) for n in {m.in_features for m in layers["dense"]}
+    }
+
+    def run(some: list[Any]) -> Callable[[], object]:
+        return lambda: [layer(x[layer.in_features]) for layer in some]
+
+    slow = best({name: run(some) for name, some in layers.items()}, 2)
+    fast = {n: run(layers[n]) for n, t in slow.items() if t < 50 * slow["dense"]}
+    return {**slow, **best(fast, repeats)}
+
+
+def chosen(rows: Mapping[str, Made], bits: float) -> Made:
+    """Return the layers of the least expected KL at so many stored bits, each at any level."""
+    first = next(iter(rows.values()))
+    sizes = {name: W.numel() for name, W in first.weights.items()}
+    offered = {name: [(level, made.costs[name]) for level, made in rows.items()] for name in sizes}
+    space = SearchSpace.build(sizes, offered)
+    table = [
+        [rows[str(option.level)].losses[gene.units[0]] for option in gene.options]
+        for gene in space.genes
+    ]
+    found = knapsack.solve(space, table, int(bits * sum(sizes.values())))
+    plan, picked = space.levels(found.genome), Made()
+    for name, level in plan.items():
+        made = rows[str(level)]
+        picked.weights[name] = made.weights[name]
+        picked.costs[name], picked.losses[name] = made.costs[name], made.losses[name]
+    counts = Counter(map(str, plan.values())).most_common()
+    print(f"joint {bits}: " + ", ".join(f"{n} x {level}" for level, n in counts), flush=True)
+    return picked
 
 
 def logits(rival: Any, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
@@ -119,25 +189,37 @@ def main(words: argparse.Namespace) -> None:
         level = normalize(text)
         rows[str(level)] = made = make(level, dense, words.work, blocks)
         print(
-            f"{level}: {made.bits / made.numel:.3f} bits, held-out error "
+            f"{level}: {made.bits:.3f} bits, held-out error "
             f"{sum(made.errors) / len(made.errors):.5f}, predicted KL {made.nats:.4f}, "
             f"{made.seconds:.0f} CPU s",
             flush=True,
         )
+    times = decoded(rows, dense, words.repeats) if words.decode else {}
+    for made in rows.values():
+        made.layers.clear()
+    joint = {f"joint {bits}": chosen(rows, bits) for bits in words.joint}
     if not words.windows:
         return
     functions = {
-        name: lambda ids, made=made: logits(rival, made.weights, ids) for name, made in rows.items()
+        name: lambda ids, made=made: logits(rival, made.weights, ids)
+        for name, made in {**rows, **joint}.items()
     }
     reports = compare_many(functions, dense, tokens, window=words.window, max_windows=words.windows)
-    print("| level | stored bits | held-out error | predicted KL | KL (nats) | CPU s |")
-    print("|---|---|---|---|---|---|")
-    for name, made in rows.items():
-        report = reports[name]
+    if times:
+        print(f"dense, one token: {1e6 * times['dense']:.0f} us")
+    print(
+        "| level | stored bits | held-out error | predicted KL | KL (nats) | CPU s | us, to dense |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, made in {**rows, **joint}.items():
+        report, errors = reports[name], made.errors
+        error = f"{sum(errors) / len(errors):.4f}" if errors else ""
+        speed = (
+            f"{1e6 * times[name]:.0f}, {times['dense'] / times[name]:.2f}x" if name in times else ""
+        )
         print(
-            f"| {name} | {made.bits / made.numel:.3f} | {sum(made.errors) / len(made.errors):.4f} "
-            f"| {made.nats:.3f} | {report.kl_nats:.4f} ± {report.kl_standard_error:.4f} "
-            f"| {made.seconds:.0f} |"
+            f"| {name} | {made.bits:.3f} | {error} | {made.nats:.3f} "
+            f"| {report.kl_nats:.4f} ± {report.kl_standard_error:.4f} | {made.seconds:.0f} | {speed} |"
         )
 
 
@@ -156,5 +238,8 @@ if __name__ == "__main__":
     parser.add_argument("--sensitivity-tokens", type=int, default=40960)
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--decode", action="store_true")
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--joint", type=float, nargs="+", default=[])
     parser.add_argument("--threads", type=int, default=1)
     main(parser.parse_args())

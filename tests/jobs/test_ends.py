@@ -186,3 +186,18 @@ def test_an_embedding_is_offered_only_what_it_can_look_rows_up_in(tiny_model: An
     assert {*levels} - offered == {"trellis:bits=4,state_bits=8"}
     apart = choose_ends(tiny_model("llama", tie_word_embeddings=False), recipe)
     assert {*levels} <= {str(x) for x in apart.menus["lm_head"]}
+
+
+def test_an_embedding_is_offered_2_bits_only_where_a_file_is_that_small(tiny_model: Any) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    n_weights = sum(p.numel() for p in model.parameters())
+
+    def offered(**budget: Any) -> set[int]:
+        recipe = Recipe.from_dict({"model": "m", "budget": budget, "ends": "budget"})
+        menu = choose_ends(model, recipe).menus["model.embed_tokens"]
+        return {x.terms[0].kwargs["bits"] for x in menu}
+
+    small, large = f"{n_weights * 2.9 / 8:.0f}B", f"{n_weights * 3.1 / 8:.0f}B"
+    assert 2 in offered(size=small) and 2 not in offered(size=large)
+    assert 2 in offered(ratio=0.18) and 2 not in offered(ratio=0.19)
+    assert 2 in offered(bits=2.9) and 2 not in offered(bits=3.0)
