@@ -207,19 +207,18 @@ def main(words: argparse.Namespace) -> None:
     reports = compare_many(functions, dense, tokens, window=words.window, max_windows=words.windows)
     if times:
         print(f"dense, one token: {1e6 * times['dense']:.0f} us")
-    print(
-        "| level | stored bits | held-out error | predicted KL | KL (nats) | CPU s | us, to dense |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    print("| level | stored bits | held-out error | predicted KL | KL (nats) | CPU s | us | |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, made in {**rows, **joint}.items():
         report, errors = reports[name], made.errors
         error = f"{sum(errors) / len(errors):.4f}" if errors else ""
-        speed = (
-            f"{1e6 * times[name]:.0f}, {times['dense'] / times[name]:.2f}x" if name in times else ""
-        )
+        speed = " | "
+        if name in times:
+            speed = f"{1e6 * times[name]:.0f} | {times['dense'] / times[name]:.2f}x"
         print(
             f"| {name} | {made.bits:.3f} | {error} | {made.nats:.3f} "
-            f"| {report.kl_nats:.4f} ± {report.kl_standard_error:.4f} | {made.seconds:.0f} | {speed} |"
+            f"| {report.kl_nats:.4f} ± {report.kl_standard_error:.4f} | {made.seconds:.0f} "
+            f"| {speed} |"
         )
 
 

@@ -1,7 +1,7 @@
 """Training methods on a real model, each against the yardstick of its paper, on unseen text.
 
     python tests/benchmarks/training_methods.py MODEL --data calibration.txt --test wiki.test.raw \
-        --work DIR --parts prune pv ordered quest
+        --work DIR --parts prune pv ordered quest structured
 
 Every arm of a part distils the dense model for the same steps over the same sequences, with the
 same schedule; KL from the dense model in nats per token on windows of the test text.
@@ -12,6 +12,8 @@ pv: codes and scales of 2-bit GPTQ (V-step and P-step) against scales alone.
 ordered: ordered low-rank training, its checkpoint cut to three sizes, against a whitened SVD
 of each.
 quest: 3 bits trained by QuEST against GPTQ at the same bytes, with and without trained scales.
+structured: three quarters of each MLP's channels, learned by gates while LoRA is trained, against
+those of the largest output in the dense model with LoRA trained as long, and not trained at all.
 """
 
 from __future__ import annotations
@@ -181,6 +183,69 @@ def quest(bench: Bench) -> dict[str, Any]:
     return dict(zip(names, bench.kl(model, untrained, gptq, tuned), strict=True))
 
 
+def structured(bench: Bench) -> dict[str, Any]:
+    from peft import LoraConfig, get_peft_model
+
+    from hf_evopress.training.structured_masks import StructuredPruning, slice_model
+
+    class Fixed(StructuredPruning):
+        """Keeps the channels of the largest scores from the first step."""
+
+        def install(self, model: Any) -> None:
+            super().install(model)
+            self.gates["channels"].log_alpha.data.copy_(scores)
+            self.gates["channels"].harden()
+
+    scores = channel_sizes(bench)
+    keep = scores.shape[1] * 3 // 4
+    largest = torch.zeros_like(scores).scatter_(1, scores.topk(keep).indices, 1.0)
+    arms: dict[str, tuple[StructuredPruning, int]] = {
+        "largest outputs, not trained": (Fixed(channels=keep, end=0), 0),
+        "largest outputs": (Fixed(channels=keep, end=0), bench.words.steps),
+        "learned": (StructuredPruning(channels=keep), bench.words.steps),
+    }
+    found: dict[str, Any] = {}
+    for name, (pruning, steps) in arms.items():
+        torch.manual_seed(0)
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+        model = get_peft_model(bench.model(), lora)
+        if steps:
+            bench.train(model, rate=5e-4, callbacks=[pruning])
+        else:
+            pruning.install(model)
+        kept = pruning.gates["channels"].mask
+        assert kept is not None  # training has ended
+        small = slice_model(model.merge_and_unload(), pruning)
+        n_weights = sum(p.numel() for p in small.parameters())
+        same = float((kept * largest).sum() / largest.sum())
+        found[name] = [*bench.kl(small), f"{n_weights} weights", f"{same:.3f} of the largest"]
+        print(name, found[name], flush=True)
+    return found
+
+
+@torch.no_grad()
+def channel_sizes(bench: Bench) -> Tensor:
+    """Return (blocks, channels): the mean square of what each channel adds to a block's output."""
+    projections = [block.mlp.down_proj for block in bench.dense.model.layers]
+    sums = [torch.zeros(p.in_features) for p in projections]
+
+    def adds_to(total: Tensor) -> Callable[..., None]:
+        def note(module: Any, args: tuple[Tensor, ...]) -> None:
+            total.add_(args[0].square().flatten(0, -2).sum(0))
+
+        return note
+
+    hooks = [
+        p.register_forward_pre_hook(adds_to(s)) for p, s in zip(projections, sums, strict=True)
+    ]
+    for ids in bench.tokens[:8]:
+        bench.dense(input_ids=ids[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    columns = [p.weight.square().sum(0) for p in projections]
+    return torch.stack([s * c for s, c in zip(sums, columns, strict=True)])
+
+
 def packed(bench: Bench, level: str | Callable[[Any], str]) -> Any:
     """Return the dense model with every decoder layer at `level`, by default calibration."""
     model = bench.model()
@@ -197,6 +262,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "pv": pv,
     "ordered": ordered,
     "quest": quest,
+    "structured": structured,
 }
 
 
