@@ -126,10 +126,11 @@ def pv(bench: Bench) -> dict[str, Any]:
 
     start = packed(bench, "gptq:bits=2,group_size=64")
     found: dict[str, Any] = {"before": bench.kl(start)}
+    print(found, flush=True)
     arms: dict[str, Callable[[Any], Any]] = {
         "V: scales and norms": scales_alone,
         "P and V, trust 0.01": lambda model: PVTuning(model, lr=1e-4),
-        "P and V, trust 0.03": lambda model: PVTuning(model, lr=1e-4, trust=0.03),
+        "P and V, trust 0.001": lambda model: PVTuning(model, lr=1e-4, trust=0.001),
     }
 
     for name, make in arms.items():
