@@ -138,7 +138,12 @@ def chosen(rows: Mapping[str, Made], bits: float) -> Made:
         picked.weights[name] = made.weights[name]
         picked.costs[name], picked.losses[name] = made.costs[name], made.losses[name]
     counts = Counter(map(str, plan.values())).most_common()
-    print(f"joint {bits}: " + ", ".join(f"{n} x {level}" for level, n in counts), flush=True)
+    alone = min((m.nats, name) for name, m in rows.items() if m.bits <= bits)
+    print(
+        f"joint {bits}: predicted KL {picked.nats:.4f}, of the best one level {alone[0]:.4f} "
+        f"({alone[1]}): " + ", ".join(f"{n} x {level}" for level, n in counts),
+        flush=True,
+    )
     return picked
 
 
@@ -195,6 +200,8 @@ def main(words: argparse.Namespace) -> None:
             flush=True,
         )
     times = decoded(rows, dense, words.repeats) if words.decode else {}
+    for name, seconds in times.items():
+        print(f"{name}: {1e6 * seconds:.0f} us, {times['dense'] / seconds:.2f}x", flush=True)
     for made in rows.values():
         made.layers.clear()
     joint = {f"joint {bits}": chosen(rows, bits) for bits in words.joint}
@@ -205,8 +212,6 @@ def main(words: argparse.Namespace) -> None:
         for name, made in {**rows, **joint}.items()
     }
     reports = compare_many(functions, dense, tokens, window=words.window, max_windows=words.windows)
-    if times:
-        print(f"dense, one token: {1e6 * times['dense']:.0f} us")
     print("| level | stored bits | held-out error | predicted KL | KL (nats) | CPU s | us | |")
     print("|---|---|---|---|---|---|---|---|")
     for name, made in {**rows, **joint}.items():
