@@ -32,6 +32,7 @@ class PackedWeight(nn.Module):
     level: Level
     shape: Shape  # (out_features, in_features), of an embedding (tokens, features)
     weight_dtype: torch.dtype
+    hidden: frozenset[str] = frozenset()  # tensors that are not in state_dict() now (ahead.py)
 
     def hold(self, level: Level | str, shape: Shape, state: State, dtype: torch.dtype) -> None:
         """Become what stores `state`, a weight at `level` that is computed in `dtype`."""
@@ -116,6 +117,11 @@ class PackedWeight(nn.Module):
         if name == "weight":
             raise AttributeError(READ_ONLY)
         super().__setattr__(name, value)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.hidden:
+            del destination[f"{prefix}{name}"]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

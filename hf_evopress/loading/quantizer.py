@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -22,6 +21,7 @@ from ..plans.block_order import has_order
 from ..plans.level import DENSE, Level
 from ..plans.plan import Plan
 from ..store.checksums import verify_files
+from .ahead import read_ahead, show_again
 from .blocks import Stack, cut
 from .checks import check_levels_match, check_loaded, check_shapes, on_cpu, tensor_checksum
 from .config import QUANT_METHOD, EvoPressConfig
@@ -30,6 +30,7 @@ from .layers import compressed_layers, planned_levels, prepare_layers, resolve_u
 from .neighbours import left_out, refuse_shared, share
 from .replace import replace, restore_linears
 from .runtimes import check_runtime
+from .unexpected import ignore_keys
 from .versions import AnyHfQuantizer, Dtypes, dtypes_of, settle_dtypes
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
             self._prepare_compression(model, plan, levels)
             self.look_at(model)
             return
-        _ignore_keys(model, [NOTICE, *(f"{path}." for path in replace_dropped(model, plan))])
+        ignore_keys(model, [NOTICE, *(f"{path}." for path in replace_dropped(model, plan))])
         files = [str(f) for f in checkpoint_files or () if str(f).endswith(".safetensors")]
         for name, level in levels.items():
             replace(model, name, level)
@@ -125,7 +126,8 @@ class EvoPressQuantizer(AnyHfQuantizer):
         check_shapes(model, files)
         self.look_at(model)
         self._dtypes = dtypes_of(model)
-        _ignore_keys(model, [*(f"{name}.weight" for name in levels), *skipped])
+        read = [] if skipped else read_ahead(model, files, kwargs.get("device_map"), self)
+        ignore_keys(model, [*(f"{name}.weight" for name in levels), *skipped, *read])
 
     def _cut(self, model: Any, plan: Plan, files: Sequence[str]) -> list[str]:
         """Note where blocks come from, and leave out those that a size has no room for.
@@ -148,7 +150,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
         was_plain = make_stock(model)  # as the dense checkpoint is
         self._compresses_after = was_plain or bool(_calibrated(plan))
         if not self._compresses_after:
-            _ignore_keys(model, [f"{path}." for path in replace_dropped(model, plan)])
+            ignore_keys(model, [f"{path}." for path in replace_dropped(model, plan)])
             self._on_load = {f"{name}.weight": level for name, level in levels.items()}
             return
         if not _calibrated(plan):
@@ -207,6 +209,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
+        show_again(model)
         if not self.pre_quantized:
             from ..models.source import check_finite
 
@@ -369,21 +372,6 @@ def _with_vocabulary(model: Any, plan: Plan) -> Plan:
 def _calibrated(plan: Plan) -> list[str]:
     """Return the levels of `plan` that need calibration statistics, sorted."""
     return sorted({str(v) for v in plan.values() if compose.needs_stats(compose.normalize(v))})
-
-
-def _ignore_keys(model: Any, keys: list[str]) -> None:
-    """Keep tensors that are there for others out of the report of unexpected keys.
-
-    Sentinels, and all that is inside a dropped sub-block: a key that ends with a dot stands for
-    all that begin with it.
-    """
-    prefix = f"{model.base_model_prefix}."
-    patterns = {
-        rf"^(.*\.)?{re.escape(key.removeprefix(prefix))}{'' if key.endswith('.') else '$'}"
-        for key in keys
-    }
-    known = model._keys_to_ignore_on_load_unexpected or set()
-    model._keys_to_ignore_on_load_unexpected = set(known) | patterns
 
 
 def _without_notice(model: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
