@@ -6,7 +6,8 @@
 A random Llama in bfloat16 with layers of --hidden features (so that files need no Hub): time
 does not depend on what the weights are. Decoding is one token at a time after a prompt, prefill
 is the prompt at once; each figure is the best of --repeats. With --tokens, one layer alone at
-several lengths: where the int4 kernel stops to be the faster way.
+several lengths, with --hidden inputs and as many outputs or --outputs. Trellis codes are random:
+every walk is one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_evopress.jobs.bench import best, held_bytes, read_bandwidth, read_bytes, timed
+from hf_evopress.jobs.bench import (
+    best,
+    held_bytes,
+    machine,
+    read_bandwidth,
+    read_bytes,
+    timed,
+)
 from hf_evopress.loading.layers import CompressedLinear, prepare_layers
 from hf_evopress.loading.replace import replace_linears
 from hf_evopress.loading.runtimes import RUNTIMES
@@ -82,24 +90,39 @@ def make(words: argparse.Namespace, level: str | None, runtime: str = "packed") 
 
 
 def one_layer(words: argparse.Namespace) -> None:
-    """Print the time of one square layer per runtime and number of tokens."""
+    """Print the time of one layer per runtime and number of tokens, and how fast it is read."""
     n, names = words.hidden, ["dense", *words.runtimes]
-    print("| level | tokens | " + " | ".join(f"{name}, ms" for name in names) + " |")
+    shape = (words.outputs or n, n)
+    print(f"{shape[0]} x {n}, {machine()}; memory reads {read_bandwidth() / 1e9:.1f} GB/s\n")
+    print("| level | tokens | " + " | ".join(f"{name}, ms (GB/s)" for name in names) + " |")
     print("|---|---|" + "---|" * len(names))
+    dense = nn.Linear(n, shape[0], bias=False, dtype=torch.bfloat16)
     for text in words.levels:
         level = compose.normalize(text)
-        state = compose.compress(level, torch.randn(n, n), None)
-        dense = nn.Linear(n, n, bias=False, dtype=torch.bfloat16)
+        state = any_state(level, shape)
         layers: dict[str, nn.Linear] = {"dense": dense}
         for name in words.runtimes:
-            layer = CompressedLinear.from_state(level, state, None, (n, n), dtype=torch.bfloat16)
+            layer = CompressedLinear.from_state(level, state, None, shape, dtype=torch.bfloat16)
             layer.prepare(name)
             layers[name] = layer
         for tokens in words.tokens:
             x = torch.randn(tokens, n, dtype=torch.bfloat16)
             found = best({name: partial(layer, x) for name, layer in layers.items()}, words.repeats)
-            times = " | ".join(f"{1e3 * found[name]:.2f}" for name in layers)
+            times = " | ".join(
+                f"{1e3 * found[name]:.2f}, {found['dense'] / found[name]:.2f}x "
+                f"({read_bytes(layer) / found[name] / 1e9:.1f})"
+                for name, layer in layers.items()
+            )
             print(f"| {text} | {tokens} | {times} |", flush=True)
+
+
+def any_state(level: Level, shape: tuple[int, int]) -> State:
+    """Return packed tensors of a random weight; looking for walks would take minutes."""
+    if not str(level).startswith("trellis"):
+        return compose.compress(level, torch.randn(shape), None)
+    empty = compose.empty(level, shape, torch.bfloat16)
+    codes = torch.randint(256, empty["codes"].shape, dtype=torch.uint8)
+    return {"codes": codes, "scale": torch.ones(1)}
 
 
 def arguments() -> argparse.Namespace:
@@ -108,6 +131,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--levels", nargs="+", default=["rtn:bits=3,group_size=128,clip=false"])
     parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--outputs", type=int, help="of one layer alone")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)

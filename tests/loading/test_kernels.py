@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_evopress.loading.kernels import compiled, operators
+from hf_evopress.loading.kernels import compiled, operators, walks
 from hf_evopress.loading.kernels.layer import MOST_TOKENS, Kernel, kernel_of
 from hf_evopress.loading.layers import CompressedLinear
 from hf_evopress.loading.runtimes import KERNELS
 from hf_evopress.methods import compose
 from hf_evopress.methods.base import State
 from hf_evopress.methods.maths.linalg import Stats
+from hf_evopress.methods.maths.walks import unpack_walks
 
 CODES = [
     *(f"rtn:bits={bits},group_size=64" for bits in (2, 3, 4, 5, 6, 7, 8)),
@@ -131,6 +132,29 @@ def test_trellis_codes_are_multiplied_in_the_rotated_basis(
     grad, ids = torch.randn(5, shape[0]), torch.tensor([3, 0, 15, 3])
     assert torch.allclose(kernel.input_gradient(grad, state), grad @ W, atol=1e-4)
     assert torch.allclose(kernel.look_up(ids, state, torch.float32), W[ids], atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_any_walk_is_read_as_the_reference_reads_it(bits: int) -> None:
+    drawn = torch.Generator().manual_seed(bits)
+    for settings, shape in (
+        ("state_bits=16,rotation=none", (48, 384)),
+        ("state_bits=7,rotation=none,codebook=gauss", (17, 13)),
+        ("state_bits=12,seed=1", (33, 100)),  # rotations of 25 parts of 4
+        ("state_bits=11,rotation=32", (96, 64)),
+    ):
+        level = compose.normalize(f"trellis:bits={bits},{settings}")
+        size = compose.empty(level, shape, torch.float32)["codes"].shape
+        codes = torch.randint(256, size, dtype=torch.uint8, generator=drawn)
+        state = {"codes": codes, "scale": torch.tensor([0.5])}
+        W, kernel = compose.decompress(level, state, shape, torch.float32), kernel_of(level, shape)
+        assert kernel is not None
+        for tokens in (1, 3, MOST_TOKENS):
+            x = torch.randn(tokens, shape[1], generator=drawn)
+            given = x.clone()
+            found = kernel.linear(x, state, None)
+            assert error(found, x.double() @ W.double().T) < 1e-6
+            assert torch.equal(x, given)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +344,26 @@ def test_kernels_that_fail_are_left_with_one_warning(
 def test_a_processor_without_avx2_takes_the_float32_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "has_avx2", lambda: False)
     assert compiled.chunk_of(64) == 0
+
+
+def reader(decode: Any) -> Any:
+    import numba
+
+    def read(tile, table, size, target):  # type: ignore[no-untyped-def]
+        decode(tile, table, size, target)
+
+    return numba.njit(read)
+
+
+@pytest.mark.parametrize("bits", [3, 7])
+def test_a_processor_without_bmi_reads_the_same_walks(bits: int) -> None:
+    codes = torch.randint(256, (32 * bits,), dtype=torch.uint8)
+    table, found = torch.randn(2**10), torch.zeros(2, 256)
+    for target, has_bmi in zip(found, (False, compiled.has_bmi()), strict=True):
+        decode = walks.intrinsics(has_bmi=has_bmi)[f"decode_{bits}"]
+        reader(decode)(codes.data_ptr(), table.data_ptr(), 10, target.data_ptr())
+    states = unpack_walks(codes[None], bits, 10)
+    assert torch.equal(found[0], table[states[0].long()]) and torch.equal(*found)
 
 
 def test_rows_are_shared_by_threads() -> None:

@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
-from . import lanes, memory, native, rows, vectors
+from . import lanes, memory, native, rows, strips, vectors, walks
 from . import task as places
 from .task import (
     CHUNK,
     COUNT,
+    LEAST_ROOM,
     PARALLEL,
     ROOM_SIZE,
     ROWS,
@@ -45,12 +46,14 @@ logger = logging.getLogger(__name__)
 LEAST = 2**17  # multiplications that are worth another thread
 Task = ctypes.c_int64 * SIZE
 _FAST = ("dot_floats", "dot_codes")  # sums in any order
+_OWNERS = (rows, native, strips)
 _FUNCTIONS = (  # callees first
     *("to_float", "to_bfloat16", "unpack_range", "unpack_row", "read_mask", "read_grids"),
     *("read_codes", "weights_of", "read_walks", "read_mma_walks", "read_weights", "count_kept"),
     "dot_floats",
     *("dot_codes", "dot_rest", "spread", "write", "multiply_row", "multiply_codes"),
-    *("expand_row", "prepare", "place", "share", "run", "multiply", "take_rows", "part"),
+    *("expand_row", "prepare", "place", "share", "run", "multiply"),
+    *("decode", "sum_strip", "multiply_strip", "take_rows", "part", "hadamard", "mix", "turn"),
 )
 
 
@@ -86,7 +89,7 @@ def bytes_of(tokens: int, inputs: int) -> int:
 
 
 def bytes_of_thread(inputs: int) -> int:
-    return ROOM_SIZE * (inputs + 127)
+    return ROOM_SIZE * max(inputs + 127, LEAST_ROOM)
 
 
 class _Scratch(threading.local):
@@ -117,6 +120,7 @@ class Kernels:
         self.work: int = entries["part"].address
         self.run: Callable[[int, int], None] = _callable(entries["run"], 2)
         self.multiply: Callable[..., None] = _callable(entries["multiply"], 6)
+        self.turn: Callable[..., None] = _callable(entries["turn"], 8)
         self.parallel = _openmp()
 
 
@@ -130,12 +134,11 @@ def compiled() -> Kernels:
     numba = import_module("numba")
     logger.info("CPU kernels: compiled by numba, or read from its cache")
     made = memory.intrinsics() | lanes.intrinsics()
-    made |= vectors.intrinsics(has_avx2=has_avx2())
+    made |= vectors.intrinsics(has_avx2=has_avx2()) | walks.intrinsics(has_bmi=has_bmi())
     for name, function in made.items():
         _put(name, function)
     for name in _FUNCTIONS:
-        owner = rows if hasattr(rows, name) else native
-        plain = vars(owner)[name]
+        plain = next(f for owner in _OWNERS if (f := vars(owner).get(name)) is not None)
         _put(name, numba.njit(plain, fastmath=name in _FAST, error_model="numpy"))
     entries = {name: _entry(numba, *how) for name, how in _ENTRIES.items()}
     return Kernels(entries)
@@ -149,6 +152,14 @@ def has_avx2() -> bool:
     return bool(is_x86 and llvm.get_host_cpu_features().get("avx2"))
 
 
+@lru_cache(maxsize=None)
+def has_bmi() -> bool:
+    """Return whether bits are cut out of a word by one instruction here."""
+    llvm: Any = import_module("llvmlite.binding")
+    is_x86 = llvm.get_process_triple().startswith(("x86_64", "amd64"))
+    return bool(is_x86 and llvm.get_host_cpu_features().get("bmi"))
+
+
 def chunk_of(size: int) -> int:
     """Return how many of `size` neighbours with one scale are summed as integers, 0 for none."""
     if not has_avx2():
@@ -157,7 +168,7 @@ def chunk_of(size: int) -> int:
 
 
 def _put(name: str, function: Any) -> None:
-    for module in (rows, native):
+    for module in _OWNERS:
         if hasattr(module, name):
             setattr(module, name, function)
 
@@ -184,12 +195,24 @@ def _part(version: int) -> Callable[..., Any]:
     return part_task
 
 
-_ENTRIES = {"run": (_run, 2), "multiply": (_multiply, 6), "part": (_part, 1)}
+def _turn(version: int) -> Callable[..., Any]:
+    def turn_rows(x, y, signs, matrix, is_back, q, p, tokens):  # type: ignore[no-untyped-def]
+        return strips.turn(x, y, signs, matrix, is_back, q, p, tokens, version)
+
+    return turn_rows
+
+
+_ENTRIES = {
+    "run": (_run, 2),
+    "multiply": (_multiply, 6),
+    "part": (_part, 1),
+    "turn": (_turn, 8),
+}
 
 
 def _version() -> int:
-    total = zlib.crc32(str(has_avx2()).encode())
-    for module in (memory, lanes, vectors, rows, native, places):
+    total = zlib.crc32(str((has_avx2(), has_bmi())).encode())
+    for module in (memory, lanes, vectors, walks, rows, native, strips, places):
         total = zlib.crc32(_source(module), total)
     return total
 

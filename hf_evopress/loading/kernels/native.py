@@ -36,6 +36,7 @@ from .task import (
     GROUPS,
     HAS_FLOATS,
     IDS,
+    LEAST_ROOM,
     MORE,
     NEXT,
     OFFSET,
@@ -50,11 +51,13 @@ from .task import (
     SCALES,
     SEAT,
     SIZE,
+    SOURCE,
     START,
     STARTS,
     STEP,
     THREADS,
     TOKENS,
+    WALKS,
     WORK,
     X_FLOAT,
     X_INT,
@@ -81,6 +84,7 @@ set_f32: Any = None
 set_i64: Any = None
 take: Any = None
 call: Any = None
+multiply_strip: Any = None
 scale_chunks: Any = None
 dot_16: Any = None
 dot_32: Any = None
@@ -272,10 +276,13 @@ def run(tasks, memory, version):  # type: ignore[no-untyped-def]
     threads, room = get(tasks, THREADS), np.int64(0)
     for i in range(get(tasks, COUNT)):
         task = tasks + 8 * SIZE * i
-        own = (get(task, N) + 127) & -64
+        own = max(LEAST_ROOM, (get(task, N) + 127) & -64)
         room = max(room, own)
         set_i64(task + 8 * ROOM, own)
-        set_i64(task + 8 * STEP, max(1, min(64, get(task, ROWS) // (8 * threads))))
+        step = max(1, min(64, get(task, ROWS) // (8 * threads)))
+        if get(task, SOURCE) == WALKS and get(task, X):
+            step = (step + 15) & -16  # whole strips
+        set_i64(task + 8 * STEP, step)
         if get(task, SAME):
             share(task, tasks + 8 * SIZE * (get(task, SAME) - 1))
         elif get(task, X):
@@ -312,12 +319,17 @@ def take_rows(task, s):  # type: ignore[no-untyped-def]
     step, rows, is_product = get(task, STEP), get(task, ROWS), get(task, X)
     ids, start, has_grids = get(task, IDS), get(task, FIRST), get(task, SCALES)
     has_integers = is_product and get(task, CHUNK)
+    is_strips = is_product and get(task, SOURCE) == WALKS
     # as many rows at once as their grids have room for; those of ids lie apart
     block = 1 if ids else max(1, min(step, get(task, ROOM) // get(task, GROUPS)))
     while True:
         first = take(task + 8 * NEXT, step)
         if first >= rows:
             return
+        if is_strips:
+            for low in range(first, min(first + step, rows), 16):
+                multiply_strip(task, low, min(low + 16, rows), s)
+            continue
         for low in range(first, min(first + step, rows), block):
             count = min(block, min(first + step, rows) - low)
             row = get(ids, low) if ids else start + low

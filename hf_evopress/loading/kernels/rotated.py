@@ -12,13 +12,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...methods.maths.rotation import unrotate
+from ...methods.maths.rotation import parts, unrotate
 from ...methods.maths.trellis_rounding import (
     block_of,
     rotate_inputs,
     rotate_outputs,
     unrotate_outputs,
 )
+from .compiled import compiled
 from .matrix import Matrix, Tensors
 from .steps import Steps
 
@@ -46,13 +47,28 @@ class Rotated(Matrix):
         bias: Tensor | None = None,
         start: Tensor | None = None,
     ) -> Steps:
-        y = yield from super().steps(
-            state, self.enter(x.float(), state).contiguous(), torch.float32
-        )
-        y = self.leave(y, state)
+        own = x.float() if self.scale else x.float() * state[self.column_scales]
+        own = self._turned(own, 2 * self.seed, is_back=False)
+        y = yield from super().steps(state, own, torch.float32)
+        y = self._turned(y, 2 * self.seed + 1, is_back=True) * state[self.scale or self.row_scales]
         for more in (start, bias):
             y = y if more is None else y + more
         return y.to(dtype)
+
+    def _turned(self, x: Tensor, seed: int, *, is_back: bool) -> Tensor:
+        """Return the rows of x (tokens, n) float32 rotated, or rotated back.
+
+        As enter() and leave() do, which for one token is a hundred small operations of PyTorch.
+        """
+        if self.rotation == "none":
+            return x
+        tokens, n = x.shape
+        turned = parts(n, seed, block_of(self.rotation))
+        matrix = 0 if turned.matrix is None else turned.matrix.data_ptr()
+        own, y = x.clone(), torch.empty(tokens, n, dtype=torch.float32, device="cpu")
+        signs, sizes = turned.signs.data_ptr(), (turned.q, turned.p)
+        compiled().turn(own.data_ptr(), y.data_ptr(), signs, matrix, is_back, *sizes, tokens)
+        return y
 
     def enter(self, x: Tensor, state: Tensors) -> Tensor:
         own = x if self.scale else x.float() * state[self.column_scales]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -57,6 +58,28 @@ def rotate_moment(H: Tensor, seed: int, block: int = WHOLE) -> Tensor:
     """Return Q H Q^T, symmetric (n, n) float32: a second moment in the rotated basis."""
     H = rotate(rotate(H, seed, block).T.contiguous(), seed, block)
     return (H + H.T) / 2
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What Q (n, n) is made of on a CPU, n = q p: signs (n,), and what mixes its q parts, if any.
+
+    matrix: the DCT-II (q, q), whose tensors are kept for this process.
+    """
+
+    p: int
+    q: int
+    signs: Tensor
+    matrix: Tensor | None
+
+
+@lru_cache(maxsize=64)
+def parts(n: int, seed: int, block: int = WHOLE) -> Parts:
+    """Return the parts of Q, for kernels that rotate by themselves."""
+    p, q = factors(n, block)
+    cpu = torch.device("cpu")
+    mixes = q > 1 and block == WHOLE
+    return Parts(p, q, _signs(n, seed, cpu), _dct(q, cpu).contiguous() if mixes else None)
 
 
 def factors(n: int, block: int = WHOLE) -> tuple[int, int]:

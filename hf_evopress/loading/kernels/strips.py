@@ -1,0 +1,141 @@
+"""Trellis-coded rows times activations, 16 rows at a time, and rotations: numba compiles it.
+
+A strip of 16 rows is read tile by tile: 256 values go to the cache of the core, and to the sums of
+all tokens. Beside the table of values there is little in the first-level cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .task import BITS, CODES, NUMBER_BITS, TABLE, TOKENS, WIDTH, X_FLOAT, N
+
+MOST = 16  # tokens whose sums a thread has room for
+TILE, LAST, SCRATCH, SUMS = 0, 1024, 1088, 1152  # bytes in a thread's memory, 9344 in all
+OF_TOKEN = 512  # bytes of sums
+
+# what compiled.py puts here: loads and stores (memory.py), vectors (walks.py), native.write
+get: Any = None
+write: Any = None
+f32: Any = None
+set_f32: Any = None
+add_tile: Any = None
+butterfly: Any = None
+add_times: Any = None
+decode_1: Any = None
+decode_2: Any = None
+decode_3: Any = None
+decode_4: Any = None
+decode_5: Any = None
+decode_6: Any = None
+decode_7: Any = None
+
+
+def decode(bits, tile, table, size, target):  # type: ignore[no-untyped-def]
+    """Write the values of a tile, float32."""
+    if bits == 3:
+        decode_3(tile, table, size, target)
+    elif bits == 2:
+        decode_2(tile, table, size, target)
+    elif bits == 4:
+        decode_4(tile, table, size, target)
+    elif bits == 1:
+        decode_1(tile, table, size, target)
+    elif bits == 5:
+        decode_5(tile, table, size, target)
+    elif bits == 6:
+        decode_6(tile, table, size, target)
+    else:
+        decode_7(tile, table, size, target)
+
+
+def multiply_strip(task, row, end, s):  # type: ignore[no-untyped-def]
+    """Write the products of rows row .. end, of one strip, with all tokens."""
+    tokens = get(task, TOKENS)
+    for first in range(0, tokens, MOST):
+        sum_strip(task, row, first, min(MOST, tokens - first), s)
+        for token in range(min(MOST, tokens - first)):
+            for i in range(end - row):
+                total, at = np.float32(0.0), s + SUMS + OF_TOKEN * token + 32 * i
+                for j in range(8):
+                    total += f32(at + 4 * j)
+                write(task, row + i, first + token, total, s + SCRATCH)
+
+
+def sum_strip(task, row, first, tokens, s):  # type: ignore[no-untyped-def]
+    """Add up the products of a strip with some tokens, eight parts of each."""
+    bits, tiles, n, table = get(task, BITS), get(task, WIDTH), get(task, N), get(task, TABLE)
+    size, x = get(task, NUMBER_BITS), get(task, X_FLOAT) + 4 * first * n
+    codes = get(task, CODES) + (row // 16) * tiles * 32 * bits
+    for i in range(128 * tokens):
+        set_f32(s + SUMS + 4 * i, np.float32(0.0))
+    for tile in range(n // 16):
+        decode(bits, codes + tile * 32 * bits, table, size, s + TILE)
+        for token in range(tokens):
+            add_tile(s + TILE, x + 4 * (token * n + 16 * tile), s + SUMS + OF_TOKEN * token, 1)
+    rest, last = n % 16, n - n % 16
+    if rest:
+        decode(bits, codes + (tiles - 1) * 32 * bits, table, size, s + TILE)
+        for token in range(tokens):
+            for i in range(16):
+                value = f32(x + 4 * (token * n + last + i)) if i < rest else np.float32(0.0)
+                set_f32(s + LAST + 4 * i, value)
+            add_tile(s + TILE, s + LAST, s + SUMS + OF_TOKEN * token, 1)
+
+
+def hadamard(x, q, p):  # type: ignore[no-untyped-def]
+    """Multiply q vectors of p float32 by the Walsh-Hadamard matrix / sqrt(p), in place."""
+    size = 1
+    while size < p:
+        for first in range(0, q * p, 2 * size):
+            low, high = x + 4 * first, x + 4 * (first + size)
+            if size >= 8:
+                butterfly(low, high, size >> 3)
+            else:
+                for i in range(size):
+                    a, b = f32(low + 4 * i), f32(high + 4 * i)
+                    set_f32(low + 4 * i, a + b)
+                    set_f32(high + 4 * i, a - b)
+        size *= 2
+    factor = np.float32(1.0 / np.sqrt(p))
+    for i in range(q * p):
+        set_f32(x + 4 * i, f32(x + 4 * i) * factor)
+
+
+def mix(x, y, matrix, is_back, q, p):  # type: ignore[no-untyped-def]
+    """Write D X to y, or D^T X, for D (q, q) and X (q, p)."""
+    for i in range(q * p):
+        set_f32(y + 4 * i, np.float32(0.0))
+    for j in range(q):
+        for k in range(q):
+            factor, target = matrix + 4 * (k * q + j if is_back else j * q + k), y + 4 * j * p
+            source = x + 4 * k * p
+            add_times(source, factor, target, p >> 3)
+            for i in range(8 * (p >> 3), p):
+                value = f32(target + 4 * i) + f32(source + 4 * i) * f32(factor)
+                set_f32(target + 4 * i, value)
+
+
+def turn(x, y, signs, matrix, is_back, q, p, tokens, version):  # type: ignore[no-untyped-def]
+    """Rotate the rows of x (tokens, q p) float32, or rotate them back; x and y are written.
+
+    The result is in y. matrix: of the DCT that mixes q parts, 0 for none (methods/rotation.py).
+    """
+    n = q * p
+    for token in range(tokens):
+        a, b = x + 4 * n * token, y + 4 * n * token
+        if not is_back:
+            for i in range(n):
+                set_f32(a + 4 * i, f32(a + 4 * i) * f32(signs + 4 * i))
+            hadamard(a, q, p)
+        if matrix:
+            mix(a, b, matrix, is_back, q, p)
+        else:
+            for i in range(n):
+                set_f32(b + 4 * i, f32(a + 4 * i))
+        if is_back:
+            hadamard(b, q, p)
+            for i in range(n):
+                set_f32(b + 4 * i, f32(b + 4 * i) * f32(signs + 4 * i))

@@ -1,0 +1,145 @@
+"""Tiles of walks through a trellis: bits to states to values, and what is done with values.
+
+The state of a weight is the last bits of its walk. Eight weights are read from one word of 64
+bits, and each is looked up in the table: two instructions per weight, where a processor cuts bits
+out in one. A 4096 x 4096 weight at 3 bits and one token, on one core of an AMD EPYC (ms): so 4.9;
+with a shift and a mask 6.1; with states made in vectors, which takes 1.1, and AVX2's gather 7.5, or
+element by element 6.3 to 7.7; with values computed in vectors (mul1, to the bit) 3.9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .lanes import LANES, llvm_ir, loop_of, place_of, vector_of
+
+SIDE = 16  # rows and columns of a tile
+WIDTHS = range(1, 8)  # bits per weight
+WORD = 8  # bytes
+
+
+def intrinsics(*, has_bmi: bool) -> dict[str, Any]:
+    """Return name -> function for numba code. has_bmi: x86's instruction that cuts bits out."""
+    made = {f"decode_{bits}": _decode(bits, has_bmi=has_bmi) for bits in WIDTHS}
+    made["add_tile"] = loop_of(4, _add_tile)
+    made["butterfly"] = loop_of(3, _butterfly)
+    made["add_times"] = loop_of(4, _add_times)
+    return made
+
+
+def _decode(bits: int, *, has_bmi: bool) -> Any:
+    """decode(tile, table, size, target): the values (16, 16) float32 of a tile of 32 * bits bytes.
+
+    table: float32 by state; size: the bits of a state.
+    """
+    from numba import types
+    from numba.extending import intrinsic
+
+    each = LANES if bits < 7 else LANES // 2  # states of 16 bits that one word holds
+
+    def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        tile, table, size, target = arguments
+        cut = _cut_by_bmi(b, size) if has_bmi else _cut(b, size)
+        for first in range(0, SIDE * SIDE, LANES):
+            values = llvm_ir().Constant(vector_of(0), llvm_ir().Undefined)
+            for part in range(0, LANES, each):
+                word, after = _word(b, bits, tile, first + part + each)
+                for j in range(each):
+                    state = cut(word, after + bits * (each - 1 - j))
+                    value = b.load(place_of(b, table, state, llvm_ir().FloatType(), 4), align=4)
+                    lane = llvm_ir().Constant(llvm_ir().IntType(32), part + j)
+                    values = b.insert_element(values, value, lane)
+            place = place_of(b, target, _number(first // LANES), vector_of(0), 4 * LANES)
+            b.store(values, place, align=4)
+        return context.get_dummy_value()
+
+    def typing(context: Any, tile: Any, table: Any, mask: Any, target: Any) -> Any:
+        return types.void(*[types.int64] * 4), emit
+
+    return intrinsic(typing)
+
+
+def _word(b: Any, bits: int, tile: Any, end: int) -> tuple[Any, int]:
+    """Return the 64 bits of a walk up to weight `end`, and how many of the next come after.
+
+    Before the first byte of a walk is its last.
+    """
+    last = -(-bits * end // 8)
+    first, after = last - WORD, 8 * last - bits * end
+    if first >= 0:
+        return _load(b, tile, first), after
+    word = b.lshr(_load(b, tile, 0), _number(-8 * first))
+    before = _load(b, tile, SIDE * SIDE * bits // 8 - WORD)
+    return b.or_(word, b.shl(before, _number(8 * last))), after
+
+
+def _cut(b: Any, size: Any) -> Callable[[Any, int], Any]:
+    """Return a function that emits `size` bits of a word above the lowest `shift`."""
+    mask = b.sub(b.shl(_number(1), size), _number(1))
+    return lambda word, shift: b.and_(b.lshr(word, _number(shift)), mask)
+
+
+def _cut_by_bmi(b: Any, size: Any) -> Callable[[Any, int], Any]:
+    from numba.core import cgutils
+
+    ir = llvm_ir()
+    word, high, known = ir.IntType(64), b.shl(size, _number(8)), dict[int, Any]()
+    kind = ir.FunctionType(word, [word, word])
+    instruction = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.bmi.bextr.64")
+
+    def cut(word_: Any, shift: int) -> Any:
+        if shift not in known:  # one register each, where LLVM would compute it anew at each use
+            value = b.or_(high, _number(shift))
+            known[shift] = b.asm(ir.FunctionType(word, [word]), "", "=r,0", [value], False)
+        return b.call(instruction, [word_, known[shift]])
+
+    return cut
+
+
+def _load(b: Any, tile: Any, offset: int) -> Any:
+    """Return eight bytes as one number, the first of them the highest."""
+    from numba.core import cgutils
+
+    word = llvm_ir().IntType(64)
+    kind = llvm_ir().FunctionType(word, [word])
+    turn = cgutils.get_or_insert_function(b.module, kind, "llvm.bswap.i64")
+    return b.call(turn, [b.load(place_of(b, tile, _number(offset), word, 1), align=1)])
+
+
+def _number(value: int) -> Any:
+    return llvm_ir().Constant(llvm_ir().IntType(64), value)
+
+
+def _add_tile(b: Any, i: Any, tile: Any, x: Any, sums: Any) -> None:
+    """sums (16, 8) += the tile (16, 16) times 16 of x, eight parts of each row."""
+    floats, fast = vector_of(0), ("fast",)
+    xs = [b.load(place_of(b, x, _number(half), floats, 4 * LANES), align=4) for half in range(2)]
+    for row in range(SIDE):
+        place = place_of(b, sums, _number(row), floats, 4 * LANES)
+        total = b.load(place, align=4)
+        for half in range(2):
+            own = place_of(b, tile, _number(2 * row + half), floats, 4 * LANES)
+            product = b.fmul(b.load(own, align=4), xs[half], flags=fast)
+            total = b.fadd(total, product, flags=fast)
+        b.store(total, place, align=4)
+
+
+def _butterfly(b: Any, i: Any, low: Any, high: Any) -> None:
+    """low, high = low + high, low - high."""
+    places = [place_of(b, base, i, vector_of(0), 4 * LANES) for base in (low, high)]
+    x, y = (b.load(place, align=4) for place in places)
+    b.store(b.fadd(x, y), places[0], align=4)
+    b.store(b.fsub(x, y), places[1], align=4)
+
+
+def _add_times(b: Any, i: Any, source: Any, factor: Any, target: Any) -> None:
+    """target += source * the number at `factor`."""
+    ir, floats = llvm_ir(), vector_of(0)
+    one = b.load(b.inttoptr(factor, ir.FloatType().as_pointer()), align=4)
+    nothing = ir.Constant(floats, ir.Undefined)
+    one = b.insert_element(nothing, one, ir.Constant(ir.IntType(32), 0))
+    one = b.shuffle_vector(one, one, ir.Constant(vector_of(32), [0] * LANES))
+    place = place_of(b, target, i, floats, 4 * LANES)
+    x = b.load(place_of(b, source, i, floats, 4 * LANES), align=4)
+    b.store(b.fadd(b.load(place, align=4), b.fmul(x, one)), place, align=4)
