@@ -108,6 +108,9 @@ class PackedWeight(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight (out, in) in `weight_dtype`, computed now; changes to it raise."""
+        if len({tensor.is_meta for tensor in self.state.values()}) > 1:
+            # transformers ties a head tensor by tensor, and looks at its shape if it has a bias
+            return torch.empty(self.shape, dtype=self.weight_dtype, device="meta")
         W = compose.decompress(self.level, self.state, self.shape, self.weight_dtype)
         W = W.as_subclass(ComputedWeight)
         W._is_hf_initialized = True  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hf_evopress.loading.config import EvoPressConfig
 from hf_evopress.loading.embedding import CompressedEmbedding, compress_embedding
@@ -90,6 +90,20 @@ def test_it_survives_a_checkpoint_without_a_dense_weight(dense: Any, tmp_path: P
     assert (again / "model.safetensors").read_bytes() == (
         tmp_path / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_tied_head_with_a_bias_survives_a_checkpoint(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "bos_token_id": 0}
+    config = AutoConfig.for_model(
+        "phi", num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=True, **sizes
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    torch.nn.init.normal_(model.lm_head.bias)
+    expected = logits(compressed(model))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.scales is loaded.model.embed_tokens.scales
+    assert torch.equal(logits(loaded), expected)
 
 
 def test_tied_tensors_are_counted_once(tiny_model: Any) -> None:
