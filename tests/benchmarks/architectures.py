@@ -55,10 +55,11 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "sliding_window", "rotary_dim"), 8),
     **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok", "linear_num_key_heads"), 2),
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), 1),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 256),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), 256),
     "hidden_size_per_layer_input": 16,
     "word_embed_proj_dim": 64,
     "num_nextn_predict_layers": 0,
+    "is_decoder": True,  # BERT kin are encoders otherwise, which are no causal language models
 }
 # What cannot be told from names.
 SPECIAL: dict[str, dict[str, Any]] = {
