@@ -167,7 +167,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     levels: tuple[str, ...] | None = None  # none: the menu of `families`
     families: tuple[str, ...] = ()  # quant, sparse, lowrank, residual, all; none: what fits
-    export: str = DEFAULT  # what it is for (or `for`): cpu, gpu, vllm, gguf, transformers
+    export: str = DEFAULT  # what it is for (or `for`): cpu, gpu, vllm, exl3, gguf, transformers
     ends: str = "auto"  # of embedding and head: auto, budget, dense or a level; see jobs.ends
     vision: bool = False  # compress the vision tower of a vision-language model, too
     drop: Drop = field(default_factory=Drop)
