@@ -4,7 +4,9 @@
 
 `imports` is a process that imports the same packages and loads nothing. The claim to check:
 peak <= imports + checkpoint + one layer. A dense checkpoint is mapped into memory and read when it
-is used first: so there is also the time until one token has been computed.
+is used first: so there is also the time until one token has been computed. --by-turns loads both in
+this process, again and again, and prints the least CPU seconds of each: without imports and what is
+made once per process.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from typing import Any
 
 from hf_evopress.models.size import stored_bytes
@@ -51,6 +54,22 @@ def measure(model: str, repeats: int) -> dict[str, Any]:
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
+def by_turns(names: list[str], repeats: int) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    seconds = dict.fromkeys(names, float("inf"))
+    for _ in range(repeats):
+        for name in names:
+            start = time.process_time()
+            AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+            seconds[name] = min(seconds[name], time.process_time() - start)
+    print("| | CPU seconds |\n|---|---|")
+    for name, value in seconds.items():
+        print(f"| {name} | {value:.3f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -58,7 +77,11 @@ def main() -> None:
     parser.add_argument("compressed")
     parser.add_argument("dense")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--by-turns", action="store_true")
     words = parser.parse_args()
+    if words.by_turns:
+        by_turns([words.compressed, words.dense], words.repeats)
+        return
     imports = measure("-", words.repeats)
     print("| | checkpoint MB | peak MB above imports | seconds | to the first token |")
     print("|---|---|---|---|---|")

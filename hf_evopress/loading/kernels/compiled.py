@@ -1,6 +1,6 @@
 """The compiled kernels, and a call of them on the threads of PyTorch.
 
-Compiled by numba at the first product, 15 seconds of one core once per machine: it keeps the
+Compiled by numba at the first product, 20 to 30 seconds of one core once per machine: it keeps the
 result beside this file or in the user's cache folder. Work is shared among threads by the OpenMP
 library that PyTorch has loaded (GOMP_parallel): a pool of our own would compete with its threads
 for cores. Where there is none (Windows, macOS), one thread does it all.

@@ -4,7 +4,7 @@ The state of a weight is the last bits of its walk. Eight weights are read from 
 bits, and each is looked up in the table: two instructions per weight, where a processor cuts bits
 out in one. A 4096 x 4096 weight at 3 bits and one token, on one core of an AMD EPYC (ms): so 4.9;
 with a shift and a mask 6.1; with states made in vectors, which takes 1.1, and AVX2's gather 7.5, or
-element by element 6.3 to 7.7; with values computed in vectors (mul1, to the bit) 3.9.
+element by element 6.3; with values computed in vectors (mul1, to the bit) 3.9.
 """
 
 from __future__ import annotations
