@@ -202,12 +202,12 @@ def check_codes(levels: Sequence[Level]) -> None:
         )
 
 
-def check_walks(levels: Sequence[Level], teacher: str | None) -> None:
-    """Raise ValueError where codes of trellis levels would move with no teacher to judge them."""
-    walks = sorted({str(x) for x in levels if has_p_step(x) and isinstance(_method(x), Trellis)})
-    if walks and teacher is None:
+def check_judged(levels: Sequence[Level], teacher: str | None) -> None:
+    """Raise ValueError where codes would move with no teacher to judge what comes of it."""
+    moving = sorted({str(level) for level in levels if has_p_step(level)})
+    if moving and teacher is None:
         raise ValueError(
-            f"moving the codes of {walks[0]} can make a model much worse, and without a teacher "
+            f"moving the codes of {moving[0]} can make a model much worse, and without a teacher "
             "nothing would tell: give --teacher DENSE, with which only what is closer on held-out "
             "text is kept"
         )

@@ -48,7 +48,7 @@ from ..refine.distillation import Targets, divergence
 from .arguments import training_arguments
 from .checkpoints import train
 from .datasets import datasets_of
-from .pv_tuning import PVTuning, check_codes, check_walks
+from .pv_tuning import PVTuning, check_codes, check_judged
 from .trainer import DistillationTrainer
 from .tunable import KINDS, check_trainable, make_tunable, settle
 
@@ -183,7 +183,7 @@ def tune(
         config = refuse_other_classes(model)
         if CODES in (settings.kinds or ()):
             check_codes(_levels(config))
-            check_walks(_levels(config), settings.teacher)
+            check_judged(_levels(config), settings.teacher)
         check_context(config, settings.seq_len, "seq_len")
         window = window_of(config, window, default=512)
     work = work_beside(out)

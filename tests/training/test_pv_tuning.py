@@ -17,6 +17,7 @@ from hf_evopress.methods import compose
 from hf_evopress.refine.distillation import Sequences
 from hf_evopress.training.trainer import DistillationTrainer
 from hf_evopress.training.tunable import make_tunable, settle
+from hf_evopress.training.tune import Tuning, tune
 
 LEVEL = "rtn:bits=2,group_size=32"
 
@@ -183,3 +184,8 @@ def test_bad_requests_say_what_to_change(model: Any, tiny_model: Any) -> None:
         PVTuning(model, max_change=2)
     with pytest.raises(ValueError, match="the model has none; its levels are all dense"):
         PVTuning(tiny_model("llama"))
+
+
+def test_without_a_teacher_codes_are_refused_before_any_text(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="moving the codes of .*bits.*give --teacher DENSE"):
+        tune(str(folder), tmp_path / "out", Tuning(train="codes"), data=["missing.txt"])
