@@ -68,14 +68,21 @@ class Ends:
         return sum(compose.cost_bits(level, shapes[u]) for u, level in self.fixed.items())
 
 
-def choose_ends(skeleton: nn.Module, recipe: Recipe) -> Ends:
-    """Return what `recipe` leaves open of the ends of a model."""
+def are_in_budget(recipe: Recipe) -> bool:
+    """Return whether the bytes of the ends count, so that their levels are searched."""
+    return recipe.ends == "budget" or (recipe.ends == "auto" and recipe.budget.counts_file)
+
+
+def choose_ends(skeleton: nn.Module, recipe: Recipe, *, small: bool = False) -> Ends:
+    """Return what `recipe` leaves open of the ends of a model.
+
+    small: offer levels below 3 bits whatever the budget, as where nothing else is within it.
+    """
     said, budget, every = recipe.ends, recipe.budget, tuple(find_ends(skeleton))
     if recipe.export == "vllm":
         if said not in ("auto", "dense"):
             raise ValueError(f"embedding and head stay dense for vllm, got ends={said!r}")
         return Ends(every=every)
-    in_budget = said == "budget" or (said == "auto" and budget.counts_file)
     if budget.sparsity is not None or budget.drop is not None:
         if said not in ("auto", "dense"):
             raise ValueError(
@@ -91,8 +98,8 @@ def choose_ends(skeleton: nn.Module, recipe: Recipe) -> Ends:
         units = [unit for unit in units if unit.role == "head"]  # it has no packed embedding
     if said == "auto" and not class_of(skeleton).generates:
         units = [unit for unit in units if unit.role == "embedding"]
-    if in_budget:
-        is_small = _bits_per_weight(skeleton, recipe) < SMALL
+    if are_in_budget(recipe):
+        is_small = small or _bits_per_weight(skeleton, recipe) < SMALL
         offered = {u.name: _menu(u, recipe, is_small=is_small) for u in units}
         return Ends(tuple(units), offered, every=every)
     fixed = {u.name: _level(u, said, recipe) for u in units}

@@ -5,6 +5,7 @@ Nothing here needs weights: a model on the meta device has names, shapes and dty
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -29,7 +30,7 @@ from ..recipes.targets import fused_for
 from ..search.budget import Budget
 from ..search.drop_counts import drop_counts
 from ..search.space import Genome, SearchSpace
-from .ends import Ends, choose_ends, default_level
+from .ends import Ends, are_in_budget, choose_ends, default_level
 from .for_gguf import check_menus, fitting_menus, fixed_bits, is_for_gguf
 from .for_target import check_for_exl3, check_for_vllm
 from .shared_levels import check_shared, with_shared
@@ -105,6 +106,14 @@ class Problem:
 
 def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
     """Return the problem that `recipe` poses for a model, in the dtype to ship, on any device."""
+    if are_in_budget(recipe):
+        with contextlib.suppress(ValueError):
+            return _pose(skeleton, recipe)
+        return _pose(skeleton, recipe, small_ends=True)
+    return _pose(skeleton, recipe)
+
+
+def _pose(skeleton: nn.Module, recipe: Recipe, *, small_ends: bool = False) -> Problem:
     said = recipe.budget
     units = [] if said.drop is not None else find_units(skeleton, skip=recipe.skip)
     if recipe.vision and said.drop is None:
@@ -116,7 +125,7 @@ def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
         families = recipe.families if recipe.levels else recipe.offered_families
         offered = menus(shapes, recipe.levels, families=families, sparsity=said.sparsity)
     offered, pairs = with_shared(offered, shapes, recipe)
-    ends = choose_ends(skeleton, recipe)
+    ends = choose_ends(skeleton, recipe, small=small_ends)
     units, offered = [*units, *ends.units], {**offered, **ends.menus}
     offered = _pinned(offered, recipe.pin)
     check_shared(offered, pairs)

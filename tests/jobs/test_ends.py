@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from hf_evopress.jobs.ends import choose_ends
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.pipeline import compress
+from hf_evopress.jobs.problem import pose
 from hf_evopress.loading.embedding import CompressedEmbedding
 from hf_evopress.loading.layers import CompressedLinear
 from hf_evopress.models.size import stored_bytes
@@ -201,3 +202,17 @@ def test_an_embedding_is_offered_2_bits_only_where_a_file_is_that_small(tiny_mod
     assert 2 in offered(size=small) and 2 not in offered(size=large)
     assert 2 in offered(ratio=0.18) and 2 not in offered(ratio=0.19)
     assert 2 in offered(bits=2.9) and 2 not in offered(bits=3.0)
+
+
+def test_the_least_size_that_is_said_can_be_had(tiny_model: Any) -> None:
+    """A file of so few bytes is mostly headers and norms, at more than 3 bits per weight."""
+    model = tiny_model("llama", tie_word_embeddings=True)
+
+    def posed(size: str) -> Any:
+        return pose(model, Recipe.from_dict({"model": "m", "budget": {"size": size}}))
+
+    with pytest.raises(ValueError, match=r"smallest possible is \d+B") as caught:
+        posed("5kB")
+    least = str(caught.value).partition("possible is ")[2].partition("B")[0]
+    assert 8 * int(least) / sum(p.numel() for p in model.parameters()) > 3
+    assert posed(f"{least}B").budget.limit
