@@ -22,12 +22,10 @@ from torch import nn
 from ..methods import compose
 from ..methods.base import Method, State
 from ..models.ends import find_ends
-from ..models.experts import SplitExperts
-from ..models.plain import stock_class
 from ..plans.level import Level
 from ..plans.plan import Plan
 from .base import Export, States, check_loads
-from .dense import write_weights
+from .linears import not_linear, write_dense
 from .vllm_limits import vllm_obstacles
 
 logger = logging.getLogger(__name__)
@@ -88,16 +86,8 @@ def _without_ends(model: Any, plan: Plan, states: States) -> Plan:
     """Return the plan of the decoder, after writing dense weights into embedding and head."""
     names = {unit.name for unit in find_ends(model)}
     ends = {u: x for u, x in plan.items() if u in names and not x.is_dense}
-    rest = {u: x for u, x in plan.levels.items() if u not in ends}
-    if not ends or not rest:
-        return plan
-    logger.warning(
-        "compressed-tensors has no place for a packed embedding or head: %s are written dense, "
-        "as their levels decompress them",
-        ", ".join(f"{unit} ({level})" for unit, level in ends.items()),
-    )
-    write_weights(model, Plan(ends), states)
-    return plan.replace(levels=rest, shapes={u: s for u, s in plan.shapes.items() if u in rest})
+    why = "compressed-tensors has no place for a packed embedding or head"
+    return write_dense(model, plan, states, ends, why=why)
 
 
 class PackedLinear(nn.Module):
@@ -152,20 +142,13 @@ def check_plan(model: Any, plan: Plan) -> None:
 
 
 def _obstacles(model: Any, plan: Plan) -> Iterator[tuple[str, str]]:
-    experts = [f"{name}." for name, m in model.named_modules() if isinstance(m, SplitExperts)]
+    others = not_linear(model, plan)
     for unit, level in plan.items():
-        if level.is_dense:
-            continue
-        if level.is_drop:
-            yield unit, "it is dropped"
-            continue
-        linear = model.get_submodule(unit)
-        stock = stock_class(model, unit)
-        if unit.startswith(tuple(experts)):
-            yield unit, "it is an expert, stored with others as one tensor"
-        elif stock is not nn.Linear:
-            yield unit, f"it is a {stock.__name__} there, and the format knows nn.Linear"
-        elif len(level.terms) > 1 or not _has_codes(level, linear):
+        if unit in others:
+            yield unit, others[unit]
+        elif not level.is_dense and (
+            len(level.terms) > 1 or not _has_codes(level, model.get_submodule(unit))
+        ):
             yield unit, f"level '{level}' is not one term with codes"
 
 

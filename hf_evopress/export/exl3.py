@@ -14,7 +14,7 @@ is, reads the packed tensors as we do (tests/benchmarks/exl3.py).
 from __future__ import annotations
 
 import json
-import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,12 @@ from ..base.resources import atomic_write
 from ..methods import compose
 from ..methods.base import Shape
 from ..models.ends import find_ends, output_head
-from ..models.experts import SplitExperts
-from ..models.plain import stock_class
 from ..plans.level import Level
 from ..plans.plan import Plan
 from .base import Export, States
-from .dense import write_weights
 from .exl3_format.config import check_architecture, quantization, storage
 from .exl3_format.tensors import LEVEL, obstacles, pack
-
-logger = logging.getLogger(__name__)
+from .linears import not_linear, write_dense
 
 TABLE = "quantization_config.json"
 
@@ -101,9 +97,9 @@ def check_plan(model: Any, plan: Plan) -> None:
         f"compress with --for exl3, or with levels such as --level {LEVEL.format(bits=3)}, and "
         "leave what does not fit dense, or use the evopress export"
     )
-    wrong = {unit: why for unit, level in plan.items() if (why := _obstacle(model, unit, level))}
+    wrong = list(_obstacles(model, plan))
     if wrong:
-        named = "; ".join(f"{unit}: {why}" for unit, why in list(wrong.items())[:4])
+        named = "; ".join(f"{unit}: {why}" for unit, why in wrong[:4])
         more = f" (and {len(wrong) - 4} more)" if len(wrong) > 4 else ""
         raise ValueError(f"exl3 cannot hold {named}{more}; {way_out}")
     levels = [level for level in plan.levels.values() if not level.is_dense]
@@ -117,19 +113,13 @@ def check_plan(model: Any, plan: Plan) -> None:
         )
 
 
-def _obstacle(model: Any, unit: str, level: Level) -> str:
-    """Return why a unit cannot be written at its level, nothing where it can."""
-    if level.is_dense:
-        return ""
-    if level.is_drop:
-        return "it is dropped"
-    experts = [f"{name}." for name, m in model.named_modules() if isinstance(m, SplitExperts)]
-    if unit.startswith(tuple(experts)):
-        return "it is an expert, stored with others as one tensor"
-    stock = stock_class(model, unit)
-    if stock is not nn.Linear:
-        return f"it is a {stock.__name__}, and EXL3 is for nn.Linear"
-    return "; ".join(obstacles(level, _shape(model, unit)))
+def _obstacles(model: Any, plan: Plan) -> Iterator[tuple[str, str]]:
+    others = not_linear(model, plan)
+    for unit, level in plan.items():
+        if unit in others:
+            yield unit, others[unit]
+        elif not level.is_dense and (why := "; ".join(obstacles(level, _shape(model, unit)))):
+            yield unit, why
 
 
 def _without_ends(model: Any, plan: Plan, states: States) -> Plan:
@@ -142,16 +132,8 @@ def _without_ends(model: Any, plan: Plan, states: States) -> Plan:
         and not level.is_dense
         and (units[name].role != "head" or any(obstacles(level, units[name].shape)))
     }
-    rest = {u: x for u, x in plan.levels.items() if u not in ends}
-    if not ends or not rest:
-        return plan
-    logger.warning(
-        "EXL3 has no place for a packed embedding, nor for a head at other levels than its own: "
-        "%s are written dense, as their levels decompress them",
-        ", ".join(f"{unit} ({level})" for unit, level in ends.items()),
-    )
-    write_weights(model, Plan(ends), states)
-    return plan.replace(levels=rest, shapes={u: s for u, s in plan.shapes.items() if u in rest})
+    why = "EXL3 has no place for a packed embedding, nor for a head at other levels than its own"
+    return write_dense(model, plan, states, ends, why=why)
 
 
 def _stored(folder: Path) -> list[tuple[str, Tensor]]:
