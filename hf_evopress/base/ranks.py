@@ -96,6 +96,11 @@ class Ranks:
 ALONE = Ranks()
 
 
+def is_in_group() -> bool:
+    """Return whether this process has joined others, whoever started them."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def start() -> Ranks:
     """Return this process among those of its launcher; alone where there is none.
 

@@ -114,7 +114,8 @@ def keep(job: Job, search: Search) -> None:
 
 def _search_file(job: Job, search: Search) -> Path:
     # one file per problem: searches for several budgets share a work folder
-    problem = {**search.state()["problem"], "fitness": job.fitness_words}
+    state = search.state()
+    problem = {**state["problem"], "version": state["version"], "fitness": job.fitness_words}
     problem["dtype"] = str(job.search_dtype)
     return job.work / "search" / f"{text_fingerprint(json.dumps(problem))}.json"
 

@@ -5,7 +5,6 @@ Nothing here needs weights: a model on the meta device has names, shapes and dty
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -105,15 +104,23 @@ class Problem:
 
 
 def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
-    """Return the problem that `recipe` poses for a model, in the dtype to ship, on any device."""
-    if are_in_budget(recipe):
-        with contextlib.suppress(ValueError):
-            return _pose(skeleton, recipe)
-        return _pose(skeleton, recipe, small_ends=True)
-    return _pose(skeleton, recipe)
+    """Return the problem that `recipe` poses for a model, in the dtype to ship, on any device.
+
+    Where no plan is within the budget, the ends are offered their smallest levels as well.
+    """
+    parts = _parts(skeleton, recipe)
+    try:
+        budget = _budget(recipe, parts)
+    except ValueError:
+        if not are_in_budget(recipe):
+            raise
+        parts = _parts(skeleton, recipe, small_ends=True)
+        budget = _budget(recipe, parts)
+    return Problem(**parts, budget=budget)
 
 
-def _pose(skeleton: nn.Module, recipe: Recipe, *, small_ends: bool = False) -> Problem:
+def _parts(skeleton: nn.Module, recipe: Recipe, *, small_ends: bool = False) -> dict[str, Any]:
+    """Return all of a problem but its budget, by the names of its fields."""
     said = recipe.budget
     units = [] if said.drop is not None else find_units(skeleton, skip=recipe.skip)
     if recipe.vision and said.drop is None:
@@ -147,23 +154,30 @@ def _pose(skeleton: nn.Module, recipe: Recipe, *, small_ends: bool = False) -> P
     caches = {} if said.context is None else {cache.name: cache for cache in find_caches(skeleton)}
     added = _with_caches(added, caches.values())
     space = _space(skeleton, units, offered, added, recipe, ends, caches, pairs)
+    return {
+        "units": tuple(units),
+        "menus": offered,
+        "added": added,
+        "space": space,
+        "ends": ends,
+        "caches": caches,
+    }
+
+
+def _budget(recipe: Recipe, parts: Mapping[str, Any]) -> Budget:
+    said, space = recipe.budget, parts["space"]
     if said.drop is not None:
-        budget = Budget.of_drops(space)
-    else:
-        budget = Budget.parse(
-            space,
-            bits=said.bits,
-            size=said.size,
-            ratio=said.ratio,
-            sparsity=said.sparsity,
-            context=said.context,
-            reserved_bits=sum(
-                STAND_IN_BITS * (said.context or 0)
-                for cache in caches.values()
-                if cache.name in added.inside
-            ),
-        )
-    return Problem(tuple(units), offered, added, space, budget, ends, caches)
+        return Budget.of_drops(space)
+    inside = sum(cache.name in parts["added"].inside for cache in parts["caches"].values())
+    return Budget.parse(
+        space,
+        bits=said.bits,
+        size=said.size,
+        ratio=said.ratio,
+        sparsity=said.sparsity,
+        context=said.context,
+        reserved_bits=STAND_IN_BITS * (said.context or 0) * inside,
+    )
 
 
 def _with_caches(added: Droppable, caches: Iterable[CacheUnit]) -> Droppable:

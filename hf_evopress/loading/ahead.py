@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..base.ranks import is_in_group
 from .layers import CompressedLinear
 from .packed import PackedWeight
 
@@ -56,8 +57,8 @@ def show_again(model: nn.Module) -> None:
 def _stays_here(device_map: Any) -> bool:
     """Return whether all goes to the CPU of this process, which reads files by mapping them."""
     places = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
-    is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return all(str(p) == "cpu" for p in places) and not is_shared and sys.platform != "win32"
+    is_mapped = sys.platform != "win32"
+    return is_mapped and not is_in_group() and all(str(p) == "cpu" for p in places)
 
 
 def _as_they_are(keys: Iterable[str], rules: Sequence[Any]) -> list[str]:
