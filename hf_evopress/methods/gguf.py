@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from .base import Method, Param, Shape, State
-from .maths.ggml import lattice
+from .maths.ggml import feedback, lattice
 from .maths.ggml.encoder import encode
-from .maths.ggml.feedback import round_rows
 from .maths.ggml.scalar import LAYOUTS
 from .maths.ggml.types import KINDS, NEED_IMPORTANCE, cut_blocks, fitting
 from .maths.linalg import DAMP, SINK, Stats
+from .maths.row_groups import OUTPUT_PARAMS, round_rows
 
 _PIECE = 2**18  # weights decoded at once on a CPU
 
@@ -42,6 +42,7 @@ class GGUF(Method):
         "feedback": Param(bool, "later inputs absorb the errors of earlier ones", default=True),
         "damp": Param(float, "share of the mean diagonal added", default=DAMP, at_least=0.0),
         "sink": Param(float, "weight of position 0 in the Hessian", default=SINK, at_least=0.0),
+        **OUTPUT_PARAMS,
     }
     examples = (
         "gguf:type=q4_0",
@@ -49,6 +50,7 @@ class GGUF(Method):
         "gguf:type=iq4_nl",
         "gguf:type=q4_1,feedback=false",
         "gguf:type=q8_0,damp=0.1,sink=0.0",
+        "gguf:type=q5_0,outputs=false",
     )
 
     def check_shape(self, shape: Shape, **params: Any) -> None:
@@ -64,6 +66,9 @@ class GGUF(Method):
     def uses_stats(self, **params: Any) -> bool:
         return params["feedback"] or params["type"] in NEED_IMPORTANCE
 
+    def uses_outputs(self, **params: Any) -> bool:
+        return bool(params["feedback"] and params["outputs"])
+
     def cost_bits(self, shape: Shape, **params: Any) -> int:
         return 8 * shape[0] * KINDS[params["type"]].row_bytes(shape[1])
 
@@ -78,13 +83,20 @@ class GGUF(Method):
             stats = self.required(stats, Ws)
         for W in Ws:
             self.check_shape((W.shape[0], W.shape[1]), **params)
-        kind, rows = KINDS[params["type"]], torch.cat([W.float() for W in Ws])
+        kind = KINDS[params["type"]]
         if params["feedback"] and stats is not None:
             U = stats.inverse_factor(sink=params["sink"], damp=params["damp"])
-            blocks = round_rows(kind, rows, U)
-        else:
-            weight = None if stats is None else stats.hessian(sink=params["sink"]).diagonal()
-            blocks = encode(kind, rows, weight).to(rows.device)
+            made = round_rows(
+                [W.to(U.device, torch.float32) for W in Ws],
+                stats.outputs if params["outputs"] else None,
+                params["damp_outputs"],
+                lambda rows: (feedback.round_rows(kind, rows[0], U).unsqueeze(0),),
+                lambda made: _decode(made[0][0], **params).unsqueeze(0),
+            )
+            return [{"blocks": blocks[0].clone()} for (blocks,) in made]
+        rows = torch.cat([W.float() for W in Ws])
+        weight = None if stats is None else stats.hessian(sink=params["sink"]).diagonal()
+        blocks = encode(kind, rows, weight).to(rows.device)
         return [{"blocks": part.clone()} for part in blocks.split([W.shape[0] for W in Ws])]
 
     def decompress(self, state: State, shape: Shape, dtype: torch.dtype, **params: Any) -> Tensor:

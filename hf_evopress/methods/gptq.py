@@ -23,8 +23,10 @@ from torch import Tensor
 
 from .base import Param, SharedWork, State
 from .maths.codes import CODE_PARAMS, SCALE_DTYPES, CodedMethod, pack_state
+from .maths.grid import dequantize
 from .maths.linalg import DAMP, SINK, Stats
 from .maths.obs import MAX_VALUES, Rounding, solve
+from .maths.row_groups import OUTPUT_PARAMS, Made, round_rows
 
 
 class GPTQ(SharedWork, CodedMethod):
@@ -37,20 +39,26 @@ class GPTQ(SharedWork, CodedMethod):
         "clip": Param(bool, "search the range of each group", default=True),
         "damp": Param(float, "share of the mean diagonal added", default=DAMP, at_least=0.0),
         "sink": Param(float, "weight of position 0 in the Hessian", default=SINK, at_least=0.0),
+        **OUTPUT_PARAMS,
     }
     examples = (
         "gptq:bits=3,group_size=32",
         "gptq:bits=4,group_size=-1,symmetric=true",
+        "gptq:bits=3,group_size=16,outputs=false",
         "gptq:bits=2,group_size=16,scales=bfloat16,clip=false,damp=0.01,sink=0.0",
     )
+
+    def uses_outputs(self, **params: Any) -> bool:
+        return bool(params["outputs"])
 
     def compress_many(
         self, Ws: Sequence[Tensor], stats: Stats | None, settings: Sequence[Mapping[str, Any]]
     ) -> list[list[State]]:
         """Return, per setting, the states of weights that share one input.
 
-        Rows do not interact, so all weights and all bit-widths go through one column loop;
-        settings that differ in more than `bits` take a loop each, on the same factor.
+        All weights and all bit-widths go through one loop over columns, for each group of rows
+        where outputs' moments are known; settings that differ in more than `bits` take loops of
+        their own, on the same factor.
         """
         stats = self.required(stats, Ws)
         loops: dict[tuple[Any, ...], list[int]] = {}
@@ -70,38 +78,39 @@ def _one_loop(
     Ws: Sequence[Tensor], stats: Stats, settings: Sequence[Mapping[str, Any]]
 ) -> list[list[State]]:
     """Return the states per setting, for settings that differ in `bits` only."""
-    params, levels = settings[0], len(settings)
+    params, group = settings[0], settings[0]["group_size"]
     U = stats.inverse_factor(sink=params["sink"], damp=params["damp"])
-    columns = Ws[0].shape[1]
     maxq = torch.tensor([2.0 ** p["bits"] - 1 for p in settings], device=U.device)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for part in torch.cat([W.float() for W in Ws]).split(max(1, MAX_VALUES // (levels * columns))):
-        # (columns, levels * rows): an input's weights lie together, the loop reads them once.
-        work = part.T.to(U.device).repeat(1, levels)
-        found.append(
-            _solve(
-                work,
+
+    def rounder(rows: Tensor) -> Made:
+        """Return codes (levels, n, in) uint8, scales and zero points (levels, n, groups)."""
+        found = []
+        for part in rows.split(max(1, MAX_VALUES // (len(rows) * rows.shape[2])), dim=1):
+            n = part.shape[1]
+            # (in, levels * n): an input's weights lie together, the loop reads them once
+            work = part.permute(2, 0, 1).reshape(part.shape[2], -1)
+            q, scale, zero = _solve(
+                work.clone(memory_format=torch.contiguous_format),
                 U,
-                maxq.repeat_interleave(part.shape[0]),
-                params["group_size"],
+                maxq.repeat_interleave(n),
+                group,
                 symmetric=params["symmetric"],
                 scale_dtype=SCALE_DTYPES[params["scales"]],
                 clip=params["clip"],
             )
-        )
-    # Each (columns or groups, levels * rows of a part) -> (levels, rows, columns or groups).
-    q, scale, zero = (
-        torch.cat([x.unflatten(1, (levels, -1)) for x in parts], dim=2).permute(1, 2, 0)
-        for parts in zip(*found, strict=True)
-    )
-    sizes = [W.shape[0] for W in Ws]
+            found.append([x.unflatten(1, (-1, n)).permute(1, 2, 0) for x in (q, scale, zero)])
+        return tuple(torch.cat(x, dim=1) for x in zip(*found, strict=True))
+
+    def decode(made: Made) -> Tensor:
+        q, scale, zero = made
+        q = q.unflatten(-1, (scale.shape[-1], -1))
+        return dequantize(q, scale.unsqueeze(-1), zero.unsqueeze(-1)).flatten(2)
+
+    outputs = stats.outputs if params["outputs"] else None
+    Ws = [W.to(U.device, torch.float32) for W in Ws]
+    made = round_rows(Ws, outputs, params["damp_outputs"], rounder, decode, levels=len(settings))
     return [
-        [
-            pack_state(*one, **p)
-            for one in zip(
-                q[i].split(sizes), scale[i].split(sizes), zero[i].split(sizes), strict=True
-            )
-        ]
+        [pack_state(*(x[i] for x in weight), **p) for weight in made]
         for i, p in enumerate(settings)
     ]
 

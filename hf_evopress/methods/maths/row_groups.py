@@ -1,0 +1,97 @@
+"""Round the rows of weights in groups, so that later rows absorb the errors of earlier ones.
+
+With the second moment G = N E N^T of the gradients at a weight's outputs, N upper triangular with
+identities in its diagonal blocks, the rows of group r are rounded towards
+
+    W_r + sum_{r' < r} (N^T)_rr' dW_r'
+
+where dW is what rounding the groups before has lost (YAQA, Tseng, Sun and De Sa 2025,
+arXiv:2505.22988). How rows are rounded is the caller's: whatever rounds each row by itself, as
+GPTQ does, becomes two-sided (`two_sided` does so for tiles).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..base import Param
+from .two_sided import DAMP_OUTPUTS, TILE, block_factor
+
+GROUPS = 16  # per weight, at most: each takes the caller's loop over inputs once more
+
+OUTPUT_PARAMS: Mapping[str, Param] = {
+    "outputs": Param(bool, "later rows absorb errors, too, where G is known", default=True),
+    "damp_outputs": Param(
+        float, "share of G's mean diagonal added", default=DAMP_OUTPUTS, at_least=0.0
+    ),
+}
+
+Made = tuple[Tensor, ...]  # what rows are rounded to, as (levels, rows, ...) each
+Rounder = Callable[[Tensor], Made]  # of rows (levels, n, in)
+Decoder = Callable[[Made], Tensor]  # -> the weights (levels, n, in) that rows were rounded to
+
+
+def round_rows(
+    Ws: Sequence[Tensor],
+    outputs: Sequence[Tensor | None] | None,
+    damp: float,
+    rounder: Rounder,
+    decode: Decoder,
+    *,
+    levels: int = 1,
+) -> list[Made]:
+    """Return what `rounder` makes of the rows of each weight (out_i, in), float32.
+
+    outputs: G (out, out) of each weight, None where unknown; None or () for all: then all rows
+    go to the rounder at once. damp: the share of G's mean diagonal that is added to it. Rows are
+    rounded `levels` times at once, as each level loses something else.
+    """
+    rows = [_Rows(W, G, damp, levels) for W, G in zip(Ws, outputs or [None] * len(Ws), strict=True)]
+    while waiting := [one for one in rows if not one.is_done]:
+        targets = [one.targets() for one in waiting]
+        made = rounder(torch.cat(targets, dim=1))
+        parts = zip(*(x.split([T.shape[1] for T in targets], dim=1) for x in made), strict=True)
+        for one, own in zip(waiting, parts, strict=True):
+            one.accept(own, decode)
+    return [tuple(torch.cat(x, dim=1) for x in zip(*one.made, strict=True)) for one in rows]
+
+
+class _Rows:
+    """A weight whose rows are being rounded, and what was lost on the way."""
+
+    def __init__(self, W: Tensor, G: Tensor | None, damp: float, levels: int) -> None:
+        self.W = W.expand(levels, *W.shape)
+        self.size, self.made, self._next = len(W), [], 0  # type: ignore[var-annotated]
+        self._lost: list[Tensor] = []
+        self._feedback: Tensor | None = None
+        if G is None:
+            return
+        if G.shape[0] != W.shape[0]:
+            raise ValueError(
+                f"a weight of shape {tuple(W.shape)} has {W.shape[0]} outputs, the moments of "
+                f"its gradients have {G.shape[0]}"
+            )
+        self.size = max(TILE, -(-len(W) // (GROUPS * TILE)) * TILE)
+        self._feedback = block_factor(G.to(W.device), damp, upper=True, block=self.size).T
+
+    @property
+    def is_done(self) -> bool:
+        return self._next >= self.W.shape[1]
+
+    def targets(self) -> Tensor:
+        """Return what the rows of the next group are rounded towards, (levels, n, in)."""
+        low, high = self._next, min(self._next + self.size, self.W.shape[1])
+        T = self.W[:, low:high]
+        if self._feedback is None or not self._lost:
+            return T
+        return T + self._feedback[low:high, :low] @ torch.cat(self._lost, dim=1)
+
+    def accept(self, made: Made, decode: Decoder) -> None:
+        """Take note of what the rows of the group were rounded to."""
+        low, self._next = self._next, self._next + made[0].shape[1]
+        self.made.append(made)
+        if self._feedback is not None and not self.is_done:
+            self._lost.append(self.W[:, low : self._next] - decode(made))
