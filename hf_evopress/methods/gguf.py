@@ -2,7 +2,8 @@
 
 Scales are chosen by ggml's own encoder with an importance matrix from the calibration. With
 `feedback` codes are then rounded anew, one input at a time, and the inputs not yet rounded absorb
-the error, as in GPTQ; without it codes are those that ggml makes.
+the error, as in GPTQ, and so do later rows where the outputs' moments are known; without it codes
+are those that ggml makes.
 
 Stores exactly the bytes of the GGUF tensor: 4.5 bits per weight at q4_0, q4_k and iq4_nl, 5.5 at
 q5_0 and q5_k, 8.5 at q8_0, 2.06 at iq2_xxs. Types with k in their name and the iq types but iq4_nl

@@ -1,14 +1,16 @@
 """GPTQ: round one input at a time and let the inputs not yet rounded absorb the error.
 
-Frantar et al. 2022 (arXiv:2210.17323), without reordering, with four changes. Measured on
+Frantar et al. 2022 (arXiv:2210.17323), without reordering, with five changes. Measured on
 SmolLM2-135M, group 64: the Hessian gives the attention sink its due and is damped more (`sink`,
 `damp`: KL at 3 bits 2.39 -> 0.75 with 0.05 and 0.1); group ranges are searched for the least
 loss, (w - w_hat)^2 / U_ii^2 summed over inputs (`clip`: KL 0.308 -> 0.247 at 3 bits and 1.78 ->
 1.23 at 2 against a search for the least |w - w_hat|^2.4); scales come from weights that carry
-every error so far; they are rounded to their stored dtype first.
+every error so far; they are rounded to their stored dtype first. Errors are
+absorbed along the outputs as well, where the moments of their gradients are known (`outputs`,
+`maths/row_groups.py`).
 
 Stores codes, scales and zero points: bits + (16 + bits) / group_size bits per weight. Making a
-weight takes O(in^3) once per distinct input and O(out * in^2) per bit-width.
+weight takes O(in^3) once per distinct input, O(out^3) per weight and O(out * in^2) per bit-width.
 
 When to use it: the level of choice from 2 to 6 bits; `rtn` where there are no data to calibrate on.
 """

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from ..base import Param
-from .two_sided import DAMP_OUTPUTS, TILE, block_factor
+from .two_sided import TILE, block_factor
 
 GROUPS = 16  # per weight, at most: each takes the caller's loop over inputs once more
+# Uniform 3 bits, SmolLM2-135M, G from 41k tokens, KL: 0.488 without outputs, 0.448 at 0.2, 0.432
+# at 0.5, 0.428 at 1.0. G of fewer tokens is noisier.
+DAMP_OUTPUTS = 1.0
 
 OUTPUT_PARAMS: Mapping[str, Param] = {
     "outputs": Param(bool, "later rows absorb errors, too, where G is known", default=True),
