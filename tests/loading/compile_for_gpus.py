@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from hf_evopress.loading.kernels import gpu, gpu_experts, gpu_matrix
 from hf_evopress.loading.kernels.gpu_experts import Experts, can_group, grouped
-from hf_evopress.loading.kernels.gpu_layer import TritonKernel, triton_kernel_of
+from hf_evopress.loading.kernels.gpu_layer import TritonKernel, dense_kernel, triton_kernel_of
 from hf_evopress.methods import compose
 from hf_evopress.methods.maths.linalg import Stats
 
@@ -102,6 +102,9 @@ def main() -> None:
             x, expert = torch.randn(tokens, shape[1], dtype=torch.bfloat16), torch.arange(tokens)
             biases = [torch.randn(shape[0], dtype=torch.bfloat16)] * 2
             assert grouped(x, expert // 2, kernel, Experts([state, state], biases)) is not None
+    dense = {"weight": torch.randn(shape, dtype=torch.bfloat16)}
+    x, expert = torch.randn(2, shape[1], dtype=torch.bfloat16), torch.arange(2)
+    assert grouped(x, expert, dense_kernel(shape, x.dtype), Experts([dense] * 2, [])) is not None
 
 
 if __name__ == "__main__":

@@ -87,11 +87,15 @@ class Sparse(OnGPU):
         places = state[m.places]
         return {
             "places": places,
-            "table": None if m.table is None else _on(m.table, places.device),
+            "table": self.table_on(places.device),
             "starts": _starts(places, self.shape[0]) if m.table is None else None,
             "values": state[m.codes],
             **_grids(m, state),
         }
+
+    def table_on(self, device: torch.device) -> Tensor | None:
+        """Return the masks of n:m by number, None for any sparsity."""
+        return None if self.matrix.table is None else _on(self.matrix.table, device)
 
 
 class Walks(OnGPU):
@@ -111,7 +115,7 @@ class Walks(OnGPU):
     def constants(self) -> dict[str, Any]:
         fixed = self.matrix.fixed
         book = self.book if self.book in FORMULAS else "table"
-        sizes = {"tiles": fixed["width"], "K": fixed["bits"], "L": fixed["number_bits"]}
+        sizes = {"wide": fixed["width"], "K": fixed["bits"], "L": fixed["number_bits"]}
         return {**sizes, "BOOK": book, "MMA": self.is_mma}
 
     @property
@@ -124,16 +128,20 @@ class Walks(OnGPU):
         """The name of the codebook."""
         return self.rotated.codebook
 
+    @property
+    def starts(self) -> str | None:
+        """The name of the walks' starts; none are of states with no more than their own bits."""
+        return self.rotated.starts if self.constants["L"] > self.constants["K"] else None
+
     def tensors(self, state: Tensors) -> dict[str, Any]:
-        codes, sizes = state[self.matrix.codes], self.constants
-        has_formula, starts = self.book in FORMULAS, self.rotated.starts
-        known = self.book, sizes["L"], sizes["K"], codes.device
-        return {
-            "codes": codes,
-            # none are stored of states that hold no more than their own bits
-            "starts": None if starts is None or sizes["L"] == sizes["K"] else state[starts],
-            "table": None if has_formula else _values(*known),
-        }
+        codes = state[self.matrix.codes]
+        starts = None if self.starts is None else state[self.starts]
+        return {"codes": codes, "starts": starts, "table": self.table_on(codes.device)}
+
+    def table_on(self, device: torch.device) -> Tensor | None:
+        """Return the values of all states, None where they are computed."""
+        sizes = self.constants["L"], self.constants["K"]
+        return None if self.book in FORMULAS else _values(self.book, *sizes, device)
 
     def product(
         self,
@@ -172,14 +180,14 @@ class RowsOfTwoKinds(OnGPU):
         start: Tensor | None = None,
         order: Tensor | None = None,
     ) -> None:
-        n_top, own = self.top.shape[0], self._order(state)
+        n_top, own = self.top.shape[0], order_of(self.is_top(state))
         for part, some in ((self.top, own[:n_top]), (self.rest, own[n_top:])):
             part.into(y, state, x, bias=bias, start=start, order=some)
 
     def _unpacked(
         self, state: Tensors, dtype: torch.dtype, ids: Tensor | None, first: int, count: int
     ) -> Tensor:
-        is_top = self._is_top(state)
+        is_top = self.is_top(state)
         if ids is None:
             ids = torch.arange(first, first + count, device=is_top.device)
         known = ids.clamp(0, self.shape[0] - 1)
@@ -189,15 +197,8 @@ class RowsOfTwoKinds(OnGPU):
         rows = torch.where(own, top, rest)
         return rows.masked_fill_((ids != known).unsqueeze(-1), torch.nan)
 
-    def _order(self, state: Tensors) -> Tensor:
-        """Return which output each stored row is, int32: the top rows, then the rest."""
-        is_top = self._is_top(state)
-        number = torch.arange(len(is_top), device=is_top.device)
-        before = is_top.long().cumsum(0)
-        place = torch.where(is_top, before - 1, self.top.shape[0] + number - before)
-        return torch.empty_like(number, dtype=torch.int32).scatter_(0, place, number.int())
-
-    def _is_top(self, state: Tensors) -> Tensor:
+    def is_top(self, state: Tensors) -> Tensor:
+        """Return (rows,) bool."""
         return unpack(state[self.matrix.codes], 1, self.shape[0]).bool()
 
     def tensors(self, state: Tensors) -> dict[str, Any]:
@@ -218,6 +219,15 @@ def on_gpu(matrix: Matrix) -> OnGPU:
         T.MMA_WALKS: Walks,
     }
     return kinds[matrix.fixed.get("source", T.CODED)](matrix)
+
+
+def order_of(is_top: Tensor) -> Tensor:
+    """Return which output each stored row is, int32: the top rows, then the rest.
+
+    is_top (..., rows) bool.
+    """
+    # a stable sort: kinds keep their order
+    return is_top.logical_not().to(torch.uint8).argsort(stable=True, dim=-1).int()
 
 
 def _grids(m: Matrix, state: Tensors) -> dict[str, Any]:

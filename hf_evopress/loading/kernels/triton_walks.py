@@ -76,7 +76,7 @@ def past_of(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def bits_of(  # type: ignore[no-untyped-def]
-    codes, starts, row, run, is_there, tiles, K: tl.constexpr, L: tl.constexpr, MMA: tl.constexpr
+    codes, starts, row, run, is_there, wide, K: tl.constexpr, L: tl.constexpr, MMA: tl.constexpr
 ):
     """Return the bits of runs, uint64, and the 16 bits before them, uint32 (0: among the former).
 
@@ -85,7 +85,7 @@ def bits_of(  # type: ignore[no-untyped-def]
     """
     each: tl.constexpr = 4 if MMA else 2  # runs in a row of a tile
     size: tl.constexpr = (K + 1) // 2 if MMA else K  # bytes of a run
-    walk = (row // 16).to(tl.int64)[:, None] * tiles + (run // each)[None, :]
+    walk = (row // 16).to(tl.int64)[:, None] * wide + (run // each)[None, :]
     if MMA:
         bit = (4 * K * (8 * (row % 8) + row // 8 % 2))[:, None] + (8 * K * (run % 4))[None, :]
     else:
@@ -132,17 +132,17 @@ def column_of(run, J: tl.constexpr, MMA: tl.constexpr):  # type: ignore[no-untyp
 
 @triton.jit
 def add_up(  # type: ignore[no-untyped-def]
-    x, codes, starts, table, row, is_row, token, tokens, n, tiles,
+    x, codes, starts, table, row, is_row, token, tokens, n, wide,
     K: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, MMA: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of x Y^T for BN stored rows and BM tokens, as `finish` takes them."""
     sums = nothing(ONE, BM, BN, BK)
-    runs = tiles * (4 if MMA else 2)
+    runs = wide * (4 if MMA else 2)
     for r0 in range(0, runs, BK):
         run = r0 + tl.arange(0, BK)
         is_there = is_row[:, None] & (run < runs)[None, :]
-        new, past = bits_of(codes, starts, row, run, is_there, tiles, K, L, MMA)
+        new, past = bits_of(codes, starts, row, run, is_there, wide, K, L, MMA)
         for J in tl.static_range(4 if MMA else 8):
             w = weights_of(new, past, table, is_there, J, K, L, BOOK, MMA)
             column = column_of(run, J, MMA)
@@ -152,7 +152,7 @@ def add_up(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def product(  # type: ignore[no-untyped-def]
-    x, codes, starts, table, start, bias, order, y, tokens, rows, n, width, tiles,
+    x, codes, starts, table, start, bias, order, y, tokens, rows, n, width, wide,
     K: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, MMA: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +160,7 @@ def product(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     token = tl.program_id(1) * BM + tl.arange(0, BM)
     sums = add_up(
-        x, codes, starts, table, row, row < rows, token, tokens, n, tiles,
+        x, codes, starts, table, row, row < rows, token, tokens, n, wide,
         K, L, BOOK, MMA, ONE, EXACT, BM, BN, BK,
     )  # fmt: skip
     finish(sums, y, start, bias, order, row, rows, token, tokens, width, ONE)
@@ -168,15 +168,15 @@ def product(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def unpack(  # type: ignore[no-untyped-def]
-    codes, starts, table, ids, y, first, rows, all_rows, n, tiles,
+    codes, starts, table, ids, y, first, rows, all_rows, n, wide,
     K: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, MMA: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write stored rows, those that ids names or from `first` on, to y (rows, n)."""
     out, row, is_row = rows_of(ids, first, rows, all_rows, BN)
     run = tl.program_id(1) * BK + tl.arange(0, BK)
-    is_there = is_row[:, None] & (run < tiles * (4 if MMA else 2))[None, :]
-    new, past = bits_of(codes, starts, row, run, is_there, tiles, K, L, MMA)
+    is_there = is_row[:, None] & (run < wide * (4 if MMA else 2))[None, :]
+    new, past = bits_of(codes, starts, row, run, is_there, wide, K, L, MMA)
     for J in tl.static_range(4 if MMA else 8):
         w = weights_of(new, past, table, is_there, J, K, L, BOOK, MMA)
         column = column_of(run, J, MMA)
