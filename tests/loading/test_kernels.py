@@ -317,6 +317,23 @@ def test_a_compiled_layer_is_one_graph(level: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("level", ["rtn:bits=3,group_size=32", "gguf:type=q4_0"])
+def test_a_compiled_layer_under_autocast_gives_what_it_gives_uncompiled(level: str) -> None:
+    torch.manual_seed(0)
+    stats = Stats(torch.eye(96), None, None, 96)
+    state = compose.compress(compose.normalize(level), torch.randn(48, 96), stats)
+    made = CompressedLinear.from_state(level, state, torch.randn(48), (48, 96))
+    made.prepare("auto")
+    whole, x = torch.compile(made, fullgraph=True, backend="aot_eager"), torch.randn(3, 96)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = whole(x.requires_grad_()), made(x)
+    assert found.dtype == wanted.dtype == torch.bfloat16
+    assert torch.allclose(found, wanted, atol=0.05)
+    found.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    torch._dynamo.reset()
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_graphs_for_others_hold_plain_operations() -> None:
     made, x = layer(), torch.randn(3, 96)

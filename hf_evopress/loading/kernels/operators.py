@@ -77,9 +77,8 @@ def linear(
     if here is None:
         return None
     if torch.is_autocast_enabled(kind := x.device.type):
-        own = x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            return linear(kernel, names, tensors, own)
+            return linear(kernel, names, tensors, x.to(torch.get_autocast_dtype(kind)))
     if x.shape[-1] != kernel.shape[1]:
         raise RuntimeError(
             f"an input of shape {tuple(x.shape)} for a layer of {kernel.shape[1]} inputs"
@@ -239,6 +238,7 @@ def _linear(
         y = _product(kernel, tensors, x, bias)
         if y is not None:
             return y.contiguous()  # as the fake says, which compiled code relies on
+    bias = None if bias is None else bias.to(x.dtype)
     return compose.operator(known, tensors, bias, shape, x.dtype)(x).contiguous()
 
 
