@@ -148,6 +148,26 @@ def test_gradients_of_tokens_are_those_of_one_after_the_other(
         assert found is not None and torch.allclose(found, wanted, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("levels", [ALIKE, MIXED], ids=["alike", "mixed"])
+def test_under_autocast_they_are_as_near_to_the_exact_answer_as_one_after_the_other(
+    kind: str, levels: list[str], mixture: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts, (hidden, *rest) = mixture(kind, levels), routed(7)
+    exact, answers = one_by_one(experts, hidden, *rest), []
+    with torch.autocast("cpu", torch.bfloat16):
+        reference = one_by_one(experts, hidden, *rest)
+        counts = launches(monkeypatch)
+        for x in (hidden, hidden.clone().requires_grad_()):
+            answers.append(experts(x, *rest))
+        answers[1].float().sum().backward()
+    assert max(counts) > 1 and x.grad.dtype == torch.float32
+    assert bool(x.grad.isfinite().all()) and float(x.grad.norm()) > 0
+    for answer in answers:
+        assert answer.dtype == reference.dtype
+        assert (answer - exact).norm() <= 1.5 * (reference - exact).norm()
+
+
 def test_the_operator_keeps_the_rules_of_pytorch(mixture: Callable[..., Any]) -> None:
     layers = [expert.get_submodule(expert.names[0]) for expert in mixture()]
     state = [tensor for layer in layers for tensor in layer.state.values()]

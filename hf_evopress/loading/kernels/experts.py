@@ -108,11 +108,12 @@ def _by_kernels(x: Tensor, parts: Sequence[Part]) -> list[Tensor | None]:
 
 
 def _reference(x: Tensor, part: Part, rows: int) -> Tensor:
+    bias = None if part.bias is None else part.bias.to(x.dtype)
     if part.stored.level.is_dense:
-        return F.linear(x, part.tensors["weight"], part.bias)
+        return F.linear(x, part.tensors["weight"].to(x.dtype), bias)
     known = {name: part.tensors[name] for name in part.stored.names}
     shape = (rows, x.shape[-1])
-    return compose.operator(part.stored.level, known, part.bias, shape, x.dtype)(x)
+    return compose.operator(part.stored.level, known, bias, shape, x.dtype)(x)
 
 
 def _check(kernel: TritonKernel, x: Tensor, y: Tensor, parts: Sequence[Part]) -> None:
