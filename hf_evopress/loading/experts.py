@@ -29,13 +29,13 @@ def together(
 ) -> Tensor | None:
     """Return what SplitExperts.forward does, or None where that has to be done one by one.
 
-    The latter: adapters or hooks on experts, packed tensors that are trained, autocast, and
-    graphs for others, who have no kernels.
+    The latter: adapters or hooks on experts, packed tensors that are trained, and graphs for
+    others, who have no kernels.
     """
     layers = _layers(experts)
     if layers is None or hidden.dtype not in DTYPES or is_exporting():
         return None
-    if torch.is_autocast_enabled(hidden.device.type) or not hidden.numel():
+    if not hidden.numel():
         return None
     if torch.is_grad_enabled() and any(_is_trained(m) for own in layers for m in own):
         return None
@@ -85,6 +85,9 @@ def _is_trained(layer: Any) -> bool:
 
 def _linear(layers: list[Any], x: Tensor, expert: Tensor) -> Tensor:
     """Return x (tokens, in) times the weights of the layers that `expert` numbers, plus biases."""
+    if torch.is_autocast_enabled(kind := x.device.type):
+        with torch.autocast(kind, enabled=False):
+            return _linear(layers, x.to(torch.get_autocast_dtype(kind)), expert)
     has_graph = torch.is_grad_enabled() and x.requires_grad
     shape = (layers[0].out_features, layers[0].in_features)
     runtime = next(m.kernels for m in layers if isinstance(m, PackedWeight))

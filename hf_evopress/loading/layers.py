@@ -123,6 +123,8 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
         if is_compiled_into_one() and not any(t.requires_grad for t in self.state.values()):
             tensors = [self._parameters[name] for name in self._state_names]
             own = self.level_text, self.shape[0], AUTO
+            if torch.is_autocast_enabled(kind := x.device.type):
+                x = x.to(torch.get_autocast_dtype(kind))
             return torch.ops.evopress.linear(x, tensors, self.bias, *own)
         return compose.operator(self.level, self.state, self.bias, self.shape, x.dtype)(x)
 

@@ -16,9 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_evopress.loading.kernels import gpu, gpu_experts
+from hf_evopress.loading.kernels import gpu, gpu_experts, gpu_matrix
 from hf_evopress.loading.kernels.gpu_experts import Experts, can_group, grouped
-from hf_evopress.loading.kernels.gpu_layer import TritonKernel, triton_kernel_of
+from hf_evopress.loading.kernels.gpu_layer import TritonKernel, dense_kernel, triton_kernel_of
 from hf_evopress.methods import compose
 from hf_evopress.methods.maths.linalg import Stats
 
@@ -32,6 +32,8 @@ LEVELS = [
     "rtn:bits=8,group_size=24,symmetric=true + lowrank:rank=5,metric=plain",
     "trellis:bits=3,state_bits=8,feedback=none",
     "trellis:bits=5,state_bits=8,feedback=none,codebook=mul1",
+    "trellis:bits=5,state_bits=9,feedback=none,codebook=mcg,order=mma,tail_biting=false",
+    "trellis:bits=8,state_bits=12,feedback=none,tail_biting=false",
 ]
 KINDS = {
     torch.uint8: "*u8",
@@ -76,7 +78,7 @@ def compile_as_launched(
 
 
 def main() -> None:
-    for module in (gpu, gpu_experts):
+    for module in (gpu, gpu_matrix, gpu_experts):
         module.launch, module.needs_exact = compile_as_launched, lambda device: False
     TritonKernel.check = lambda *results: None  # nothing is computed
     torch.manual_seed(0)
@@ -100,6 +102,9 @@ def main() -> None:
             x, expert = torch.randn(tokens, shape[1], dtype=torch.bfloat16), torch.arange(tokens)
             biases = [torch.randn(shape[0], dtype=torch.bfloat16)] * 2
             assert grouped(x, expert // 2, kernel, Experts([state, state], biases)) is not None
+    dense = {"weight": torch.randn(shape, dtype=torch.bfloat16)}
+    x, expert = torch.randn(2, shape[1], dtype=torch.bfloat16), torch.arange(2)
+    assert grouped(x, expert, dense_kernel(shape, x.dtype), Experts([dense] * 2, [])) is not None
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from hf_evopress.loading.kernels.gpu_experts import FEW, tiles_of
 from hf_evopress.loading.kernels.layer import MOST_TOKENS
 from hf_evopress.loading.layers import CompressedLinear, prepare_layers
 from hf_evopress.methods import compose
+from hf_evopress.methods.maths.linalg import Stats
 from hf_evopress.models.experts import SplitExperts, split_experts
 
 ALIKE = ["rtn:bits=3,group_size=32"] * 4
@@ -65,7 +66,8 @@ def compress(expert: Any, name: str, text: str) -> None:
     if text == "dense":
         return
     level, shape = compose.normalize(text), tuple(linear.weight.shape)
-    state = compose.compress(level, linear.weight.detach().float(), None)
+    W = linear.weight.detach().float()
+    state = compose.compress(level, W, Stats(torch.eye(shape[1]), None, None, 64))
     dtype, bias = linear.weight.dtype, linear.bias
     layer = CompressedLinear.from_state(level, state, bias, shape, dtype=dtype)
     expert.set_submodule(name, layer)
@@ -146,6 +148,26 @@ def test_gradients_of_tokens_are_those_of_one_after_the_other(
         assert found is not None and torch.allclose(found, wanted, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("levels", [ALIKE, MIXED], ids=["alike", "mixed"])
+def test_under_autocast_they_are_as_near_to_the_exact_answer_as_one_after_the_other(
+    kind: str, levels: list[str], mixture: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts, (hidden, *rest) = mixture(kind, levels), routed(7)
+    exact, answers = one_by_one(experts, hidden, *rest), []
+    with torch.autocast("cpu", torch.bfloat16):
+        reference = one_by_one(experts, hidden, *rest)
+        counts = launches(monkeypatch)
+        for x in (hidden, hidden.clone().requires_grad_()):
+            answers.append(experts(x, *rest))
+        answers[1].float().sum().backward()
+    assert max(counts) > 1 and x.grad.dtype == torch.float32
+    assert bool(x.grad.isfinite().all()) and float(x.grad.norm()) > 0
+    for answer in answers:
+        assert answer.dtype == reference.dtype
+        assert (answer - exact).norm() <= 1.5 * (reference - exact).norm()
+
+
 def test_the_operator_keeps_the_rules_of_pytorch(mixture: Callable[..., Any]) -> None:
     layers = [expert.get_submodule(expert.names[0]) for expert in mixture()]
     state = [tensor for layer in layers for tensor in layer.state.values()]
@@ -209,6 +231,18 @@ def test_a_kernel_that_fails_leaves_the_reference(
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CODES = ["rtn:bits=4,group_size=32,scales=bfloat16", "rtn:bits=3,group_size=32,symmetric=true"] * 2
 SUM = ["rtn:bits=3,group_size=32 + lowrank:rank=2,metric=plain"] * 4
+SPARSE = ["magnitude:sparsity=0.5", "magnitude:pattern=2:4,bits=4,group_size=32"] * 2
+TRELLIS = ["trellis:bits=3,state_bits=6,feedback=none"] * 4
+WALKS = [
+    "trellis:bits=3,state_bits=6,feedback=none,scales=channels,order=mma",
+    "trellis:bits=2,state_bits=7,feedback=none,tail_biting=false + lowrank:rank=2,metric=plain",
+] * 2
+ROWS = ["rows:bits=3,top_bits=6,top=0.2,group_size=32"] * 4
+ALL = [ALIKE[0], SPARSE[0], TRELLIS[0], ROWS[0]]
+LAUNCHES = [  # of each layer
+    *((ALIKE, 1), (CODES, 2), (SUM, 3), (SPARSE, 2 + 1), (TRELLIS, 1), (WALKS, 1 + 3), (ROWS, 2)),
+    *((ALL, 1 + 2 + 1 + 2), (MIXED, 1 + 2 + 3 + 1)),
+]
 
 
 def triton_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -231,6 +265,18 @@ def triton_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (KINDS[1], CODES, torch.float16, 1),
         (KINDS[1], CODES, torch.float32, FEW // 2 + 5),
         (KINDS[0], SUM, torch.float16, FEW // 2 + 2),
+        (KINDS[1], SPARSE, torch.float32, 2),
+        (KINDS[0], SPARSE, torch.float16, FEW // 2 + 2),
+        (KINDS[1], TRELLIS, torch.float32, 1),
+        (KINDS[1], WALKS, torch.float32, 2),
+        (KINDS[1], WALKS, torch.float32, FEW // 2 + 2),
+        (KINDS[0], TRELLIS, torch.float16, FEW // 2 + 1),
+        (KINDS[1], ROWS, torch.float16, 2),
+        (KINDS[1], ROWS, torch.float32, FEW // 2 + 2),
+        (KINDS[1], ALL, torch.float32, 3),
+        (KINDS[1], MIXED, torch.float32, 3),
+        (KINDS[0], MIXED, torch.float16, FEW // 2 + 2),
+        (KINDS[1], ALL, torch.float32, FEW // 2 + 2),
     ],
     ids=str,
 )
@@ -247,7 +293,7 @@ def test_triton_kernels_answer_as_the_reference(
     given = [one.to(DEVICE) for one in routed(tokens, dtype)]
     names = triton_launches(monkeypatch)
     found = experts(*given)
-    expected = {0: 1, 1: 2, 2: 3}[[ALIKE, CODES, SUM].index(levels)]  # launches of each layer
+    (expected,) = (n for known, n in LAUNCHES if known is levels)
     assert len(names) == 2 * expected and not gpu_layer._failed
     experts.to("cpu")
     prepare_layers(experts, "packed")
@@ -257,11 +303,11 @@ def test_triton_kernels_answer_as_the_reference(
 
 
 @torch.no_grad()
-def test_kinds_that_triton_does_not_group_are_products_by_themselves(
+def test_experts_are_products_by_themselves_where_one_has_no_kernel(
     mixture: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason='no Triton: pip install "hf-evopress[dev]" on Linux')
-    experts = mixture(levels=MIXED, runtime="triton").to(DEVICE)
+    experts = mixture(levels=[*MIXED[:3], "zero"], runtime="triton").to(DEVICE)
     names = triton_launches(monkeypatch)
     found = experts(*(one.to(DEVICE) for one in routed(5)))
     prepare_layers(experts.to("cpu"), "packed")

@@ -43,6 +43,10 @@ TRELLIS = [
     "trellis:bits=7,state_bits=7,feedback=none",
     "trellis:bits=3,state_bits=7,feedback=none,scales=channels",
     "trellis:bits=2,state_bits=6,feedback=none + lowrank:rank=2,metric=plain",
+    "trellis:bits=8,state_bits=8,feedback=none",
+    *(f"trellis:bits={k},feedback=none,tail_biting=false,state_bits={k + 4}" for k in (1, 3, 8)),
+    "trellis:bits=4,state_bits=4,feedback=none,tail_biting=false,order=mma",
+    "trellis:bits=5,state_bits=8,feedback=none,tail_biting=false,order=mma,scales=channels",
 ]
 MMA = [f"trellis:bits={k},state_bits=8,feedback=none,order=mma,codebook=mul1" for k in (1, 2, 3, 8)]
 SUMS = [
@@ -134,38 +138,40 @@ def test_trellis_codes_are_multiplied_in_the_rotated_basis(
     assert torch.allclose(kernel.look_up(ids, state, torch.float32), W[ids], atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", range(1, 8))
-def test_any_walk_is_read_as_the_reference_reads_it(bits: int) -> None:
-    drawn = torch.Generator().manual_seed(bits)
+@pytest.mark.parametrize("ends", ["", ",tail_biting=false"], ids=["tail", "starts"])
+@pytest.mark.parametrize("order", ["rows", "mma"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_any_walk_is_read_as_the_reference_reads_it(bits: int, order: str, ends: str) -> None:
     for settings, shape in (
         ("state_bits=16,rotation=none", (48, 384)),
-        ("state_bits=7,rotation=none,codebook=gauss", (17, 13)),
+        ("state_bits=8,rotation=none,codebook=gauss", (17, 13)),
         ("state_bits=12,seed=1", (33, 100)),  # rotations of 25 parts of 4
         ("state_bits=11,rotation=32", (96, 64)),
     ):
-        level = compose.normalize(f"trellis:bits={bits},{settings}")
-        size = compose.empty(level, shape, torch.float32)["codes"].shape
-        codes = torch.randint(256, size, dtype=torch.uint8, generator=drawn)
-        state = {"codes": codes, "scale": torch.tensor([0.5])}
-        W, kernel = compose.decompress(level, state, shape, torch.float32), kernel_of(level, shape)
-        assert kernel is not None
-        for tokens in (1, 3, MOST_TOKENS):
-            x = torch.randn(tokens, shape[1], generator=drawn)
+        kernel, state = drawn(f"trellis:bits={bits},order={order},{settings}{ends}", shape)
+        W = compose.decompress(kernel.level, state, shape, torch.float32)
+        for tokens in (1, 3, MOST_TOKENS, MOST_TOKENS + 1):
+            x = torch.randn(tokens, shape[1])
             given = x.clone()
             found = kernel.linear(x, state, None)
             assert error(found, x.double() @ W.double().T) < 1e-6
             assert torch.equal(x, given)
 
 
-@pytest.mark.parametrize(
-    "level",
-    [
-        "trellis:bits=8,state_bits=8",
-        "trellis:bits=2,state_bits=6,tail_biting=false",
-    ],
-)
-def test_trellis_codes_that_no_kernel_reads_have_none(level: str) -> None:
-    assert kernel_of(compose.normalize(level), (48, 96)) is None
+def drawn(level: str, shape: tuple[int, int]) -> tuple[Kernel, State]:
+    """Return the kernel of a trellis level, and packed tensors of random bytes."""
+    torch.manual_seed(shape[1])
+    known = compose.normalize(level)
+    sizes = compose.empty(known, shape, torch.float32)
+    state = {
+        name: torch.randint(256, tensor.shape, dtype=torch.uint8)
+        if tensor.dtype == torch.uint8
+        else torch.rand(tensor.shape).to(tensor.dtype)
+        for name, tensor in sizes.items()
+    }
+    kernel = kernel_of(known, shape)
+    assert kernel is not None
+    return kernel, state
 
 
 def test_an_outlier_among_the_inputs_does_not_drown_the_others() -> None:
@@ -311,6 +317,23 @@ def test_a_compiled_layer_is_one_graph(level: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("level", ["rtn:bits=3,group_size=32", "gguf:type=q4_0"])
+def test_a_compiled_layer_under_autocast_gives_what_it_gives_uncompiled(level: str) -> None:
+    torch.manual_seed(0)
+    stats = Stats(torch.eye(96), None, None, 96)
+    state = compose.compress(compose.normalize(level), torch.randn(48, 96), stats)
+    made = CompressedLinear.from_state(level, state, torch.randn(48), (48, 96))
+    made.prepare("auto")
+    whole, x = torch.compile(made, fullgraph=True, backend="aot_eager"), torch.randn(3, 96)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = whole(x.requires_grad_()), made(x)
+    assert found.dtype == wanted.dtype == torch.bfloat16
+    assert torch.allclose(found, wanted, atol=0.05)
+    found.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    torch._dynamo.reset()
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_graphs_for_others_hold_plain_operations() -> None:
     made, x = layer(), torch.randn(3, 96)
@@ -349,19 +372,21 @@ def test_a_processor_without_avx2_takes_the_float32_way(monkeypatch: pytest.Monk
 def reader(decode: Any) -> Any:
     import numba
 
-    def read(tile, table, size, target):  # type: ignore[no-untyped-def]
-        decode(tile, table, size, target)
+    def read(tile, past, table, size, target):  # type: ignore[no-untyped-def]
+        decode(tile, past, table, size, target)
 
     return numba.njit(read)
 
 
-@pytest.mark.parametrize("bits", [3, 7])
+@pytest.mark.parametrize("bits", [3, 7, 8])
 def test_a_processor_without_bmi_reads_the_same_walks(bits: int) -> None:
     codes = torch.randint(256, (32 * bits,), dtype=torch.uint8)
     table, found = torch.randn(2**10), torch.zeros(2, 256)
     for target, has_bmi in zip(found, (False, compiled.has_bmi()), strict=True):
         decode = walks.intrinsics(has_bmi=has_bmi)[f"decode_{bits}"]
-        reader(decode)(codes.data_ptr(), table.data_ptr(), 10, target.data_ptr())
+        past = codes[-8:]  # it bites its tail
+        addresses = codes.data_ptr(), past.data_ptr(), table.data_ptr(), 10, target.data_ptr()
+        reader(decode)(*addresses)
     states = unpack_walks(codes[None], bits, 10)
     assert torch.equal(found[0], table[states[0].long()]) and torch.equal(*found)
 

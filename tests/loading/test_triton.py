@@ -24,7 +24,7 @@ from hf_evopress.loading.runtimes import KERNELS, TRITON_KERNELS, check_device, 
 from hf_evopress.methods import compose
 from hf_evopress.methods.base import State
 
-from .test_kernels import CODES, SPARSE, SUMS, TRELLIS, error, make
+from .test_kernels import CODES, MMA, SPARSE, SUMS, TRELLIS, drawn, error, make
 
 pytest.importorskip("triton", reason='no Triton: pip install "hf-evopress[dev]" on Linux')
 
@@ -70,7 +70,7 @@ def most_error(dtype: torch.dtype, dense: float) -> float:
     return (1.05 if dtype == torch.float16 or ROUNDS else 3.5) * dense
 
 
-ALL = CODES + SPARSE + SUMS + TRELLIS + MORE
+ALL = CODES + SPARSE + SUMS + TRELLIS + MMA + MORE
 CASES = [
     (level, fitting(level)[i % len(fitting(level))], DTYPES[(i + j) % 3], tokens)
     for i, level in enumerate(ALL)
@@ -108,6 +108,23 @@ def test_rows_are_those_of_the_reference_to_the_bit(level: str) -> None:
         assert torch.equal(kernel.look_up(ids, state, dtype), W[ids])
 
 
+@pytest.mark.parametrize("ends", ["", ",tail_biting=false"], ids=["tail", "starts"])
+@pytest.mark.parametrize("order", ["rows", "mma"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_any_walk_is_read_as_the_reference_reads_it(bits: int, order: str, ends: str) -> None:
+    state_bits, shape = (16, 12, max(8, bits))[bits % 3], (33, 100)
+    text = f"trellis:bits={bits},order={order},state_bits={state_bits},rotation=none{ends}"
+    own, state = drawn(text, shape)
+    kernel = triton_kernel_of(own.level, shape)
+    assert kernel is not None
+    state = {name: among_nan(tensor.to(DEVICE)) for name, tensor in state.items()}
+    W = compose.decompress(kernel.level, state, shape, torch.float32)
+    assert torch.equal(kernel._terms[0][0].weights(state, torch.float32) * state["scale"], W)
+    for tokens in (1, 3):
+        x = torch.randn(tokens, shape[1], device=DEVICE)
+        assert error(kernel.linear(x, state, None), x.double() @ W.double().T) < 1e-6
+
+
 @pytest.mark.parametrize("level", [CODES[0], CODES[-1], SPARSE[0]])
 def test_numbers_of_no_row_give_nan_and_are_not_read(level: str) -> None:
     kernel, state = kernel_at(level, fitting(level)[0])
@@ -133,7 +150,11 @@ def among_nan(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "level", [CODES[9], CODES[10], CODES[-1], SPARSE[0], SPARSE[3], SUMS[0], SUMS[1], TRELLIS[1]]
+    "level",
+    [
+        *(CODES[9], CODES[10], CODES[-1], SPARSE[0], SPARSE[3], SUMS[0], SUMS[1], TRELLIS[1]),
+        *(TRELLIS[-1], MMA[0]),
+    ],
 )
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_nothing_beside_the_packed_tensors_gets_into_the_result(level: str, tokens: int) -> None:
@@ -325,4 +346,5 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     made = {" ".join(line.split()[:4]) for line in run.stdout.splitlines() if line[:4] == "cuda"}
     kinds = [(f, k) for f in ("codes", "sparse", "walks") for k in ("product", "unpack")]
     kinds += [("floats", "product"), ("sparse", "count")]
+    kinds += [("experts", kind) for kind in ("codes", "floats", "sparse", "walks", "count")]
     assert {f"cuda 80 {family} {kind}" for family, kind in kinds} <= made

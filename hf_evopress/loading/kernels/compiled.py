@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from . import lanes, memory, native, rows, strips, vectors, walks
+from . import lanes, memory, native, rows, strips, vectors, walk_rows, walks
 from . import task as places
 from .task import (
     CHUNK,
@@ -46,10 +46,11 @@ logger = logging.getLogger(__name__)
 LEAST = 2**17  # multiplications that are worth another thread
 Task = ctypes.c_int64 * SIZE
 _FAST = ("dot_floats", "dot_codes")  # sums in any order
-_OWNERS = (rows, native, strips)
+_OWNERS = (rows, walk_rows, native, strips)
 _FUNCTIONS = (  # callees first
     *("to_float", "to_bfloat16", "unpack_range", "unpack_row", "read_mask", "read_grids"),
-    *("read_codes", "weights_of", "read_walks", "read_mma_walks", "read_weights", "count_kept"),
+    *("past_of", "read_walks", "read_mma_walks"),
+    *("read_codes", "weights_of", "read_weights", "count_kept"),
     "dot_floats",
     *("dot_codes", "dot_rest", "spread", "write", "multiply_row", "multiply_codes"),
     *("expand_row", "prepare", "place", "share", "run", "multiply"),
@@ -212,7 +213,7 @@ _ENTRIES = {
 
 def _version() -> int:
     total = zlib.crc32(str((has_avx2(), has_bmi())).encode())
-    for module in (memory, lanes, vectors, walks, rows, native, strips, places):
+    for module in (memory, lanes, vectors, walks, rows, walk_rows, native, strips, places):
         total = zlib.crc32(_source(module), total)
     return total
 

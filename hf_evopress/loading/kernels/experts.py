@@ -1,9 +1,10 @@
 """Products with the matrices of many experts at once: each token with that of its expert.
 
 Tokens come sorted by their expert, so that no shape depends on how they are routed. On a CPU all
-experts are one call of the compiled kernels, whatever their levels; on a GPU those of one level
-are one launch (gpu_experts.py). An expert with many tokens, and a level without a kernel, is a
-product by itself. `evopress::experts` is the operator: for torch.compile and for gradients.
+experts are one call of the compiled kernels, whatever their levels; an expert with many tokens, and
+one without a kernel, is a product by itself. On a GPU those of one level, dense ones too, are one
+launch (gpu_experts.py), unless one of them has no kernel. `evopress::experts` is the operator: for
+torch.compile and for gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ...methods import compose
 from ...methods.base import Shape
 from ...plans.level import DENSE, Level
 from .gpu_experts import FAMILY, FEW, Experts, can_group, grouped
-from .gpu_layer import CHECKED, TritonKernel
+from .gpu_layer import CHECKED, TritonKernel, dense_kernel
 from .layer import DTYPES, Kernel
 from .operators import failures, give_up_on, kernel_on, known_layer
 from .steps import finish_all
@@ -107,11 +108,12 @@ def _by_kernels(x: Tensor, parts: Sequence[Part]) -> list[Tensor | None]:
 
 
 def _reference(x: Tensor, part: Part, rows: int) -> Tensor:
+    bias = None if part.bias is None else part.bias.to(x.dtype)
     if part.stored.level.is_dense:
-        return F.linear(x, part.tensors["weight"], part.bias)
+        return F.linear(x, part.tensors["weight"].to(x.dtype), bias)
     known = {name: part.tensors[name] for name in part.stored.names}
     shape = (rows, x.shape[-1])
-    return compose.operator(part.stored.level, known, part.bias, shape, x.dtype)(x)
+    return compose.operator(part.stored.level, known, bias, shape, x.dtype)(x)
 
 
 def _check(kernel: TritonKernel, x: Tensor, y: Tensor, parts: Sequence[Part]) -> None:
@@ -159,7 +161,7 @@ def _by_level(
     biases: Sequence[Tensor],
 ) -> Tensor | None:
     """Return the products as one launch per level, None where that cannot be."""
-    here = [kernel_on(one.kernel, x.device) for one in stored]
+    here = [_here(one, own, x) for one, own in zip(stored, tensors, strict=True)]
     kernels = [kernel for kernel in here if isinstance(kernel, TritonKernel) and can_group(kernel)]
     if len(kernels) < len(stored) or x.dtype not in DTYPES or not len(x):
         return None
@@ -178,6 +180,16 @@ def _by_level(
             return None
         total = y if total is None else total + y
     return total
+
+
+def _here(stored: Stored, tensors: Mapping[str, Tensor], x: Tensor) -> Kernel | None:
+    """Return the kernel of an expert's matrix on the device of x; a dense one has one in Triton."""
+    if not stored.level.is_dense:
+        return kernel_on(stored.kernel, x.device)
+    W = tensors["weight"]
+    if W.dtype not in DTYPES or not W.is_contiguous():
+        return None
+    return kernel_on(dense_kernel((W.shape[0], W.shape[1]), W.dtype), x.device)
 
 
 @_experts.register_fake

@@ -1,164 +1,24 @@
-"""Packed matrices on a GPU: which Triton kernel multiplies them, and with what.
-
-Each wraps the description that the CPU's kernels read (matrix.py, terms.py): the packed tensors
-are the same. Sizes of tiles follow from shapes; none was tuned on a machine.
-"""
+"""The kinds of packed matrices on a GPU: which Triton kernel multiplies them, and with what."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...methods.base import Shape
 from ...methods.maths.codebook import codebook
 from ...methods.maths.packing import unpack
 from . import task as T
-from .launch import launch, needs_exact
+from .gpu_matrix import LEAST, OnGPU
+from .launch import launch
 from .matrix import Matrix, Tensors
 from .rotated import Rotated
 from .stacked import Stacked
-from .steps import Steps
 
 FORMULAS = ("mul1", "mcg", "3inst")  # codebooks that are computed
-LEAST, MOST = 16, 64  # columns of a tile; tl.dot takes no fewer
-
-
-@dataclass(frozen=True)
-class OnGPU(ABC):
-    """A packed matrix (rows, n) on a GPU; the methods are those of Matrix."""
-
-    matrix: Matrix
-    family: ClassVar[str] = ""
-    is_walked: ClassVar[bool] = False  # from left to right by one program, for rows as well
-
-    @property
-    def shape(self) -> Shape:
-        return self.matrix.shape
-
-    @property
-    def is_rotated(self) -> bool:
-        return self.matrix.is_rotated
-
-    @property
-    def families(self) -> frozenset[str]:
-        """The kernels that this needs, by the names of their files."""
-        return frozenset({self.family})
-
-    def product(
-        self,
-        state: Tensors,
-        x: Tensor,
-        dtype: torch.dtype,
-        *,
-        bias: Tensor | None = None,
-        start: Tensor | None = None,
-    ) -> Tensor:
-        """Return x W^T + bias + start in `dtype`; x (tokens, n) contiguous, start float32."""
-        y = torch.empty(len(x), self.shape[0], dtype=dtype, device=x.device)
-        self.into(y, state, x, bias=bias, start=start)
-        return y
-
-    def steps(self, state: Tensors, x: Tensor, dtype: torch.dtype, **added: Any) -> Steps:
-        """Return what `product` does, which has no step that others could join."""
-        yield from ()
-        return self.product(state, x, dtype, **added)
-
-    def into(
-        self,
-        y: Tensor,
-        state: Tensors,
-        x: Tensor,
-        *,
-        bias: Tensor | None = None,
-        start: Tensor | None = None,
-        order: Tensor | None = None,
-    ) -> None:
-        """Write x W^T + bias + start to y (tokens, width), to the columns that `order` names."""
-        (rows, n), tokens, width = self.shape, len(x), y.shape[1]
-        exact = x.dtype == torch.float32 or needs_exact(x.device)
-        tile = self.tile(tokens)
-        grid = (-(-rows // tile["BN"]), -(-tokens // tile["BM"]))
-        given = {
-            **{"x": x, "start": start, "bias": bias, "order": order, "y": y},
-            **{"tokens": tokens, "rows": rows, "n": n, "width": width},
-            **{"ONE": tokens == 1, "EXACT": exact},
-        }
-        launch(
-            self.family,
-            "product",
-            grid,
-            x.device,
-            given | self.constants | self.tensors(state) | tile,
-        )
-
-    def weights(
-        self, state: Tensors, dtype: torch.dtype, *, first: int = 0, last: int | None = None
-    ) -> Tensor:
-        """Return rows first .. last of the weight in `dtype`."""
-        last = self.shape[0] if last is None else last
-        return self._unpacked(state, dtype, None, first, last - first)
-
-    def look_up(self, state: Tensors, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return rows (n,) int64 of the weight in `dtype`; NaN for numbers of no row."""
-        return self._unpacked(state, dtype, ids.contiguous(), 0, len(ids))
-
-    def _unpacked(
-        self, state: Tensors, dtype: torch.dtype, ids: Tensor | None, first: int, count: int
-    ) -> Tensor:
-        device = state[self.matrix.codes].device
-        y = torch.empty(count, self.shape[1], dtype=dtype, device=device)
-        tile = self.tile(1)
-        sizes = {"first": first, "rows": count, "all_rows": self.shape[0], "n": self.shape[1]}
-        given = {"ids": ids, "y": y, "BN": tile["BN"], "BK": tile["BK"]}
-        programs = 1 if self.is_walked else -(-self.across() // tile["BK"])
-        grid = (-(-count // tile["BN"]), programs)
-        if y.numel():
-            given |= sizes | self.constants | self.tensors(state)
-            launch(self.family, "unpack", grid, device, given)
-        return y
-
-    def tile(self, tokens: int) -> dict[str, int]:
-        """Return the sizes of a program's tile: BM tokens, BN rows, BK columns at a time."""
-        bk = self.columns_at_once()
-        if tokens == 1:
-            return {"BM": 1, "BN": 16 if self.shape[0] >= 4096 else 8, "BK": bk}
-        if tokens <= 16:
-            return {"BM": 16, "BN": 32, "BK": bk}
-        return {"BM": 32 if tokens <= 32 else 64, "BN": 64, "BK": bk}
-
-    def columns_at_once(self) -> int:
-        """Return BK, a power of two from LEAST to MOST."""
-        return min(MOST, max(LEAST, _power_above(self.across())))
-
-    def across(self) -> int:
-        """Return how many columns, or what stands for several, a program goes through."""
-        return self.shape[1]
-
-    @cached_property
-    def constants(self) -> dict[str, Any]:
-        """What the kernels of this family take besides what all of them do: never changes."""
-        return {}
-
-    @abstractmethod
-    def tensors(self, state: Tensors) -> dict[str, Any]:
-        """Return the tensors that they read."""
-
-    def enter(self, x: Tensor, state: Tensors) -> Tensor:
-        return self.matrix.enter(x, state)
-
-    def leave(self, y: Tensor, state: Tensors) -> Tensor:
-        return self.matrix.leave(y, state)
-
-    def enter_back(self, grad: Tensor, state: Tensors) -> Tensor:
-        return self.matrix.enter_back(grad, state)
-
-    def leave_back(self, total: Tensor, state: Tensors) -> Tensor:
-        return self.matrix.leave_back(total, state)
 
 
 class Codes(OnGPU):
@@ -227,11 +87,15 @@ class Sparse(OnGPU):
         places = state[m.places]
         return {
             "places": places,
-            "table": None if m.table is None else _on(m.table, places.device),
+            "table": self.table_on(places.device),
             "starts": _starts(places, self.shape[0]) if m.table is None else None,
             "values": state[m.codes],
             **_grids(m, state),
         }
+
+    def table_on(self, device: torch.device) -> Tensor | None:
+        """Return the masks of n:m by number, None for any sparsity."""
+        return None if self.matrix.table is None else _on(self.matrix.table, device)
 
 
 class Walks(OnGPU):
@@ -240,26 +104,44 @@ class Walks(OnGPU):
     family = "walks"
 
     def across(self) -> int:
-        return 2 * int(self.matrix.fixed["width"])  # half rows of tiles
+        runs = 4 if self.is_mma else 2  # of weights, in a row of a tile
+        return runs * int(self.matrix.fixed["width"])
+
+    @property
+    def is_mma(self) -> bool:
+        return self.matrix.fixed["source"] == T.MMA_WALKS
 
     @cached_property
     def constants(self) -> dict[str, Any]:
         fixed = self.matrix.fixed
         book = self.book if self.book in FORMULAS else "table"
-        sizes = {"tiles": fixed["width"], "K": fixed["bits"], "L": fixed["number_bits"]}
-        return {**sizes, "BOOK": book}
+        sizes = {"wide": fixed["width"], "K": fixed["bits"], "L": fixed["number_bits"]}
+        return {**sizes, "BOOK": book, "MMA": self.is_mma}
+
+    @property
+    def rotated(self) -> Rotated:
+        assert isinstance(self.matrix, Rotated)  # terms.py gives it
+        return self.matrix
 
     @property
     def book(self) -> str:
         """The name of the codebook."""
-        assert isinstance(self.matrix, Rotated)  # terms.py gives it
-        return self.matrix.codebook
+        return self.rotated.codebook
+
+    @property
+    def starts(self) -> str | None:
+        """The name of the walks' starts; none are of states with no more than their own bits."""
+        return self.rotated.starts if self.constants["L"] > self.constants["K"] else None
 
     def tensors(self, state: Tensors) -> dict[str, Any]:
-        codes, sizes = state[self.matrix.codes], self.constants
-        if self.book in FORMULAS:
-            return {"codes": codes, "table": None}
-        return {"codes": codes, "table": _values(self.book, sizes["L"], sizes["K"], codes.device)}
+        codes = state[self.matrix.codes]
+        starts = None if self.starts is None else state[self.starts]
+        return {"codes": codes, "starts": starts, "table": self.table_on(codes.device)}
+
+    def table_on(self, device: torch.device) -> Tensor | None:
+        """Return the values of all states, None where they are computed."""
+        sizes = self.constants["L"], self.constants["K"]
+        return None if self.book in FORMULAS else _values(self.book, *sizes, device)
 
     def product(
         self,
@@ -298,14 +180,14 @@ class RowsOfTwoKinds(OnGPU):
         start: Tensor | None = None,
         order: Tensor | None = None,
     ) -> None:
-        n_top, own = self.top.shape[0], self._order(state)
+        n_top, own = self.top.shape[0], order_of(self.is_top(state))
         for part, some in ((self.top, own[:n_top]), (self.rest, own[n_top:])):
             part.into(y, state, x, bias=bias, start=start, order=some)
 
     def _unpacked(
         self, state: Tensors, dtype: torch.dtype, ids: Tensor | None, first: int, count: int
     ) -> Tensor:
-        is_top = self._is_top(state)
+        is_top = self.is_top(state)
         if ids is None:
             ids = torch.arange(first, first + count, device=is_top.device)
         known = ids.clamp(0, self.shape[0] - 1)
@@ -315,24 +197,12 @@ class RowsOfTwoKinds(OnGPU):
         rows = torch.where(own, top, rest)
         return rows.masked_fill_((ids != known).unsqueeze(-1), torch.nan)
 
-    def _order(self, state: Tensors) -> Tensor:
-        """Return which output each stored row is, int32: the top rows, then the rest."""
-        is_top = self._is_top(state)
-        number = torch.arange(len(is_top), device=is_top.device)
-        before = is_top.long().cumsum(0)
-        place = torch.where(is_top, before - 1, self.top.shape[0] + number - before)
-        return torch.empty_like(number, dtype=torch.int32).scatter_(0, place, number.int())
-
-    def _is_top(self, state: Tensors) -> Tensor:
+    def is_top(self, state: Tensors) -> Tensor:
+        """Return (rows,) bool."""
         return unpack(state[self.matrix.codes], 1, self.shape[0]).bool()
 
     def tensors(self, state: Tensors) -> dict[str, Any]:
         return {}
-
-
-def has_kernel(matrix: Matrix) -> bool:
-    """Return whether kernels in Triton read the matrix: not in the order of tensor cores."""
-    return matrix.fixed.get("source", T.CODED) != T.MMA_WALKS
 
 
 def on_gpu(matrix: Matrix) -> OnGPU:
@@ -346,8 +216,18 @@ def on_gpu(matrix: Matrix) -> OnGPU:
         T.SPARSE_FLOATS: Sparse,
         T.FLOATS: Floats,
         T.WALKS: Walks,
+        T.MMA_WALKS: Walks,
     }
     return kinds[matrix.fixed.get("source", T.CODED)](matrix)
+
+
+def order_of(is_top: Tensor) -> Tensor:
+    """Return which output each stored row is, int32: the top rows, then the rest.
+
+    is_top (..., rows) bool.
+    """
+    # a stable sort: kinds keep their order
+    return is_top.logical_not().to(torch.uint8).argsort(stable=True, dim=-1).int()
 
 
 def _grids(m: Matrix, state: Tensors) -> dict[str, Any]:
@@ -375,10 +255,6 @@ def _starts(mask: Tensor, rows: int) -> Tensor:
         {"places": mask, "counts": counts} | sizes,
     )
     return torch.cumsum(counts, 0, dtype=torch.int32) - counts
-
-
-def _power_above(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 @lru_cache(maxsize=None)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ...methods import compose
 from ...methods.base import Shape
-from ...plans.level import Level
-from .gpu import has_kernel, on_gpu
+from ...plans.level import DENSE, Level
+from . import task as T
+from .gpu import on_gpu
 from .launch import KernelError, why_not
 from .layer import Kernel, kernel_of
-from .matrix import Tensors
+from .matrix import KINDS, Matrix, Tensors
 from .steps import Steps
 
 logger = logging.getLogger(__name__)
@@ -110,9 +111,15 @@ class TritonKernel(Kernel):
 def triton_kernel_of(level: Level, shape: Shape) -> TritonKernel | None:
     """Return the kernel of a level on a GPU, None where there is none for one of its terms."""
     own = kernel_of(level, shape)
-    if own is None or not all(has_kernel(m) for matrices in own._terms for m in matrices):
-        return None
-    return TritonKernel(level, shape, own)
+    return None if own is None else TritonKernel(level, shape, own)
+
+
+@lru_cache(maxsize=256)
+def dense_kernel(shape: Shape, dtype: torch.dtype) -> TritonKernel:
+    """Return the kernel of a dense weight, for experts among others that are packed."""
+    fixed = {"source": T.FLOATS, "scale_kind": KINDS[dtype]}
+    own = Kernel(DENSE, shape, [[Matrix(shape, "weight", fixed=fixed)]])
+    return TritonKernel(DENSE, shape, own)
 
 
 def for_device(level: Level, shape: Shape, device: torch.device) -> Kernel | None:

@@ -280,7 +280,7 @@ def run(tasks, memory, version):  # type: ignore[no-untyped-def]
         room = max(room, own)
         set_i64(task + 8 * ROOM, own)
         step = max(1, min(64, get(task, ROWS) // (8 * threads)))
-        if get(task, SOURCE) == WALKS and get(task, X):
+        if get(task, SOURCE) >= WALKS and get(task, X):
             step = (step + 15) & -16  # whole strips
         set_i64(task + 8 * STEP, step)
         if get(task, SAME):
@@ -319,7 +319,7 @@ def take_rows(task, s):  # type: ignore[no-untyped-def]
     step, rows, is_product = get(task, STEP), get(task, ROWS), get(task, X)
     ids, start, has_grids = get(task, IDS), get(task, FIRST), get(task, SCALES)
     has_integers = is_product and get(task, CHUNK)
-    is_strips = is_product and get(task, SOURCE) == WALKS
+    is_strips = is_product and get(task, SOURCE) >= WALKS
     # as many rows at once as their grids have room for; those of ids lie apart
     block = 1 if ids else max(1, min(step, get(task, ROOM) // get(task, GROUPS)))
     while True:

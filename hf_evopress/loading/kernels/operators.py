@@ -67,7 +67,8 @@ def linear(
 ) -> Tensor | None:
     """Return x W^T + bias of a layer with these parameters; None if it is not for the kernels.
 
-    The latter: a device without any, another dtype, autocast, packed tensors that are trained.
+    The latter: a device without any, another dtype, packed tensors that are trained. Under autocast
+    the result has the dtype that autocast gives a dense layer's.
     """
     if not isinstance(x, Tensor) or x.dtype not in DTYPES:
         return None
@@ -75,6 +76,9 @@ def linear(
     here = kernel if torch.compiler.is_compiling() else kernel_on(kernel, x.device)
     if here is None:
         return None
+    if torch.is_autocast_enabled(kind := x.device.type):
+        with torch.autocast(kind, enabled=False):
+            return linear(kernel, names, tensors, x.to(torch.get_autocast_dtype(kind)))
     if x.shape[-1] != kernel.shape[1]:
         raise RuntimeError(
             f"an input of shape {tuple(x.shape)} for a layer of {kernel.shape[1]} inputs"
@@ -85,7 +89,7 @@ def linear(
     with_graph = torch.is_grad_enabled()
     if not are_plain(names, tensors, x, with_graph):
         return None
-    if torch.is_autocast_enabled(x.device.type) or is_exporting():
+    if is_exporting():
         return None
     has_graph = with_graph and (x.requires_grad or (bias is not None and bias.requires_grad))
     if has_graph or type(x) is not Tensor or is_traced():
@@ -234,6 +238,7 @@ def _linear(
         y = _product(kernel, tensors, x, bias)
         if y is not None:
             return y.contiguous()  # as the fake says, which compiled code relies on
+    bias = None if bias is None else bias.to(x.dtype)
     return compose.operator(known, tensors, bias, shape, x.dtype)(x).contiguous()
 
 

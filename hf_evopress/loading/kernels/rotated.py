@@ -7,7 +7,7 @@ Scales of rows and columns stand outside of the rotations.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,11 +19,10 @@ from ...methods.maths.trellis_rounding import (
     rotate_outputs,
     unrotate_outputs,
 )
+from . import task as T
 from .compiled import compiled
 from .matrix import Matrix, Tensors
 from .steps import Steps
-
-MOST_BITS = 7  # the bits of eight weights lie in one int64
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,14 @@ class Rotated(Matrix):
     row_scales: str = ""
     column_scales: str = ""
     codebook: str = "strata"
+    starts: str | None = None  # where walks do not bite their tails
     is_rotated: ClassVar[bool] = True
+
+    def filled(self, state: Tensors) -> tuple[Any, Tensor | None]:
+        task, memory = super().filled(state)
+        if self.starts is not None:
+            task[T.PLACES] = state[self.starts].data_ptr()
+        return task, memory
 
     def steps(
         self,

@@ -64,6 +64,8 @@ widen_bfloat16: Any = None
 widen_float16: Any = None
 widen_bytes: Any = None
 merge_bits: Any = None
+read_walks: Any = None
+read_mma_walks: Any = None
 unpack_1: Any = None
 unpack_2: Any = None
 unpack_3: Any = None
@@ -223,61 +225,6 @@ def weights_of(task, at, q, s):  # type: ignore[no-untyped-def]
         scale, zero = f32(grid + SCALE * room), f32(grid + ZERO * room)
         for j in range(g * size, g * size + size):
             set_f32(w + 4 * j, (np.float32(u8(q + j)) - zero) * scale)
-
-
-def read_walks(task, row, s):  # type: ignore[no-untyped-def]
-    """Write the values of a row of walks through a trellis, 16 of each tile (methods/trellis.py).
-
-    The state of a weight is the last bits up to its own: those before a row are in `past`, before
-    the first row of a tile those at its end.
-    """
-    k, tiles, table = get(task, BITS), get(task, WIDTH), get(task, TABLE)
-    mask = (1 << get(task, NUMBER_BITS)) - 1
-    w = s + W * get(task, ROOM)
-    first = get(task, CODES) + (row // 16) * tiles * 32 * k
-    for tile in range(tiles):
-        at = first + tile * 32 * k + 2 * k * (row % 16)
-        before = at if row % 16 else at + 32 * k
-        past = (u8(before - 2) << 8) | u8(before - 1)
-        for half in range(2):
-            new = 0  # the bits of eight weights
-            for i in range(k):
-                new = (new << 8) | u8(at + i)
-            for j in range(8):
-                state = ((past << min(16, k * (j + 1))) | (new >> (k * (7 - j)))) & mask
-                set_f32(w + 4 * (16 * tile + 8 * half + j), f32(table + 4 * state))
-            past = ((past << min(16, 8 * k)) | new) & 0xFFFF
-            at += k
-
-
-def read_mma_walks(task, row, s):  # type: ignore[no-untyped-def]
-    """Do what `read_walks` does for walks in the order `mma` (methods/maths/tile_order.py).
-
-    A row of a tile is four runs of four weights, of inputs 2 r, 2 r + 1, 2 r + 8 and 2 r + 9. The
-    bits of a run and the 16 before them lie in seven bytes.
-    """
-    k, tiles, table = get(task, BITS), get(task, WIDTH), get(task, TABLE)
-    mask = (1 << get(task, NUMBER_BITS)) - 1
-    w = s + W * get(task, ROOM)
-    first = get(task, CODES) + (row // 16) * tiles * 32 * k
-    start = 32 * (row & 7) + 4 * ((row >> 3) & 1)
-    for tile in range(tiles):
-        at = first + tile * 32 * k
-        for run in range(4):
-            bit = (start + 8 * run) * k - 16  # before the walk's first: at its end
-            byte = bit >> 3
-            some = 0
-            for i in range(byte, byte + 7):
-                if i < 0:
-                    i += 32 * k
-                elif i >= 32 * k:
-                    i -= 32 * k
-                some = (some << 8) | u8(at + i)
-            after = 56 - 16 - (bit - 8 * byte)  # bits from the run's first to the last byte's end
-            for j in range(4):
-                state = (some >> (after - (j + 1) * k)) & mask
-                place = 16 * tile + 2 * run + 8 * (j >> 1) + (j & 1)
-                set_f32(w + 4 * place, f32(table + 4 * state))
 
 
 def read_weights(task, row, at, s):  # type: ignore[no-untyped-def]

@@ -10,10 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from .task import BITS, CODES, NUMBER_BITS, TABLE, TOKENS, WIDTH, X_FLOAT, N
+from .task import (
+    BITS,
+    CODES,
+    MMA_WALKS,
+    NUMBER_BITS,
+    PLACES,
+    SOURCE,
+    TABLE,
+    TOKENS,
+    WIDTH,
+    X_FLOAT,
+    N,
+)
 
 MOST = 16  # tokens whose sums a thread has room for
-TILE, LAST, SCRATCH, SUMS = 0, 1024, 1088, 1152  # bytes in a thread's memory, 9344 in all
+# bytes in a thread's memory, 9408 in all
+TILE, LAST, SCRATCH, PAST, SUMS = 0, 1024, 1088, 1152, 1216
 OF_TOKEN = 512  # bytes of sums
 
 # what compiled.py puts here: loads and stores (memory.py), vectors (walks.py), native.write
@@ -21,7 +34,10 @@ get: Any = None
 write: Any = None
 f32: Any = None
 set_f32: Any = None
+set_u8: Any = None
+past_of: Any = None
 add_tile: Any = None
+add_mma_tile: Any = None
 butterfly: Any = None
 add_times: Any = None
 decode_1: Any = None
@@ -31,58 +47,74 @@ decode_4: Any = None
 decode_5: Any = None
 decode_6: Any = None
 decode_7: Any = None
+decode_8: Any = None
 
 
-def decode(bits, tile, table, size, target):  # type: ignore[no-untyped-def]
-    """Write the values of a tile, float32."""
+def decode(task, walk, past, s):  # type: ignore[no-untyped-def]
+    """Write the values of a tile, float32, in the order of its walk.
+
+    past: where to put what comes before a walk that has a start.
+    """
+    bits, table, size = get(task, BITS), get(task, TABLE), get(task, NUMBER_BITS)
+    tile, target = get(task, CODES) + walk * 32 * bits, s + TILE
+    before = tile + 32 * bits - 8
+    if get(task, PLACES):
+        start, before = past_of(task, walk, tile), past
+        set_u8(past + 6, start >> 8)
+        set_u8(past + 7, start)
     if bits == 3:
-        decode_3(tile, table, size, target)
+        decode_3(tile, before, table, size, target)
     elif bits == 2:
-        decode_2(tile, table, size, target)
+        decode_2(tile, before, table, size, target)
     elif bits == 4:
-        decode_4(tile, table, size, target)
+        decode_4(tile, before, table, size, target)
     elif bits == 1:
-        decode_1(tile, table, size, target)
+        decode_1(tile, before, table, size, target)
     elif bits == 5:
-        decode_5(tile, table, size, target)
+        decode_5(tile, before, table, size, target)
     elif bits == 6:
-        decode_6(tile, table, size, target)
+        decode_6(tile, before, table, size, target)
+    elif bits == 7:
+        decode_7(tile, before, table, size, target)
     else:
-        decode_7(tile, table, size, target)
+        decode_8(tile, before, table, size, target)
 
 
 def multiply_strip(task, row, end, s):  # type: ignore[no-untyped-def]
     """Write the products of rows row .. end, of one strip, with all tokens."""
-    tokens = get(task, TOKENS)
+    tokens, is_mma = get(task, TOKENS), get(task, SOURCE) == MMA_WALKS
+    parts = 4 if is_mma else 8
     for first in range(0, tokens, MOST):
         sum_strip(task, row, first, min(MOST, tokens - first), s)
         for token in range(min(MOST, tokens - first)):
             for i in range(end - row):
-                total, at = np.float32(0.0), s + SUMS + OF_TOKEN * token + 32 * i
-                for j in range(8):
+                total, at = np.float32(0.0), s + SUMS + OF_TOKEN * token
+                at += 32 * (i & 7) + 16 * (i >> 3) if is_mma else 32 * i
+                for j in range(parts):
                     total += f32(at + 4 * j)
                 write(task, row + i, first + token, total, s + SCRATCH)
 
 
 def sum_strip(task, row, first, tokens, s):  # type: ignore[no-untyped-def]
-    """Add up the products of a strip with some tokens, eight parts of each."""
-    bits, tiles, n, table = get(task, BITS), get(task, WIDTH), get(task, N), get(task, TABLE)
-    size, x = get(task, NUMBER_BITS), get(task, X_FLOAT) + 4 * first * n
-    codes = get(task, CODES) + (row // 16) * tiles * 32 * bits
+    """Add up the products of a strip with some tokens, in parts."""
+    tiles, n, is_mma = get(task, WIDTH), get(task, N), get(task, SOURCE) == MMA_WALKS
+    x, walk = get(task, X_FLOAT) + 4 * first * n, (row // 16) * tiles
     for i in range(128 * tokens):
         set_f32(s + SUMS + 4 * i, np.float32(0.0))
-    for tile in range(n // 16):
-        decode(bits, codes + tile * 32 * bits, table, size, s + TILE)
+    for tile in range(tiles):
+        decode(task, walk + tile, s + PAST, s)
+        rest = n - 16 * tile
         for token in range(tokens):
-            add_tile(s + TILE, x + 4 * (token * n + 16 * tile), s + SUMS + OF_TOKEN * token, 1)
-    rest, last = n % 16, n - n % 16
-    if rest:
-        decode(bits, codes + (tiles - 1) * 32 * bits, table, size, s + TILE)
-        for token in range(tokens):
-            for i in range(16):
-                value = f32(x + 4 * (token * n + last + i)) if i < rest else np.float32(0.0)
-                set_f32(s + LAST + 4 * i, value)
-            add_tile(s + TILE, s + LAST, s + SUMS + OF_TOKEN * token, 1)
+            own, sums = x + 4 * (token * n + 16 * tile), s + SUMS + OF_TOKEN * token
+            if rest < 16:
+                for i in range(16):
+                    value = f32(own + 4 * i) if i < rest else np.float32(0.0)
+                    set_f32(s + LAST + 4 * i, value)
+                own = s + LAST
+            if is_mma:
+                add_mma_tile(s + TILE, own, sums, 1)
+            else:
+                add_tile(s + TILE, own, sums, 1)
 
 
 def hadamard(x, q, p):  # type: ignore[no-untyped-def]

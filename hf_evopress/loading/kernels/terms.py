@@ -22,7 +22,7 @@ from ...methods.trellis import Trellis
 from . import task as T
 from .compiled import chunk_of
 from .matrix import KINDS, Matrix
-from .rotated import MOST_BITS, Rotated
+from .rotated import Rotated
 from .stacked import Stacked
 
 Factors = tuple[Matrix, ...]  # of one term: W, or of a low-rank one A and B with W = B A
@@ -41,7 +41,7 @@ def factors(part: Method, params: Mapping[str, Any], suffix: str, shape: Shape) 
         rank = params["rank"]
         sizes = {"A": (rank, shape[1]), "B": (shape[0], rank)}
         return tuple(_thin(f"{n}{suffix}", s, params, suffix) for n, s in sizes.items())
-    if _reads_as(part, Trellis) and _reads_walks(params):
+    if _reads_as(part, Trellis):
         return (_walks(params, suffix, shape),)
     return None
 
@@ -97,11 +97,6 @@ def _sparse(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
     )
 
 
-def _reads_walks(params: Mapping[str, Any]) -> bool:
-    is_short: bool = params["order"] == "mma" or params["bits"] <= MOST_BITS
-    return is_short and params["tail_biting"]
-
-
 def _walks(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
     bits, state_bits = params["bits"], params["state_bits"]
     return Rotated(
@@ -120,6 +115,7 @@ def _walks(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
         row_scales=f"row_scales{suffix}",
         column_scales=f"column_scales{suffix}",
         codebook=params["codebook"],
+        starts=None if params["tail_biting"] else f"starts{suffix}",
     )
 
 

@@ -59,6 +59,30 @@ def weights_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def add_up(  # type: ignore[no-untyped-def]
+    x, places, table, starts, values, scales, zeros, row, is_row, token, tokens, n,
+    octets, row_kept, code_octets, zero_octets, groups,
+    M: tl.constexpr, NUMBER_BITS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of x W^T for BN rows of W and BM tokens, as `finish` takes them."""
+    passed = passed_by(starts, row, is_row, row_kept)
+    sums = nothing(ONE, BM, BN, BK)
+    for j0 in range(0, n, BK):
+        column = j0 + tl.arange(0, BK)
+        is_there = is_row[:, None] & (column < n)[None, :]
+        kept = kept_of(places, table, row, column, is_there, octets, M, NUMBER_BITS)
+        index = passed[:, None] + tl.cumsum(kept, 1) - kept
+        w = weights_of(
+            values, scales, zeros, row, column, kept, index, code_octets, zero_octets, groups,
+            BITS, GROUP,
+        )  # fmt: skip
+        passed += tl.sum(kept, 1)
+        sums = multiply(sums, w, x, token, tokens, column, column < n, n, ONE, EXACT)
+    return sums
+
+
+@triton.jit
 def product(  # type: ignore[no-untyped-def]
     x, places, table, starts, values, scales, zeros, start, bias, order, y,
     tokens, rows, n, width, octets, row_kept, code_octets, zero_octets, groups,
@@ -68,19 +92,11 @@ def product(  # type: ignore[no-untyped-def]
     """Write x W^T + start + bias to y for BN rows of W and BM tokens."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     token = tl.program_id(1) * BM + tl.arange(0, BM)
-    passed = passed_by(starts, row, row < rows, row_kept)
-    sums = nothing(ONE, BM, BN, BK)
-    for j0 in range(0, n, BK):
-        column = j0 + tl.arange(0, BK)
-        is_there = (row < rows)[:, None] & (column < n)[None, :]
-        kept = kept_of(places, table, row, column, is_there, octets, M, NUMBER_BITS)
-        index = passed[:, None] + tl.cumsum(kept, 1) - kept
-        w = weights_of(
-            values, scales, zeros, row, column, kept, index, code_octets, zero_octets, groups,
-            BITS, GROUP,
-        )  # fmt: skip
-        passed += tl.sum(kept, 1)
-        sums = multiply(sums, w, x, token, tokens, column, column < n, n, ONE, EXACT)
+    sums = add_up(
+        x, places, table, starts, values, scales, zeros, row, row < rows, token, tokens, n,
+        octets, row_kept, code_octets, zero_octets, groups,
+        M, NUMBER_BITS, BITS, GROUP, ONE, EXACT, BM, BN, BK,
+    )  # fmt: skip
     finish(sums, y, start, bias, order, row, rows, token, tokens, width, ONE)
 
 
@@ -108,9 +124,8 @@ def unpack(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def count(places, counts, rows, width, BN: tl.constexpr, BK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write how many weights each row of a packed mask (rows, width) keeps, int32."""
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
+def count_of(places, row, rows, width, BN: tl.constexpr, BK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return how many weights rows of a packed mask (rows, width) keep, int32 (BN,)."""
     base = places + row.to(tl.int64)[:, None] * width
     total = tl.zeros((BN, BK), dtype=tl.int32)
     for j0 in range(0, width, BK):
@@ -120,4 +135,11 @@ def count(places, counts, rows, width, BN: tl.constexpr, BK: tl.constexpr):  # t
         b -= (b >> 1) & 0x55
         b = (b & 0x33) + ((b >> 2) & 0x33)
         total += (b + (b >> 4)) & 0x0F
-    tl.store(counts + row, tl.sum(total, 1), mask=row < rows)
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def count(places, counts, rows, width, BN: tl.constexpr, BK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write how many weights each row of a packed mask (rows, width) keeps, int32."""
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    tl.store(counts + row, count_of(places, row, rows, width, BN, BK), mask=row < rows)

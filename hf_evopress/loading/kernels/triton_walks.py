@@ -1,9 +1,10 @@
 """Triton: products with trellis codes in the rotated basis, and their rows.
 
-Eight weights, half a row of a tile, bring as many bytes as a weight has bits; the state of each is
-the last bits up to its own (methods/maths/walks.py). A program has half rows of BN outputs and BK
-tiles' halves, and takes the first of each eight weights, then the second, ... Values of states are
-computed where the codebook has a formula (methods/maths/codebook.py), else read from a table.
+A walk is read in runs of weights of one row: eight, half a row of a tile, or in the order mma four
+(methods/maths/tile_order.py). The state of a weight is the last bits up to its own
+(methods/maths/walks.py). A program has runs of BN outputs, BK runs of each at once, and takes the
+first weight of each run, then the second, ... Values of states are computed where the codebook has
+a formula (methods/maths/codebook.py), else read from a table.
 """
 
 from __future__ import annotations
@@ -42,69 +43,141 @@ def value_of(state, table, is_there, BOOK: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def bits_of(codes, row, half, is_there, tiles, K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the 8 K bits of eight weights, uint64, and the 16 bits before them, uint32.
+def start_of(starts, walk, is_there, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the WIDTH <= 15 bits before a walk, uint32: those of all walks are one string."""
+    bit = walk * WIDTH
+    byte, some = bit // 8, tl.zeros_like(walk).to(tl.uint32)
+    for b in tl.static_range(3):
+        is_needed = is_there & (8 * (byte + b) < bit + WIDTH)
+        some = (some << 8) | tl.load(starts + byte + b, mask=is_needed, other=0).to(tl.uint32)
+    return (some >> (24 - WIDTH - bit % 8).to(tl.uint32)) & ((1 << WIDTH) - 1)
 
-    Those before the first row of a tile are at the tile's end.
+
+@triton.jit
+def past_of(  # type: ignore[no-untyped-def]
+    codes, starts, walk, at, is_there, K: tl.constexpr, L: tl.constexpr
+):
+    """Return the 16 bits before byte `at` of a walk, uint32.
+
+    Before its first byte is its last, or where it does not bite its tail, a start.
     """
-    tile = (row // 16).to(tl.int64)[:, None] * tiles + (half // 2)[None, :]
-    base = codes + tile * (32 * K)
-    at = (2 * K * (row % 16))[:, None] + (K * (half % 2))[None, :]
+    past, base = tl.zeros_like(at).to(tl.uint32), codes + walk * (32 * K)
+    if starts is not None:
+        start = start_of(starts, walk, is_there & (at < 2), L - K)
+    for b in tl.static_range(2):
+        byte = at - 2 + b
+        own = tl.load(base + tl.where(byte < 0, byte + 32 * K, byte), mask=is_there, other=0)
+        own = own.to(tl.uint32)
+        if starts is not None:
+            own = tl.where(byte < 0, (start >> tl.where(byte < -1, 8, 0)) & 255, own)
+        past = (past << 8) | own
+    return past
+
+
+@triton.jit
+def bits_of(  # type: ignore[no-untyped-def]
+    codes, starts, row, run, is_there, wide, K: tl.constexpr, L: tl.constexpr, MMA: tl.constexpr
+):
+    """Return the bits of runs, uint64, and the 16 bits before them, uint32 (0: among the former).
+
+    A run has 8 K bits; in the order mma 4 K, which may begin within a byte, and then the bits
+    before them are above them.
+    """
+    each: tl.constexpr = 4 if MMA else 2  # runs in a row of a tile
+    size: tl.constexpr = (K + 1) // 2 if MMA else K  # bytes of a run
+    walk = (row // 16).to(tl.int64)[:, None] * wide + (run // each)[None, :]
+    if MMA:
+        bit = (4 * K * (8 * (row % 8) + row // 8 % 2))[:, None] + (8 * K * (run % 4))[None, :]
+    else:
+        bit = (16 * K * (row % 16))[:, None] + (8 * K * (run % 2))[None, :]
+    at = bit // 8
+    past = past_of(codes, starts, walk, at, is_there, K, L)
     new = tl.zeros_like(at).to(tl.uint64)
-    for b in tl.static_range(K):
-        byte = tl.load(base + at + b, mask=is_there, other=0)
+    if MMA:
+        new += past
+    for b in tl.static_range(size):
+        byte = tl.load(codes + walk * (32 * K) + at + b, mask=is_there, other=0)
         new = (new << 8) | byte.to(tl.uint64)
-    before = tl.where(at == 0, 32 * K, at)
-    past = tl.load(base + before - 2, mask=is_there, other=0).to(tl.uint32) << 8
-    past |= tl.load(base + before - 1, mask=is_there, other=0).to(tl.uint32)
+    if MMA:
+        past = tl.zeros_like(past)
+        new = new >> (8 * size - 4 * K - bit % 8).to(tl.uint64)
     return new, past
 
 
 @triton.jit
 def weights_of(  # type: ignore[no-untyped-def]
     new, past, table, is_there, J: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
-    BOOK: tl.constexpr,
+    BOOK: tl.constexpr, MMA: tl.constexpr,
 ):  # fmt: skip
-    """Return the J-th of each eight weights, float32."""
-    state = (new >> (K * (7 - J))).to(tl.uint32)
-    if K * (J + 1) < L:
-        # bits of this and of earlier weights of the eight alone, then those of the past
-        state = (state & ((1 << (K * (J + 1))) - 1)) | (past << (K * (J + 1)))
+    """Return the J-th weight of each run, float32."""
+    if MMA:
+        state = (new >> (K * (3 - J))).to(tl.uint32)
+    else:
+        state = (new >> (K * (7 - J))).to(tl.uint32)
+        if K * (J + 1) < L:
+            # bits of this and of earlier weights of the run alone, then those of the past
+            state = (state & ((1 << (K * (J + 1))) - 1)) | (past << (K * (J + 1)))
     return value_of(state & ((1 << L) - 1), table, is_there, BOOK)
 
 
 @triton.jit
+def column_of(run, J: tl.constexpr, MMA: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the column of the J-th weight of each run."""
+    if MMA:
+        column = 16 * (run // 4) + 2 * (run % 4) + 8 * (J // 2) + J % 2
+    else:
+        column = 8 * run + J
+    return column
+
+
+@triton.jit
+def add_up(  # type: ignore[no-untyped-def]
+    x, codes, starts, table, row, is_row, token, tokens, n, wide,
+    K: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, MMA: tl.constexpr,
+    ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of x Y^T for BN stored rows and BM tokens, as `finish` takes them."""
+    sums = nothing(ONE, BM, BN, BK)
+    runs = wide * (4 if MMA else 2)
+    for r0 in range(0, runs, BK):
+        run = r0 + tl.arange(0, BK)
+        is_there = is_row[:, None] & (run < runs)[None, :]
+        new, past = bits_of(codes, starts, row, run, is_there, wide, K, L, MMA)
+        for J in tl.static_range(4 if MMA else 8):
+            w = weights_of(new, past, table, is_there, J, K, L, BOOK, MMA)
+            column = column_of(run, J, MMA)
+            sums = multiply(sums, w, x, token, tokens, column, column < n, n, ONE, EXACT)
+    return sums
+
+
+@triton.jit
 def product(  # type: ignore[no-untyped-def]
-    x, codes, table, start, bias, order, y, tokens, rows, n, width, tiles,
-    K: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr,
+    x, codes, starts, table, start, bias, order, y, tokens, rows, n, width, wide,
+    K: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, MMA: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write x Y^T + start + bias to y for BN stored rows and BM tokens."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     token = tl.program_id(1) * BM + tl.arange(0, BM)
-    sums = nothing(ONE, BM, BN, BK)
-    for h0 in range(0, 2 * tiles, BK):
-        half = h0 + tl.arange(0, BK)
-        is_there = (row < rows)[:, None] & (half < 2 * tiles)[None, :]
-        new, past = bits_of(codes, row, half, is_there, tiles, K)
-        for J in tl.static_range(8):
-            w = weights_of(new, past, table, is_there, J, K, L, BOOK)
-            column = 8 * half + J
-            sums = multiply(sums, w, x, token, tokens, column, column < n, n, ONE, EXACT)
+    sums = add_up(
+        x, codes, starts, table, row, row < rows, token, tokens, n, wide,
+        K, L, BOOK, MMA, ONE, EXACT, BM, BN, BK,
+    )  # fmt: skip
     finish(sums, y, start, bias, order, row, rows, token, tokens, width, ONE)
 
 
 @triton.jit
 def unpack(  # type: ignore[no-untyped-def]
-    codes, table, ids, y, first, rows, all_rows, n, tiles,
-    K: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    codes, starts, table, ids, y, first, rows, all_rows, n, wide,
+    K: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, MMA: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write stored rows, those that ids names or from `first` on, to y (rows, n)."""
     out, row, is_row = rows_of(ids, first, rows, all_rows, BN)
-    half = tl.program_id(1) * BK + tl.arange(0, BK)
-    is_there = is_row[:, None] & (half < 2 * tiles)[None, :]
-    new, past = bits_of(codes, row, half, is_there, tiles, K)
-    for J in tl.static_range(8):
-        w = weights_of(new, past, table, is_there, J, K, L, BOOK)
-        column = 8 * half + J
+    run = tl.program_id(1) * BK + tl.arange(0, BK)
+    is_there = is_row[:, None] & (run < wide * (4 if MMA else 2))[None, :]
+    new, past = bits_of(codes, starts, row, run, is_there, wide, K, L, MMA)
+    for J in tl.static_range(4 if MMA else 8):
+        w = weights_of(new, past, table, is_there, J, K, L, BOOK, MMA)
+        column = column_of(run, J, MMA)
         write(w, y, out, rows, is_row, column, column < n, n)

@@ -15,7 +15,7 @@ from typing import Any
 from .lanes import LANES, llvm_ir, loop_of, place_of, vector_of
 
 SIDE = 16  # rows and columns of a tile
-WIDTHS = range(1, 8)  # bits per weight
+WIDTHS = range(1, 9)  # bits per weight
 WORD = 8  # bytes
 
 
@@ -23,15 +23,16 @@ def intrinsics(*, has_bmi: bool) -> dict[str, Any]:
     """Return name -> function for numba code. has_bmi: x86's instruction that cuts bits out."""
     made = {f"decode_{bits}": _decode(bits, has_bmi=has_bmi) for bits in WIDTHS}
     made["add_tile"] = loop_of(4, _add_tile)
+    made["add_mma_tile"] = loop_of(4, _add_mma_tile)
     made["butterfly"] = loop_of(3, _butterfly)
     made["add_times"] = loop_of(4, _add_times)
     return made
 
 
 def _decode(bits: int, *, has_bmi: bool) -> Any:
-    """decode(tile, table, size, target): the values (16, 16) float32 of a tile of 32 * bits bytes.
+    """decode(tile, past, table, size, target): the 256 values of a tile of 32 * bits bytes.
 
-    table: float32 by state; size: the bits of a state.
+    past: the eight bytes before its walk; table: float32 by state; size: the bits of a state.
     """
     from numba import types
     from numba.extending import intrinsic
@@ -39,12 +40,12 @@ def _decode(bits: int, *, has_bmi: bool) -> Any:
     each = LANES if bits < 7 else LANES // 2  # states of 16 bits that one word holds
 
     def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        tile, table, size, target = arguments
+        tile, past, table, size, target = arguments
         cut = _cut_by_bmi(b, size) if has_bmi else _cut(b, size)
         for first in range(0, SIDE * SIDE, LANES):
             values = llvm_ir().Constant(vector_of(0), llvm_ir().Undefined)
             for part in range(0, LANES, each):
-                word, after = _word(b, bits, tile, first + part + each)
+                word, after = _word(b, bits, tile, past, first + part + each)
                 for j in range(each):
                     state = cut(word, after + bits * (each - 1 - j))
                     value = b.load(place_of(b, table, state, llvm_ir().FloatType(), 4), align=4)
@@ -54,24 +55,20 @@ def _decode(bits: int, *, has_bmi: bool) -> Any:
             b.store(values, place, align=4)
         return context.get_dummy_value()
 
-    def typing(context: Any, tile: Any, table: Any, mask: Any, target: Any) -> Any:
-        return types.void(*[types.int64] * 4), emit
+    def typing(context: Any, tile: Any, past: Any, table: Any, size: Any, target: Any) -> Any:
+        return types.void(*[types.int64] * 5), emit
 
     return intrinsic(typing)
 
 
-def _word(b: Any, bits: int, tile: Any, end: int) -> tuple[Any, int]:
-    """Return the 64 bits of a walk up to weight `end`, and how many of the next come after.
-
-    Before the first byte of a walk is its last.
-    """
+def _word(b: Any, bits: int, tile: Any, past: Any, end: int) -> tuple[Any, int]:
+    """Return the 64 bits of a walk up to weight `end`, and how many of the next come after."""
     last = -(-bits * end // 8)
     first, after = last - WORD, 8 * last - bits * end
     if first >= 0:
         return _load(b, tile, first), after
     word = b.lshr(_load(b, tile, 0), _number(-8 * first))
-    before = _load(b, tile, SIDE * SIDE * bits // 8 - WORD)
-    return b.or_(word, b.shl(before, _number(8 * last))), after
+    return b.or_(word, b.shl(_load(b, past, 0), _number(8 * last))), after
 
 
 def _cut(b: Any, size: Any) -> Callable[[Any, int], Any]:
@@ -121,6 +118,25 @@ def _add_tile(b: Any, i: Any, tile: Any, x: Any, sums: Any) -> None:
         for half in range(2):
             own = place_of(b, tile, _number(2 * row + half), floats, 4 * LANES)
             product = b.fmul(b.load(own, align=4), xs[half], flags=fast)
+            total = b.fadd(total, product, flags=fast)
+        b.store(total, place, align=4)
+
+
+def _add_mma_tile(b: Any, i: Any, tile: Any, x: Any, sums: Any) -> None:
+    """sums (8, 8) += a tile in the order mma times 16 of x: rows o and o + 8, four parts of each.
+
+    Eight weights of a walk are two rows' at inputs 2 r, 2 r + 1, 2 r + 8, 2 r + 9.
+    """
+    floats, fast, ir = vector_of(0), ("fast",), llvm_ir()
+    xs = [b.load(place_of(b, x, _number(half), floats, 4 * LANES), align=4) for half in range(2)]
+    order = [[2 * r, 2 * r + 1, 2 * r + LANES, 2 * r + LANES + 1] * 2 for r in range(4)]
+    xs = [b.shuffle_vector(*xs, ir.Constant(vector_of(32), lanes)) for lanes in order]
+    for row in range(SIDE // 2):
+        place = place_of(b, sums, _number(row), floats, 4 * LANES)
+        total = b.load(place, align=4)
+        for r in range(4):
+            own = place_of(b, tile, _number(4 * row + r), floats, 4 * LANES)
+            product = b.fmul(b.load(own, align=4), xs[r], flags=fast)
             total = b.fadd(total, product, flags=fast)
         b.store(total, place, align=4)
 
