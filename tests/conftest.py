@@ -31,8 +31,8 @@ from .hub_server import Hub
 # reference; test_kernels.py and test_runtimes.py say how near to it the default is.
 os.environ.setdefault("HF_EVOPRESS_RUNTIME", "packed")
 
-# A CPU that multiplies bfloat16 tunes in it. Tiny models, whose loss is small to begin with, lose as
-# much by that as they gain by tuning. So tests compute in float32 on any machine.
+# A CPU that multiplies bfloat16 tunes in it. Tiny models, whose loss is small to begin with, lose
+# as much by that as they gain by tuning. So tests compute in float32 on any machine.
 _capabilities = torch.cpu.get_capabilities()
 torch.cpu.get_capabilities = lambda: {**_capabilities, "avx512_bf16": False}
 
