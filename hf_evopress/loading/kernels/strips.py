@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from .task import BITS, CODES, NUMBER_BITS, TABLE, TOKENS, WIDTH, X_FLOAT, N
+from .task import BFLOAT16, BITS, CODES, NUMBER_BITS, TABLE, TOKENS, WIDTH, X_FLOAT, Y_KIND, N, Y
 
 MOST = 16  # tokens whose sums a thread has room for
 TILE, LAST, SCRATCH, SUMS = 0, 1024, 1088, 1152  # bytes in a thread's memory, 9344 in all
 OF_TOKEN = 512  # bytes of sums
 
-# what compiled.py puts here: loads and stores (memory.py), vectors (walks.py), native.write
+# what compiled.py puts here: loads and stores (memory.py), vectors (walks.py), native.write,
+# rows.to_bfloat16
 get: Any = None
 write: Any = None
+to_bfloat16: Any = None
 f32: Any = None
 set_f32: Any = None
 add_tile: Any = None
@@ -83,6 +85,23 @@ def sum_strip(task, row, first, tokens, s):  # type: ignore[no-untyped-def]
                 value = f32(x + 4 * (token * n + last + i)) if i < rest else np.float32(0.0)
                 set_f32(s + LAST + 4 * i, value)
             add_tile(s + TILE, s + LAST, s + SUMS + OF_TOKEN * token, 1)
+
+
+def expand_strip(task, at, row, end, s):  # type: ignore[no-untyped-def]
+    """Write the weights of rows row .. end, of one strip, the at-th that is asked for and on."""
+    bits, tiles, n, table = get(task, BITS), get(task, WIDTH), get(task, N), get(task, TABLE)
+    size, y, is_short = get(task, NUMBER_BITS), get(task, Y), get(task, Y_KIND) == BFLOAT16
+    codes = get(task, CODES) + (row // 16) * tiles * 32 * bits
+    for tile in range(tiles):
+        decode(bits, codes + tile * 32 * bits, table, size, s + TILE)
+        some = min(16, n - 16 * tile)
+        for i in range(end - row):
+            source, place = s + TILE + 64 * i, (at + i) * n + 16 * tile
+            if is_short:
+                to_bfloat16(source, some, y + 2 * place)
+            else:
+                for j in range(some):
+                    set_f32(y + 4 * (place + j), f32(source + 4 * j))
 
 
 def hadamard(x, q, p):  # type: ignore[no-untyped-def]
