@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_evopress.loading.kernels import compiled, operators, walks
-from hf_evopress.loading.kernels.layer import MOST_TOKENS, Kernel, kernel_of
+from hf_evopress.loading.kernels import compiled, dots, operators, walks
+from hf_evopress.loading.kernels import layer as layer_module
+from hf_evopress.loading.kernels.layer import MOST_TOKENS, SLICE, Kernel, kernel_of
 from hf_evopress.loading.layers import CompressedLinear
 from hf_evopress.loading.runtimes import KERNELS
 from hf_evopress.methods import compose
@@ -121,6 +122,31 @@ def test_prompts_and_gradients_are_those_of_the_reference(level: str) -> None:
     assert torch.allclose(kernel.input_gradient(grad, state), grad @ W, atol=1e-4)
 
 
+@pytest.mark.parametrize("limit", [0, 10**6])
+@pytest.mark.parametrize("level", ["rtn:bits=5,group_size=64", CODES[-1]])
+def test_long_prompts_are_multiplied_by_tiles_or_in_slices(
+    level: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_module, "most_by_integers", lambda: limit)
+    kernel, state = make(level, (40, 384))
+    W = compose.decompress(kernel.level, state, (40, 384), torch.float32)
+    x, bias = torch.randn(2 * SLICE + 3, 384).bfloat16(), torch.randn(40).bfloat16()
+    exact = x.double() @ W.double().T + bias.double()
+    dense = torch.nn.functional.linear(x, W.bfloat16(), bias)
+    found = kernel.linear(x, state, bias)
+    assert found.shape == dense.shape and error(found, exact) <= 1.01 * error(dense, exact)
+
+
+def test_integers_are_kept_for_few_tokens_where_bfloat16_is_multiplied_fast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    most = {}
+    for feature in ("avx2", "avx512bf16", "amx-bf16"):
+        monkeypatch.setattr(compiled, "has_feature", lambda name, known=feature: name == known)
+        most[feature] = compiled.most_by_integers.__wrapped__()
+    assert most["amx-bf16"] <= most["avx512bf16"] < 10**6 < most["avx2"]
+
+
 @pytest.mark.parametrize("shape", [(48, 96), (40, 72)], ids=str)
 @pytest.mark.parametrize("level", TRELLIS + MMA)
 def test_trellis_codes_are_multiplied_in_the_rotated_basis(
@@ -156,6 +182,11 @@ def test_any_walk_is_read_as_the_reference_reads_it(bits: int, order: str, ends:
             found = kernel.linear(x, state, None)
             assert error(found, x.double() @ W.double().T) < 1e-6
             assert torch.equal(x, given)
+        stored = kernel._terms[0][0]  # whole strips and rows alone are read by different code
+        for dtype in (torch.float32, torch.bfloat16):
+            rows = stored.look_up(state, torch.arange(shape[0]), dtype)
+            for first in (0, 16, 5):
+                assert torch.equal(stored.weights(state, dtype, first=first), rows[first:])
 
 
 def drawn(level: str, shape: tuple[int, int]) -> tuple[Kernel, State]:
@@ -188,6 +219,22 @@ def test_an_outlier_among_the_inputs_does_not_drown_the_others() -> None:
     found, wanted = one[0][small], (without.double() @ W.double().T)[0][small]
     rounding = 2**-8 * exact[0][small].abs()
     assert bool(((found - wanted).abs() <= rounding).all())
+
+
+@pytest.mark.parametrize("level", ["rtn:bits=4,group_size=32", "rtn:bits=8,group_size=192"])
+def test_each_token_has_its_own_outliers(level: str) -> None:
+    kernel, state = make(level, (39, 384))
+    W = compose.decompress(kernel.level, state, (39, 384), torch.float32)
+    x = torch.randn(7, 384).bfloat16()
+    for token, place in ((0, 0), (0, 200), (3, 383), (4, 1), (6, 64)):
+        x[token, place] = 500.0
+    x[5] = 0.0
+    exact = x.double() @ W.double().T
+    for some in (x, x[:1], x[3:5]):
+        found = kernel.linear(some, state, None).double()
+        for mine, wanted in zip(found, some.double() @ W.double().T, strict=True):
+            assert error(mine, wanted) < 2**-8 if wanted.any() else not mine.any()
+    assert error(kernel.linear(x, state, None), exact) < 2**-8
 
 
 def test_infinite_inputs_and_nan_stay_where_they_are() -> None:
@@ -365,8 +412,45 @@ def test_kernels_that_fail_are_left_with_one_warning(
 
 
 def test_a_processor_without_avx2_takes_the_float32_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "has_avx2", lambda: False)
+    monkeypatch.setattr(compiled, "vector_bytes", lambda: 0)
     assert compiled.chunk_of(64) == 0
+
+
+@pytest.mark.parametrize("told", ["+avx2,+fma,-avx512bw", "+sse2"])
+def test_kernels_are_for_the_processor_that_numba_compiles_for(
+    told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_CPU_FEATURES", told)
+    is_x86 = compiled.has_feature.__wrapped__("sse2") or "sse2" not in told
+    assert is_x86
+    assert compiled.has_feature.__wrapped__("avx2") == ("+avx2" in told)
+    assert not compiled.has_feature.__wrapped__("avx512bw")
+
+
+@pytest.mark.skipif(not compiled.vector_bytes(), reason="a processor without AVX2")
+@pytest.mark.parametrize("chunk", dots.CHUNKS)
+def test_sums_are_the_same_at_any_width_of_vectors(chunk: int) -> None:
+    n, rows, tokens = 3, 2, dots.TOGETHER
+    codes = torch.randint(256, (rows, n * chunk), dtype=torch.uint8)
+    x = torch.randint(-32767, 32768, (tokens, n * chunk), dtype=torch.int16)
+    scales, zeros, x_scales, x_sums = (torch.rand(2, n) for _ in range(4))
+    parts = (codes[:, None].double() * x.double()).unflatten(-1, (n, chunk)).sum(-1)
+    wanted = (parts * scales[:, None] * x_scales).sum(-1) - (scales * zeros) @ x_sums.T
+    for width in {32, compiled.vector_bytes()}:
+        summed, room = torch.zeros(rows, tokens), torch.zeros(4096)
+        given = (codes, n * chunk, x, scales, zeros, x_scales, x_sums, room, n, summed)
+        addresses = [g.data_ptr() if isinstance(g, Tensor) else g for g in given]
+        summer(dots.dot_of(chunk, rows, tokens, width))(*addresses)
+        assert torch.allclose(summed.double(), wanted, rtol=1e-5)
+
+
+def summer(dot: Any) -> Any:
+    import numba
+
+    def add_up(codes, step, x, scales, zeros, x_scales, x_sums, room, n, sums):  # type: ignore[no-untyped-def]
+        dot(codes, step, x, scales, zeros, x_scales, x_sums, room, n, sums)
+
+    return numba.njit(add_up)
 
 
 def reader(decode: Any) -> Any:

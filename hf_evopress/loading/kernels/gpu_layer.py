@@ -62,6 +62,9 @@ class TritonKernel(Kernel):
     def _name(self) -> str:
         return f"{'+'.join(sorted(self.families))} at {self.text}"
 
+    def most_of(self, dtype: torch.dtype) -> int:
+        return self.most_tokens
+
     def steps(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Steps:
         y = yield from super().steps(x, state, bias)
         tokens = x.numel() // x.shape[-1]

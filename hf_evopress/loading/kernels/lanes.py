@@ -20,59 +20,65 @@ def intrinsics() -> dict[str, Any]:
         "widen_float16": loop_of(3, _widen_float16),
         "widen_bytes": loop_of(3, _widen_bytes),
         "merge_bits": loop_of(6, _merge_bits),
-        "scale_chunks": loop_of(6, _scale_chunks, returns_sum=True),
+        "largest": loop_of(2, _sizes, result="most"),
+        "sum_sizes": loop_of(2, _sizes, result="sum"),
+        "round_inputs": loop_of(4, _round_inputs, result="sum"),
     }
 
 
-def loop_of(count: int, body: Callable[..., Any], *, returns_sum: bool = False) -> Any:
+def loop_of(count: int, body: Callable[..., Any], *, result: str = "", lanes: int = LANES) -> Any:
     """f(a1, ..., n) of `count` int64: body(builder, index, a1, ...) for each index below n.
 
-    With returns_sum, body returns 8 floats, and f the sum of all.
+    With a result, body returns `lanes` floats, and f the "sum" of all or the "most" of them and 0.
     """
     from llvmlite import ir
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
 
-    floats = ir.VectorType(ir.FloatType(), LANES)
+    floats = ir.VectorType(ir.FloatType(), lanes)
+
+    def join(b: Any, one: Any, other: Any) -> Any:
+        if result == "sum":
+            return b.fadd(one, other)
+        return b.select(b.fcmp_ordered(">", one, other), one, other)
 
     def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         *given, n = arguments
-        total = cgutils.alloca_once_value(b, ir.Constant(floats, [0.0] * LANES))
+        total = cgutils.alloca_once_value(b, ir.Constant(floats, [0.0] * lanes))
         with cgutils.for_range(b, n) as loop:
             made = body(b, loop.index, *given)
-            if returns_sum:
-                b.store(b.fadd(b.load(total), made), total)
-        if not returns_sum:
+            if result:
+                b.store(join(b, made, b.load(total)), total)
+        if not result:
             return context.get_dummy_value()
-        found = b.load(total)
-        ints = ir.VectorType(ir.IntType(32), LANES)
-        for distance in (4, 2, 1):
-            other = ir.Constant(ints, [i ^ distance for i in range(LANES)])
-            found = b.fadd(found, b.shuffle_vector(found, found, other))
-        return b.extract_element(found, ir.Constant(ir.IntType(32), 0))
+        return fold(b, b.load(total), join)
 
-    result = types.float32 if returns_sum else types.void
-    made_for = result(*[types.int64] * count)
+    made_for = (types.float32 if result else types.void)(*[types.int64] * count)
+    return intrinsic(_typing(count, (made_for, emit)))
 
-    if count == 3:
 
-        def three(context: Any, a: Any, b: Any, n: Any) -> Any:
-            return made_for, emit
+def _typing(count: int, answer: Any) -> Callable[..., Any]:
+    """Return a function of a context and `count` arguments that answers so."""
+    functions: dict[int, Callable[..., Any]] = {
+        2: lambda context, a, n: answer,
+        3: lambda context, a, b, n: answer,
+        4: lambda context, a, b, c, n: answer,
+        5: lambda context, a, b, c, d, n: answer,
+        6: lambda context, a, b, c, d, e, n: answer,
+    }
+    return functions[count]
 
-        return intrinsic(three)
 
-    if count == 4:
-
-        def four(context: Any, a: Any, b: Any, c: Any, n: Any) -> Any:
-            return made_for, emit
-
-        return intrinsic(four)
-
-    def six(context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, n: Any) -> Any:
-        return made_for, emit
-
-    return intrinsic(six)
+def fold(b: Any, found: Any, join: Callable[..., Any]) -> Any:
+    """Return what join(builder, one, other) makes of all elements of a vector."""
+    ir, lanes = llvm_ir(), found.type.count
+    distance = lanes // 2
+    while distance:
+        order = ir.Constant(vector_of(32, lanes), [i ^ distance for i in range(lanes)])
+        found = join(b, found, b.shuffle_vector(found, found, order))
+        distance //= 2
+    return b.extract_element(found, ir.Constant(ir.IntType(32), 0))
 
 
 def llvm_ir() -> Any:
@@ -140,15 +146,28 @@ def _merge_bits(
     b.store(part, place, align=1)
 
 
-def _scale_chunks(
-    b: Any, i: Any, scales: Any, zeros: Any, x_scales: Any, x_sums: Any, scaled: Any
-) -> Any:
-    """scaled = scale * scale of x; returned: scale * zero point * sum of x."""
-    kind = vector_of(0)
+def _sizes(b: Any, i: Any, x: Any) -> Any:
+    """Return absolute values."""
+    value = b.load(place_of(b, x, i, vector_of(32), 4 * LANES), align=1)
+    return b.bitcast(b.and_(value, constant_of(vector_of(32), 0x7FFFFFFF)), vector_of(0))
 
-    def load(base: Any) -> Any:
-        return b.load(place_of(b, base, i, kind, 4 * LANES), align=1)
 
-    scale = load(scales)
-    b.store(b.fmul(scale, load(x_scales)), place_of(b, scaled, i, kind, 4 * LANES), align=1)
-    return b.fmul(b.fmul(scale, load(zeros)), load(x_sums))
+def _round_inputs(b: Any, i: Any, x: Any, factor: Any, target: Any) -> Any:
+    """target = x * the number at `factor`, int16, to nearest; returned as floats, too."""
+    floats, half = vector_of(0), constant_of(vector_of(0), 0.5)
+    value = b.load(place_of(b, x, i, floats, 4 * LANES), align=1)
+    value = b.fmul(value, splat_at(b, factor, floats))
+    is_positive = b.fcmp_ordered(">", value, constant_of(floats, 0.0))
+    value = b.fadd(value, b.select(is_positive, half, constant_of(floats, -0.5)))
+    number = b.fptosi(value, vector_of(32))
+    place = place_of(b, target, i, vector_of(16), 2 * LANES)
+    b.store(b.trunc(number, vector_of(16)), place, align=1)
+    return b.sitofp(number, floats)
+
+
+def splat_at(b: Any, address: Any, kind: Any) -> Any:
+    """Return a vector of the float32 at an address."""
+    ir = llvm_ir()
+    one = b.load(b.inttoptr(address, ir.FloatType().as_pointer()), align=4)
+    one = b.insert_element(ir.Constant(kind, ir.Undefined), one, ir.Constant(ir.IntType(32), 0))
+    return b.shuffle_vector(one, one, ir.Constant(vector_of(32, kind.count), [0] * kind.count))

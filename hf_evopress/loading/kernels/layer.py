@@ -14,21 +14,23 @@ from torch import Tensor
 from ...methods import compose
 from ...methods.base import Shape
 from ...plans.level import Level
+from .compiled import most_by_integers
 from .matrix import Matrix, Tensors
 from .steps import Steps, finish
 from .terms import factors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations
 MOST_TOKENS = 16  # up to which unpacking a row for a dot product beats unpacking it for a matmul
+SLICE = 64  # tokens whose integers the second-level cache holds
 TILE = 2**21  # weights that are unpacked at once for a matmul: 4 MB in bfloat16
 
 
 class Kernel:
     """Products of activations with a packed weight (out, in), which is nowhere as a whole.
 
-    Up to MOST_TOKENS tokens a row is unpacked in the cache and multiplied at once; for more,
-    tiles of rows are unpacked for a matmul. The former sums in float32 and rounds once; the
-    latter multiplies the weight in the dtype of x, as `packed` does.
+    Up to MOST_TOKENS tokens, or most_by_integers(), a row is unpacked in the cache and multiplied
+    at once; for more, tiles of rows are unpacked for a matmul. The former sums in float32 and
+    rounds once; the latter multiplies the weight in the dtype of x, as `packed` does.
     """
 
     runtime = "auto"  # what an operator of PyTorch finds the kernel again by
@@ -68,13 +70,25 @@ class Kernel:
         if bias is not None and not bias.is_contiguous():
             bias = bias.contiguous()
         tokens = flat.shape[0]
-        if tokens > self.most_tokens:
+        if tokens > self.most_of(x.dtype):
             y = self._by_tiles(flat, state, bias)
+        elif tokens > SLICE:
+            parts = []
+            for part in flat.split(SLICE):
+                parts.append((yield from self._by_rows(part, state, bias)))
+            y = torch.cat(parts)
         elif tokens:
             y = yield from self._by_rows(flat, state, bias)
         else:
             y = x.new_empty(0, rows)
         return y.view(*x.shape[:-1], rows)
+
+    def most_of(self, dtype: torch.dtype) -> int:
+        """Return up to how many tokens a row is multiplied as soon as it is unpacked."""
+        whole = [matrices[0] for matrices in self._terms if len(matrices) == 1]
+        if dtype == torch.bfloat16 and whole and all(matrix.chunk for matrix in whole):
+            return most_by_integers()
+        return self.most_tokens
 
     def _by_rows(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Steps:
         out = torch.float32 if x.dtype == torch.float16 and not self.takes_half else x.dtype
@@ -116,14 +130,18 @@ class Kernel:
         return total
 
     def _tiles(self, matrix: Any, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
-        rows, n = matrix.shape
+        rows = matrix.shape[0]
         y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
-        step = max(1, self.tile // n)
+        step = self._rows_of_tile()
         for first in range(0, rows, step):
             last = min(first + step, rows)
             W = matrix.weights(state, x.dtype, first=first, last=last)
             y[:, first:last] = F.linear(x, W, None if bias is None else bias[first:last])
         return y
+
+    def _rows_of_tile(self) -> int:
+        step = self.tile // self.shape[1]
+        return step - step % 16 if step > 16 else max(1, step)  # strips of trellis codes have 16
 
     def __reduce__(self) -> Any:
         return kernel_of, (self.level, self.shape)  # it holds addresses of this process
@@ -133,7 +151,7 @@ class Kernel:
         rows, n = self.shape
         flat = grad.reshape(-1, rows)
         total = flat.new_zeros(len(flat), n)
-        step = max(1, self.tile // n)
+        step = self._rows_of_tile()
         for matrices in self._terms:
             if len(matrices) == 2:
                 A, B = (m.weights(state, flat.dtype) for m in matrices)

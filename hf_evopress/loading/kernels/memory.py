@@ -11,7 +11,6 @@ def intrinsics() -> dict[str, Any]:
     from numba import types
 
     made: dict[str, Any] = {"get": _get(), "take": _take(), "call": _call()}
-    made["prefetch"] = _prefetch()
     for name, bits, is_signed in (("u8", 8, False), ("u16", 16, False), ("i32", 32, True)):
         made[name] = _load(ir.IntType(bits), types.int64, is_signed)
         made[f"set_{name}"] = _store(ir.IntType(bits), types.int64)
@@ -77,31 +76,6 @@ def _get() -> Any:
             return b.load(b.inttoptr(place, i64.as_pointer()), align=8)
 
         return types.int64(types.int64, types.int64), emit
-
-    return intrinsic(typing)
-
-
-def _prefetch() -> Any:
-    """prefetch(address, n): bring n lines of 64 bytes to the cache; any address will do."""
-    from llvmlite import ir
-    from numba import types
-    from numba.core import cgutils
-    from numba.extending import intrinsic
-
-    any_, i32, i64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
-    kind = ir.FunctionType(ir.VoidType(), [any_, i32, i32, i32])
-
-    def typing(context: Any, address: Any, n: Any) -> Any:
-        def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-            address, n = arguments
-            call = b.module.declare_intrinsic("llvm.prefetch", [any_], kind)
-            how = [ir.Constant(i32, value) for value in (0, 3, 1)]  # to read, keep, data
-            with cgutils.for_range(b, n) as loop:
-                place = b.add(address, b.mul(loop.index, ir.Constant(i64, 64)))
-                b.call(call, [b.inttoptr(place, any_), *how])
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64), emit
 
     return intrinsic(typing)
 

@@ -1,12 +1,8 @@
 """Products of packed rows with activations: the second half of what numba compiles.
 
-Threads draw rows from a task. A row is unpacked into the cache of its core, and used for all
-tokens before the next.
-
-A bfloat16 activation becomes a 16-bit integer with a scale per chunk of 16 to 128 inputs, so that
-products are exact sums of integers. That is 2^-16 of the chunk's largest; where that would be more
-than bfloat16's own rounding (one input over OUTLIER times the mean of the others), the chunk
-is multiplied in float32, as float32 activations are.
+Threads draw rows from a task. Rows are unpacked into the cache of a core, and used for all tokens
+before the next: codes times integers where activations are bfloat16 (inputs.py, blocks.py), else
+weights times float32.
 """
 
 from __future__ import annotations
@@ -15,43 +11,43 @@ from typing import Any
 
 import numpy as np
 
+from .blocks import multiply_codes
+from .inputs import place, prepare, share
 from .rows import (
     count_kept,
-    read_codes,
+    expand_codes,
     read_grids,
     read_weights,
+    round_bfloat16,
     to_bfloat16,
     to_float,
-    weights_of,
 )
 from .task import (
     BFLOAT16,
     BIAS,
     BIAS_KIND,
     CHUNK,
+    CODED,
     COUNT,
-    FACTOR,
     FIRST,
     FLOAT32,
     GROUPS,
-    HAS_FLOATS,
     IDS,
     LEAST_ROOM,
-    MORE,
+    MMA_WALKS,
     NEXT,
-    OFFSET,
     PARALLEL,
     ROOM,
     ROOM_SIZE,
     ROOMS,
     ROWS,
     SAME,
-    SCALE,
     SCALED,
     SCALES,
     SEAT,
     SIZE,
     SOURCE,
+    SPARSE_CODES,
     START,
     STARTS,
     STEP,
@@ -60,74 +56,33 @@ from .task import (
     WALKS,
     WORK,
     X_FLOAT,
-    X_INT,
-    X_KIND,
-    X_SCALES,
-    X_SUMS,
     Y_KIND,
-    ZERO,
     N,
-    Q,
     W,
     X,
     Y,
 )
 
-OUTLIER = 128
-MOST = 32767
-
-# what compiled.py puts here: loads and stores (memory.py), vectors (vectors.py, lanes.py)
+# what compiled.py puts here: loads and stores (memory.py), vectors (lanes.py, floats.py),
+# dots.AT_ONCE
+AT_ONCE = 1
 get: Any = None
 f32: Any = None
-set_u16: Any = None
 set_f32: Any = None
 set_i64: Any = None
 take: Any = None
 call: Any = None
+dot_by_64: Any = None
 multiply_strip: Any = None
-scale_chunks: Any = None
-dot_16: Any = None
-dot_32: Any = None
-dot_64: Any = None
-dot_128: Any = None
+expand_strip: Any = None
 
 
 def dot_floats(w, x, n):  # type: ignore[no-untyped-def]
-    """Return the product of two float32 vectors; sums in any order (fastmath)."""
-    total = np.float32(0.0)
-    for i in range(n):
+    """Return the product of two float32 vectors."""
+    total = dot_by_64(w, x, n >> 6)
+    for i in range(n & -64, n):
         total += f32(w + 4 * i) * f32(x + 4 * i)
     return total
-
-
-def dot_codes(task, token, chunks, scales, zeros, codes, scaled):  # type: ignore[no-untyped-def]
-    """Return a row's codes times one token's integers: chunks without integers give 0."""
-    at, chunk = 4 * token * chunks, get(task, CHUNK)
-    x_scales, x_sums = get(task, X_SCALES) + at, get(task, X_SUMS) + at
-    shift = scale_chunks(scales, zeros, x_scales, x_sums, scaled, chunks >> 3)
-    for c in range(8 * (chunks >> 3), chunks):
-        scale = f32(scales + 4 * c)
-        set_f32(scaled + 4 * c, scale * f32(x_scales + 4 * c))
-        shift += scale * f32(zeros + 4 * c) * f32(x_sums + 4 * c)
-    x = get(task, X_INT) + 2 * token * get(task, N)
-    if chunk == 64:
-        return dot_64(codes, x, scaled, chunks) - shift
-    if chunk == 128:
-        return dot_128(codes, x, scaled, chunks) - shift
-    if chunk == 32:
-        return dot_32(codes, x, scaled, chunks) - shift
-    return dot_16(codes, x, scaled, chunks) - shift
-
-
-def spread(each, groups, scales, zeros, factors, offsets):  # type: ignore[no-untyped-def]
-    """Write per chunk the scale and zero point of its group, which has `each`."""
-    c = 0
-    for g in range(groups):
-        scale, zero = f32(scales + 4 * g), f32(zeros + 4 * g)
-        for _ in range(each):
-            set_f32(factors + 4 * c, scale)
-            set_f32(offsets + 4 * c, zero)
-            c += 1
 
 
 def write(task, row, token, value, scratch):  # type: ignore[no-untyped-def]
@@ -146,7 +101,7 @@ def write(task, row, token, value, scratch):  # type: ignore[no-untyped-def]
         set_f32(y + 4 * at, value)
     else:
         set_f32(scratch, value)
-        to_bfloat16(scratch, 1, y + 2 * at)
+        round_bfloat16(scratch, y + 2 * at)
 
 
 def multiply_row(task, row, at, s):  # type: ignore[no-untyped-def]
@@ -158,52 +113,13 @@ def multiply_row(task, row, at, s):  # type: ignore[no-untyped-def]
         write(task, row, token, dot_floats(w, x, n), s + SCALED * get(task, ROOM))
 
 
-def multiply_codes(task, row, count, s):  # type: ignore[no-untyped-def]
-    """Write the products of some rows with all tokens by integers, what those leave in float32.
-
-    A row is unpacked while the one before it is multiplied: what was just stored in pieces of
-    another size is slow to load.
-    """
-    n, room, groups, tokens = get(task, N), get(task, ROOM), get(task, GROUPS), get(task, TOKENS)
-    chunks, has_floats = n // get(task, CHUNK), get(task, HAS_FLOATS)
-    each = chunks // groups
-    free = s + MORE * room
-    scales, zeros = s + SCALE * room, s + ZERO * room
-    factors, offsets, scaled = s + FACTOR * room, s + OFFSET * room, s + SCALED * room
-    codes = read_codes(task, row, 0, s + Q * room, s)
-    for at in range(count):
-        after = codes
-        if at + 1 < count:
-            after = read_codes(task, row + at + 1, at + 1, free, s)
-        if each > 1:
-            spread(each, groups, scales, zeros, factors, offsets)
-        else:
-            factors, offsets = scales, zeros
-        if has_floats:
-            weights_of(task, at, codes, s)
-        for token in range(tokens):
-            value = dot_codes(task, token, chunks, factors, offsets, codes, scaled)
-            if has_floats:
-                value += dot_rest(task, token, s)
-            write(task, row + at, token, value, scaled)
-        codes, free = after, codes
-        scales, zeros = scales + 4 * groups, zeros + 4 * groups
-
-
-def dot_rest(task, token, s):  # type: ignore[no-untyped-def]
-    """Return a row's weights times one token's inputs where those are not integers."""
-    n, chunk, room = get(task, N), get(task, CHUNK), get(task, ROOM)
-    scales = get(task, X_SCALES) + 4 * token * (n // chunk)
-    w, x, value = s + W * room, get(task, X_FLOAT) + 4 * token * n, np.float32(0.0)
-    for c in range(n // chunk):
-        if f32(scales + 4 * c) == 0.0:
-            value += dot_floats(w + 4 * c * chunk, x + 4 * c * chunk, chunk)
-    return value
-
-
 def expand_row(task, i, row, at, s):  # type: ignore[no-untyped-def]
     """Write the weights of a row, the i-th that is asked for."""
-    n, room, y = get(task, N), get(task, ROOM), get(task, Y)
+    n, room, y, source = get(task, N), get(task, ROOM), get(task, Y), get(task, SOURCE)
+    is_coded = source in (CODED, SPARSE_CODES)
+    if is_coded and get(task, Y_KIND) == BFLOAT16:
+        expand_codes(task, row, at, s, y + 2 * i * n)
+        return
     read_weights(task, row, at, s)
     w = s + W * room
     if get(task, Y_KIND) == BFLOAT16:
@@ -213,59 +129,11 @@ def expand_row(task, i, row, at, s):  # type: ignore[no-untyped-def]
             set_f32(y + 4 * (i * n + j), f32(w + 4 * j))
 
 
-def prepare(task):  # type: ignore[no-untyped-def]
-    """Write the activations as float32, and where a task has chunks as integers."""
-    chunk, size, x = get(task, CHUNK), get(task, N) * get(task, TOKENS), get(task, X_FLOAT)
-    integers, scales, sums = get(task, X_INT), get(task, X_SCALES), get(task, X_SUMS)
-    if get(task, X_KIND) != FLOAT32:
-        to_float(get(task, X), get(task, X_KIND), size, x)
-    if not chunk:
-        return
-    for c in range(size // chunk):
-        most, total = np.float32(0.0), np.float32(0.0)
-        for i in range(c * chunk, c * chunk + chunk):
-            value = abs(f32(x + 4 * i))
-            most = value if value > most else most
-            total += value
-        # false for NaN and infinity as well: those are float32's
-        if most > 0.0 and most * (chunk - 1) <= OUTLIER * (total - most) and total < 3e38:
-            inverse, whole = np.float32(MOST) / most, np.int64(0)
-            for i in range(c * chunk, c * chunk + chunk):
-                value = f32(x + 4 * i) * inverse
-                number = np.int32(value + np.float32(0.5 if value > 0 else -0.5))
-                set_u16(integers + 2 * i, number)
-                whole += np.int64(number)
-            set_f32(scales + 4 * c, most / np.float32(MOST))
-            set_f32(sums + 4 * c, np.float32(whole) * (most / np.float32(MOST)))
-        else:
-            for i in range(c * chunk, c * chunk + chunk):
-                set_u16(integers + 2 * i, 0)
-            set_f32(scales + 4 * c, np.float32(0.0))
-            set_f32(sums + 4 * c, np.float32(0.0))
-            if total != 0.0:
-                set_i64(task + 8 * HAS_FLOATS, 1)
-
-
-def place(task, at):  # type: ignore[no-untyped-def]
-    """Say where a task's activations become float32 and integers; return where that ends."""
-    size, chunk = get(task, TOKENS) * get(task, N), get(task, CHUNK)
-    set_i64(task + 8 * X_FLOAT, get(task, X) if get(task, X_KIND) == FLOAT32 else at)
-    if get(task, X_KIND) == FLOAT32:
-        return at
-    at += 4 * size
-    if chunk:
-        set_i64(task + 8 * X_INT, at)
-        at += 2 * size
-        for of_chunks in (X_SCALES, X_SUMS):
-            set_i64(task + 8 * of_chunks, at)
-            at += 4 * (size // chunk)
-    return (at + 63) & -64
-
-
-def share(task, other):  # type: ignore[no-untyped-def]
-    """Let a task use what another made of the same activations."""
-    for at in (X_FLOAT, X_INT, X_SCALES, X_SUMS, HAS_FLOATS):
-        set_i64(task + 8 * at, get(other, at))
+def is_in_strips(task):  # type: ignore[no-untyped-def]
+    """Return whether a task's rows are read in whole strips of 16."""
+    has_whole = not get(task, IDS) and get(task, FIRST) % 16 == 0
+    is_read = get(task, SOURCE) == WALKS or (get(task, SOURCE) == MMA_WALKS and get(task, X) != 0)
+    return has_whole and is_read
 
 
 def run(tasks, memory, version):  # type: ignore[no-untyped-def]
@@ -279,9 +147,9 @@ def run(tasks, memory, version):  # type: ignore[no-untyped-def]
         own = max(LEAST_ROOM, (get(task, N) + 127) & -64)
         room = max(room, own)
         set_i64(task + 8 * ROOM, own)
-        step = max(1, min(64, get(task, ROWS) // (8 * threads)))
-        if get(task, SOURCE) >= WALKS and get(task, X):
-            step = (step + 15) & -16  # whole strips
+        step = (max(1, min(64, get(task, ROWS) // (8 * threads))) + 3) & -4
+        if is_in_strips(task):
+            step = (step + 15) & -16
         set_i64(task + 8 * STEP, step)
         if get(task, SAME):
             share(task, tasks + 8 * SIZE * (get(task, SAME) - 1))
@@ -319,16 +187,22 @@ def take_rows(task, s):  # type: ignore[no-untyped-def]
     step, rows, is_product = get(task, STEP), get(task, ROWS), get(task, X)
     ids, start, has_grids = get(task, IDS), get(task, FIRST), get(task, SCALES)
     has_integers = is_product and get(task, CHUNK)
-    is_strips = is_product and get(task, SOURCE) >= WALKS
+    is_strips = is_in_strips(task)
     # as many rows at once as their grids have room for; those of ids lie apart
     block = 1 if ids else max(1, min(step, get(task, ROOM) // get(task, GROUPS)))
+    if block > AT_ONCE:
+        block -= block % AT_ONCE
     while True:
         first = take(task + 8 * NEXT, step)
         if first >= rows:
             return
         if is_strips:
             for low in range(first, min(first + step, rows), 16):
-                multiply_strip(task, low, min(low + 16, rows), s)
+                end = min(low + 16, rows)
+                if is_product:
+                    multiply_strip(task, low, end, s)
+                else:
+                    expand_strip(task, low, start + low, start + end, s)
             continue
         for low in range(first, min(first + step, rows), block):
             count = min(block, min(first + step, rows) - low)

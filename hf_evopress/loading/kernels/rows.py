@@ -45,11 +45,8 @@ from .task import (
     W,
 )
 
-AHEAD = 2  # rows that are brought to the cache before they are unpacked
-
 # what compiled.py puts here: loads and stores (memory.py), vectors (vectors.py, lanes.py)
 get: Any = None
-prefetch: Any = None
 u8: Any = None
 u16: Any = None
 i32: Any = None
@@ -63,6 +60,9 @@ set_f32: Any = None
 widen_bfloat16: Any = None
 widen_float16: Any = None
 widen_bytes: Any = None
+narrow_bfloat16: Any = None
+weigh: Any = None
+weigh_bfloat16: Any = None
 merge_bits: Any = None
 read_walks: Any = None
 read_mma_walks: Any = None
@@ -94,10 +94,16 @@ def to_float(source, kind, n, target):  # type: ignore[no-untyped-def]
 
 def to_bfloat16(source, n, target):  # type: ignore[no-untyped-def]
     """Write n float32 numbers as bfloat16, rounded to nearest, ties to even."""
-    for i in range(n):
-        bits, value = i32(source + 4 * i), f32(source + 4 * i)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        set_u16(target + 2 * i, rounded if value == value else 0x7FC0)
+    narrow_bfloat16(source, target, n >> 4)
+    for i in range(n & -16, n):
+        round_bfloat16(source + 4 * i, target + 2 * i)
+
+
+def round_bfloat16(source, target):  # type: ignore[no-untyped-def]
+    """Write a float32 number as bfloat16."""
+    bits, value = i32(source), f32(source)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    set_u16(target, rounded if value == value else 0x7FC0)
 
 
 def unpack_range(bits, source, total, start, count, target):  # type: ignore[no-untyped-def]
@@ -188,20 +194,12 @@ def read_grids(task, row, count, s):  # type: ignore[no-untyped-def]
 
 
 def read_codes(task, row, at, q, s):  # type: ignore[no-untyped-def]
-    """Return where the codes of a row are, q or where they are stored.
-
-    Its grid is the at-th of those that were read.
-    """
+    """Write the codes of a row to q, a byte each; its grid is the at-th of those that were read."""
     n, bits, room, codes = get(task, N), get(task, BITS), get(task, ROOM), get(task, CODES)
     mask, kept = s + MASK * room, s + KEPT_CODES * room
     if get(task, SOURCE) == CODED:
-        width = get(task, WIDTH)
-        if bits == 8:  # a byte each, in their order
-            return codes + row * width
-        # bit planes are several streams, too short for the processor to notice in time
-        prefetch(codes + (row + AHEAD) * width, (width + 63) >> 6)
-        unpack_row(bits, codes + row * width, n, q)
-        return q
+        unpack_row(bits, codes + row * get(task, WIDTH), n, q)
+        return
     starts, groups = get(task, STARTS), get(task, GROUPS)
     first, end = get(starts, row), get(starts, row + 1)
     read_mask(task, row, mask, kept)
@@ -213,18 +211,31 @@ def read_codes(task, row, at, q, s):  # type: ignore[no-untyped-def]
             is_kept = u8(mask + j)
             set_u8(q + j, u8(kept) if is_kept else none)
             kept += is_kept
-    return q
 
 
 def weights_of(task, at, q, s):  # type: ignore[no-untyped-def]
     """Write the weights of a row whose codes (at q) and grid are there."""
     groups, room, size = get(task, GROUPS), get(task, ROOM), get(task, N) // get(task, GROUPS)
-    w = s + W * room
     for g in range(groups):
-        grid = s + 4 * (at * groups + g)
+        grid, first, w = s + 4 * (at * groups + g), q + g * size, s + W * room + 4 * g * size
+        weigh(first, grid + SCALE * room, grid + ZERO * room, w, size >> 4)
         scale, zero = f32(grid + SCALE * room), f32(grid + ZERO * room)
-        for j in range(g * size, g * size + size):
-            set_f32(w + 4 * j, (np.float32(u8(q + j)) - zero) * scale)
+        for j in range(size & -16, size):
+            set_f32(w + 4 * j, (np.float32(u8(first + j)) - zero) * scale)
+
+
+def expand_codes(task, row, at, s, target):  # type: ignore[no-untyped-def]
+    """Write the weights of a row of codes as bfloat16."""
+    groups, room, size = get(task, GROUPS), get(task, ROOM), get(task, N) // get(task, GROUPS)
+    q, last = s + Q * room, s + W * room
+    read_codes(task, row, at, q, s)
+    for g in range(groups):
+        grid, first, w = s + 4 * (at * groups + g), q + g * size, target + 2 * g * size
+        weigh_bfloat16(first, grid + SCALE * room, grid + ZERO * room, w, size >> 4)
+        scale, zero = f32(grid + SCALE * room), f32(grid + ZERO * room)
+        for j in range(size & -16, size):
+            set_f32(last, (np.float32(u8(first + j)) - zero) * scale)
+            round_bfloat16(last, w + 2 * j)
 
 
 def read_weights(task, row, at, s):  # type: ignore[no-untyped-def]
@@ -248,7 +259,8 @@ def read_weights(task, row, at, s):  # type: ignore[no-untyped-def]
     elif source == MMA_WALKS:
         read_mma_walks(task, row, s)
     else:
-        weights_of(task, at, read_codes(task, row, at, s + Q * room, s), s)
+        read_codes(task, row, at, s + Q * room, s)
+        weights_of(task, at, s + Q * room, s)
 
 
 def count_kept(task):  # type: ignore[no-untyped-def]

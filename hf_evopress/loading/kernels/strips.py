@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .task import (
+    BFLOAT16,
     BITS,
     CODES,
     MMA_WALKS,
@@ -21,7 +22,9 @@ from .task import (
     TOKENS,
     WIDTH,
     X_FLOAT,
+    Y_KIND,
     N,
+    Y,
 )
 
 MOST = 16  # tokens whose sums a thread has room for
@@ -29,9 +32,11 @@ MOST = 16  # tokens whose sums a thread has room for
 TILE, LAST, SCRATCH, PAST, SUMS = 0, 1024, 1088, 1152, 1216
 OF_TOKEN = 512  # bytes of sums
 
-# what compiled.py puts here: loads and stores (memory.py), vectors (walks.py), native.write
+# what compiled.py puts here: loads and stores (memory.py), vectors (walks.py), native.write,
+# rows.to_bfloat16
 get: Any = None
 write: Any = None
+to_bfloat16: Any = None
 f32: Any = None
 set_f32: Any = None
 set_u8: Any = None
@@ -115,6 +120,26 @@ def sum_strip(task, row, first, tokens, s):  # type: ignore[no-untyped-def]
                 add_mma_tile(s + TILE, own, sums, 1)
             else:
                 add_tile(s + TILE, own, sums, 1)
+
+
+def expand_strip(task, at, row, end, s):  # type: ignore[no-untyped-def]
+    """Write the weights of rows row .. end, of one strip, the at-th that is asked for and on."""
+    tiles, n, y, is_short = (
+        get(task, WIDTH),
+        get(task, N),
+        get(task, Y),
+        get(task, Y_KIND) == BFLOAT16,
+    )
+    for tile in range(tiles):
+        decode(task, (row // 16) * tiles + tile, s + PAST, s)
+        some = min(16, n - 16 * tile)
+        for i in range(end - row):
+            source, place = s + TILE + 64 * i, (at + i) * n + 16 * tile
+            if is_short:
+                to_bfloat16(source, some, y + 2 * place)
+            else:
+                for j in range(some):
+                    set_f32(y + 4 * (place + j), f32(source + 4 * j))
 
 
 def hadamard(x, q, p):  # type: ignore[no-untyped-def]

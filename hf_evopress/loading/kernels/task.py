@@ -18,7 +18,7 @@ X_INT = 8  # as 16-bit integers
 X_SCALES = 9  # per token and chunk
 X_SUMS = 10  # per token and chunk
 CHUNK = 11  # inputs summed as integers, 0 for none
-HAS_FLOATS = 12  # some chunks are multiplied in float32
+N_FLOAT_CHUNKS = 12  # that are multiplied in float32
 Y = 13  # outputs
 Y_KIND = 14
 BIAS = 15  # 0 for none
@@ -50,16 +50,17 @@ ROOMS = 40  # that memory, ROOM_SIZE * ROOM of each thread
 SEAT = 41  # the next thread's number
 COUNT = 42  # tasks of one call
 SAME = 43  # the number, from 1, of the task whose activations are this one's too; 0 for none
-SIZE = 44
+FLOAT_CHUNKS = 44  # their numbers, token * chunks + chunk, ascending, int32 each
+SIZE = 45
 PLACE = {name.lower(): i for name, i in list(globals().items()) if type(i) is int and i < SIZE}
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # kinds of numbers
 CODED, SPARSE_CODES, SPARSE_FLOATS, FLOATS, WALKS, MMA_WALKS = 0, 1, 2, 3, 4, 5  # sources of a row
 
-# what lies where in a thread's memory, in ROOMs: codes of a row and of the next, mask and kept
-# codes, one byte each; float32: weights, kept weights, scales and zero points of groups, factors
-# of chunks
-Q, MORE, MASK, KEPT_CODES = 0, 1, 2, 3
-W, FLOAT_CODES, SCALE, ZERO, FACTOR, OFFSET, SCALED = range(4, 32, 4)
-ROOM_SIZE = 32
+# what lies where in a thread's memory, in ROOMs: codes of four rows, mask and kept codes, one byte
+# each; float32: weights, kept weights, scales and zero points of groups, factors of chunks (those
+# of four rows and two tokens), sums
+Q, MASK, KEPT_CODES = 0, 4, 5
+W, FLOAT_CODES, SCALE, ZERO, FACTOR, OFFSET, SCALED, SUMS = range(8, 40, 4)
+ROOM_SIZE = 40
 LEAST_ROOM = 320  # of ROOM: strips.py needs 10 KB of it all

@@ -34,7 +34,8 @@ def factors(part: Method, params: Mapping[str, Any], suffix: str, shape: Shape) 
         return (_coded(params, suffix, shape),)
     if _reads_as(part, Rows):
         kinds = [_coded(p, suffix, own, prefix) for prefix, own, p in parts_of(shape, params)]
-        return (Stacked(shape, f"top_mask{suffix}", top=kinds[0], rest=kinds[1]),)
+        chunk = min(kind.chunk for kind in kinds)
+        return (Stacked(shape, f"top_mask{suffix}", chunk=chunk, top=kinds[0], rest=kinds[1]),)
     if _reads_as(part, SparseMethod):
         return (_sparse(params, suffix, shape),)
     if _reads_as(part, LowRank):
