@@ -30,7 +30,8 @@ MIXED = {
     "model.layers.2.self_attn.v_proj": "rtn:bits=4,group_size=64",
 }
 FOR_SMOLLM2 = ("rtn:bits=8,group_size=64", "rtn:bits=5,group_size=64", "rtn:bits=6,group_size=32")
-SYMMETRIC = "rtn:bits=4,group_size=64,symmetric=true"
+# vLLM, which computes in bfloat16, rounds scales to it
+SYMMETRIC = "rtn:bits=4,group_size=64,symmetric=true,scales=bfloat16"
 
 
 def make_served(folder: Path, model: Any, tokenizer: Any) -> None:
