@@ -26,9 +26,9 @@ GROUPS = 16  # per weight, at most: each takes the caller's loop over inputs onc
 DAMP_OUTPUTS = 1.0
 
 OUTPUT_PARAMS: Mapping[str, Param] = {
-    "outputs": Param(bool, "later rows absorb errors, too, where G is known", default=True),
+    "outputs": Param(bool, "later rows absorb errors, too, by the outputs' moments", default=True),
     "damp_outputs": Param(
-        float, "share of G's mean diagonal added", default=DAMP_OUTPUTS, at_least=0.0
+        float, "share of their mean diagonal added", default=DAMP_OUTPUTS, at_least=0.0
     ),
 }
 
