@@ -5,9 +5,8 @@ SmolLM2-135M, group 64: the Hessian gives the attention sink its due and is damp
 `damp`: KL at 3 bits 2.39 -> 0.75 with 0.05 and 0.1); group ranges are searched for the least
 loss, (w - w_hat)^2 / U_ii^2 summed over inputs (`clip`: KL 0.308 -> 0.247 at 3 bits and 1.78 ->
 1.23 at 2 against a search for the least |w - w_hat|^2.4); scales come from weights that carry
-every error so far; they are rounded to their stored dtype first. Errors are
-absorbed along the outputs as well, where the moments of their gradients are known (`outputs`,
-`maths/row_groups.py`).
+every error so far; they are rounded to their stored dtype first; errors are absorbed along the
+outputs as well, where the moments of their gradients are known (`outputs`, `maths/row_groups.py`).
 
 Stores codes, scales and zero points: bits + (16 + bits) / group_size bits per weight. Making a
 weight takes O(in^3) once per distinct input, O(out^3) per weight and O(out * in^2) per bit-width.
@@ -28,7 +27,7 @@ from .maths.codes import CODE_PARAMS, SCALE_DTYPES, CodedMethod, pack_state
 from .maths.grid import dequantize
 from .maths.linalg import DAMP, SINK, Stats
 from .maths.obs import MAX_VALUES, Rounding, solve
-from .maths.row_groups import OUTPUT_PARAMS, Made, round_rows
+from .maths.row_groups import OUTPUT_PARAMS, Made, levels_at_once, round_rows
 
 
 class GPTQ(SharedWork, CodedMethod):
@@ -70,9 +69,11 @@ class GPTQ(SharedWork, CodedMethod):
             key = tuple((k, v) for k, v in sorted(params.items()) if k != "bits")
             loops.setdefault(key, []).append(i)
         made: dict[int, list[State]] = {}
+        step = levels_at_once(Ws) if any(G is not None for G in stats.outputs) else len(settings)
         for members in loops.values():
-            shared = [settings[i] for i in members]
-            made.update(zip(members, _one_loop(Ws, stats, shared), strict=True))
+            for some in (members[i : i + step] for i in range(0, len(members), step)):
+                shared = [settings[i] for i in some]
+                made.update(zip(some, _one_loop(Ws, stats, shared), strict=True))
         return [made[i] for i in range(len(settings))]
 
 

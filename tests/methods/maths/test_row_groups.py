@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_evopress.methods import compose
+from hf_evopress.methods.maths import row_groups
 from hf_evopress.methods.maths.linalg import Stats
 from hf_evopress.methods.maths.row_groups import GROUPS, round_rows
 from hf_evopress.methods.maths.two_sided import TILE, block_factor
@@ -76,6 +77,26 @@ def test_without_moments_all_rows_go_at_once():
     made = round_rows(Ws, None, 0.3, rounder, halves)
     assert seen == [(1, 48, 24)]
     assert all(torch.equal(x[0][0], coarse(W)[0]) for W, x in zip(Ws, made, strict=True))
+
+
+def test_levels_of_one_side_are_no_copies_of_the_weights():
+    W, seen = weight(40, 24), []
+
+    def rounder(rows):
+        seen.append((rows.shape, rows.stride(0)))
+        return coarse(rows)
+
+    round_rows([W], [None], 0.3, rounder, halves, levels=5)
+    assert seen == [((5, 40, 24), 0)]
+
+
+def test_levels_that_lose_too_much_at_once_go_one_after_the_other(monkeypatch):
+    W, stats = weight(96, 64), Stats(moment(64, 3), outputs=(moment(96, 4),))
+    levels = [compose.normalize(f"gptq:bits={bits},group_size=16") for bits in (2, 3, 4)]
+    together = compose.compress_many(levels, [W], stats)
+    monkeypatch.setattr(row_groups, "MAX_LOST", W.numel())
+    for a, b in zip(together, compose.compress_many(levels, [W], stats), strict=True):
+        assert all(torch.equal(a[0][name], b[0][name]) for name in a[0])
 
 
 def test_moments_of_another_size_are_refused():
