@@ -12,8 +12,9 @@ int4      codes as PyTorch's int4 kernel for CPUs takes them (int4.py), 4.5 bits
 What save_pretrained writes is the same for all. `expanded` gives the results of `packed` but for
 the order of sums. `auto` does for prompts, trellis codes apart; up to 16 tokens it multiplies the
 weight before it is rounded to bfloat16, with sums in float32, which is nearer to the exact product
-than `packed` is (on a GPU, for one token). With trellis codes it rotates the activations instead
-of the weight.
+than `packed` is (on a GPU, for one token). On a CPU codes times bfloat16 are multiplied so up to
+32 tokens, and at any length where PyTorch has no instructions for bfloat16. With trellis codes it
+rotates the activations instead of the weight.
 """
 
 from __future__ import annotations

