@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..base.reading import reading
-
 _CONVERT = "ffmpeg -i {} -ac 1 -ar {} -c:a pcm_s16le NEW.wav"
 
 
@@ -61,9 +59,11 @@ def _other(path: Path, rate: int) -> tuple[np.ndarray, int]:
             f"{path} is no WAV file of 16-bit PCM: convert it, for example by "
             f'{_CONVERT.format(path.name, rate)}, or pip install "hf-evopress[speech]"'
         ) from error
-    with reading(path, way_out="convert it into a WAV file of 16-bit PCM"):
-        try:
-            samples, own_rate = soundfile.read(path, dtype="float32", always_2d=True)
-        except soundfile.SoundFileError as error:
-            raise ValueError(f"soundfile cannot read it: {error}") from error
+    try:
+        samples, own_rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise ValueError(
+            f"{path} is no sound that soundfile reads ({error}): convert it, for example by "
+            f"{_CONVERT.format(path.name, rate)}"
+        ) from error
     return samples, int(own_rate)
