@@ -75,7 +75,7 @@ class SoundText:
         settings = json.dumps(extractor.to_dict(), sort_keys=True, default=str)
         said = (json.dumps(one.ids) for one in self.transcripts)
         self.fingerprint = text_fingerprint(
-            sha256(self.source), *self._prints.values(), *said, settings, str((seq_len, seed))
+            sha256(self.source), *self._prints.values(), *said, settings, str((self.seq_len, seed))
         )
         self.images = Sounds(
             folder, self.fingerprint, n_places=self.n_places, end=tokenizer.eos_token_id

@@ -162,7 +162,7 @@ def forward(model: Any, ids: Tensor, *, with_images: bool = True) -> Any:
     """Return what a model's forward returns, with no cache made where it would make one."""
     options: dict[str, Any] = {"use_cache": False} if _takes_cache(model) else {}
     if class_of(model).has_encoder:
-        options["decoder_input_ids"] = embedded(model, ids)
+        options["decoder_input_ids"] = _decoder_ids(model, ids)
         return model(**source_of(model, ids, with_sound=with_images), **options)
     images = images_of(model) if with_images else None
     if images is not None:
@@ -192,10 +192,11 @@ def source_of(model: Any, ids: Tensor, *, with_sound: bool = True) -> dict[str, 
 
 
 def embedded(model: Any, ids: Tensor) -> Tensor:
-    """Return the tokens that the input embedding of a decoder looks up for ids (batch, seq)."""
-    kind = class_of(model)
-    if not kind.has_encoder:
-        return ids
+    """Return the tokens that the input embedding looks up for ids (batch, seq)."""
+    return _decoder_ids(model, ids) if class_of(model).hears else ids
+
+
+def _decoder_ids(model: Any, ids: Tensor) -> Tensor:
     target = ids[:, n_source(model, ids.shape[1]) :]
     return shifted(target, start_of(model.config, type(model).__name__))
 
