@@ -40,7 +40,7 @@ ROOM_RULE = f"a room imports only from rooms above it: {', '.join(ROOMS)}"
 # Heavy or optional: imported inside the function that needs them.
 LAZY = {
     *("peft", "datasets", "gguf", "matplotlib", "compressed_tensors", "lm_eval", "optimum"),
-    *("onnx", "onnxruntime", "onnxscript"),
+    *("onnx", "onnxruntime", "onnxscript", "soundfile"),
 }
 LAZY |= {"numba", "llvmlite", "xllamacpp"}
 MAX_FILE_LINES = 400

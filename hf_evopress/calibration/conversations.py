@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -42,22 +42,25 @@ class Conversation:
 
 def has_images(source: Any) -> bool:
     """Return whether a source is a file of conversations with images."""
+    return has_rows(
+        source,
+        lambda row: any(i.get("type") == "image" for turn in _turns(row) for i in _items(turn)),
+    )
+
+
+def has_rows(source: Any, are_so: Callable[[Any], bool]) -> bool:
+    """Return whether a source is a file of JSON lines of which one is as asked."""
     path = Path(source) if isinstance(source, (str, Path)) else None
     if path is None or path.suffix.lower() not in _LINES or not path.is_file():
         return False
-    return any(
-        item.get("type") == "image"
-        for _, row in _rows(path)
-        for turn in _turns(row)
-        for item in _items(turn)
-    )
+    return any(are_so(row) for _, row in json_rows(path))
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:
     """Return the conversations of a file; errors name the line."""
     path = Path(path)
     found = []
-    for line, row in _rows(path):
+    for line, row in json_rows(path):
         where = f"line {line} of {path}"
         images: list[Path] = []
         messages = []
@@ -203,7 +206,7 @@ class _Piece:
     end: int
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+def json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the number and the value of each line."""
     with open(path, encoding="utf-8-sig") as file:
         for line, text in enumerate(file, start=1):

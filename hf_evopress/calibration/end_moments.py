@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..base.reading import ANEW, reading
 from ..base.resources import atomic_path
 from ..methods.maths.linalg import Stats
+from ..models.classes import class_of, embedded, n_losses
 from ..models.ends import embedding_forward, input_embedding, output_head
 from ..models.patching import patched
 from ..models.stream import BlockStream
@@ -110,6 +111,7 @@ class EndRecorder:
 
     def __init__(self, model: Any, units: Sequence[Unit], *, seed: int) -> None:
         self.model, self.units = model, units
+        self._is_heard = class_of(model).hears
         roles = {unit.role for unit in units}
         self.of_head = bool(roles & {"head", "tied"})
         self.of_embedding = bool(roles & {"embedding", "tied"})
@@ -162,7 +164,8 @@ class EndRecorder:
             return
         name, module = found
         with torch.enable_grad():
-            rows = module.weight[ids.to(module.weight.device)].detach()
+            looked_up = embedded(self.model, ids)
+            rows = module.weight[looked_up.to(module.weight.device)].detach()
             rows = stream.place.bring(rows).requires_grad_()
             forward = embedding_forward(module, lambda _: rows)
             with patched(self.model, {name: forward}):
@@ -171,7 +174,8 @@ class EndRecorder:
         g = g.flatten(0, 1).float() / scale
         moment = g.T @ g
         self._gradient = moment if self._gradient is None else self._gradient + moment
-        self._n_tokens += len(g)
+        # behind the end of words no loss counts
+        self._n_tokens += n_losses(self.model, ids) if self._is_heard else len(g)
 
     def write(self, path: Path, counted: Tensor) -> None:
         """Write the moments to `path`; counted (n_sequences, seq_len): the text to count in."""

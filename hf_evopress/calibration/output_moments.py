@@ -34,7 +34,7 @@ from ..base.ranks import ALONE, Ranks
 from ..base.reading import ANEW, reading
 from ..base.resources import atomic_path
 from ..models import images
-from ..models.classes import class_of
+from ..models.classes import class_of, embedded, n_losses
 from ..models.experts import others
 from ..models.images import example, n_text, only_text
 from ..models.two_stacks import stream_of
@@ -114,7 +114,7 @@ def output_moments(
             _write(_file(root, VISION), backward.vision(by_block[VISION]), by_block[VISION])
         if recorder is not None:
             backward.end()
-            recorder.write(root / FILE, tokens if counted is None else counted)
+            recorder.write(root / FILE, embedded(model, tokens if counted is None else counted))
     ranks.wait()
     return root
 
@@ -217,9 +217,7 @@ class _Backward:
         self.model, self._recorder = model, recorder
         self.stream = stream_of(model)
         self.kind = class_of(model)
-        # one per token of text, or where there is one output per text, per text
-        self.n_losses = len(tokens) * self.kind.n_rows(tokens.shape[1])
-        self.n_losses -= tokens.numel() - n_text(model, tokens)
+        self.n_losses = n_losses(model, tokens)
         self.batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
         self._scratch = TemporaryDirectory(dir=folder, prefix=".inputs.")
         self._generator = torch.Generator().manual_seed(seed)

@@ -66,6 +66,7 @@ Texts = Annotated[
         help="Text to calibrate and search on: a file (.txt, .json, "
         ".jsonl, .csv, .tsv, .parquet), a Hub dataset name[:config], or self: what the model "
         "writes itself (self:chat under its template, self:raw without). Repeat for more. "
+        'For Whisper .jsonl of {"audio": FILE, "text": ...}. '
         "Default: HuggingFaceFW/fineweb-edu.",
     ),
 ]

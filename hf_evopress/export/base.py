@@ -15,6 +15,7 @@ from ..base.target import whole_folder
 from ..methods.base import State
 from ..models.classes import call, class_of
 from ..models.plain import make_plain
+from ..models.sounds import n_places
 from ..plans.level import Level
 from ..plans.plan import Plan
 from .source_files import copy_source_files
@@ -106,7 +107,8 @@ def check_loads(folder: Path, model: Any, *, dtype: torch.dtype) -> None:
         )
     loaded = loaded.eval().to(model.device)
     n_tokens = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(1, 17, device=model.device)[None] % n_tokens
+    n = 16 + (n_places(model) if class_of(model).hears else 0)
+    ids = torch.arange(1, n + 1, device=model.device)[None] % n_tokens
     _logits(loaded, ids)  # as it is
     make_plain(loaded)
     ours, theirs = _logits(model, ids), _logits(loaded, ids)

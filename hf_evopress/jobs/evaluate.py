@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from ..base.devices import on_device
 from ..base.own_code import trusts_code
 from ..base.progress import Progress
 from ..calibration.data import tokenize_file
+from ..calibration.transcripts import read_sounds
 from ..loading.layers import prepare_layers
 from ..loading.quantizer import register_with_transformers
 from ..loading.runtimes import PACKED
-from ..models.classes import ModelClass, set_pooling
+from ..models.classes import ModelClass, set_pooling, text_length
+from ..models.images import give_images
 from ..models.size import model_size, stored_bytes
+from ..models.sounds import Sounds
 from ..models.source import (
     is_decoder,
     kind_of,
@@ -72,19 +76,19 @@ def evaluate_model(
         check_card(model, tasks)
     manager = None if tasks is None else check_tasks(tasks)
     kind = _kind(model, against, tasks is not None or questions is not None)
-    text = None if data is None else _text(model, data, column, window)
+    text = None if data is None else _text(model, kind, data, column, window, max_windows)
     size = model_size(load_checked(model, kind=kind, dtype="auto")) if text else None  # as stored
     made = load(model, dtype=dtype, kind=kind)
     prepare_layers(made, PACKED)
     dense = load(against, dtype=dtype, kind=kind) if against else None
     found: dict[str, Any] = {}
     if text is not None and size is not None:
-        tokens, window = text
+        tokens, window, sounds = text
         on: dict[str, Any] = {"window": window, "max_windows": max_windows, "progress": progress}
         if kind is None or kind.continues_text:
             report = compare(made, dense, tokens, **on)
         else:
-            report = compare_class(kind, model, made, dense, tokens, **on)
+            report = compare_class(kind, model, made, dense, tokens, sounds=sounds, **on)
         found |= report.to_dict()
         found["bits_per_weight"] = size.bits_per_weight
         found["bits_per_weight_with_embeddings"] = size.bits_per_weight_with_embeddings
@@ -112,15 +116,27 @@ def compare_class(
     window: int,
     max_windows: int | None,
     progress: Progress | None,
+    sounds: Sounds | None = None,
 ) -> Report:
-    """Return how far what a model that continues no text puts out is from the dense model."""
+    """Return how far what a model that continues no text puts out is from the dense model.
+
+    sounds: what is said in which the tokens are.
+    """
     config = read_config(name)
     for one in (model, dense) if kind.is_vector else ():
         set_pooling(one, pooling_said(name, is_decoder(config)))
     tokens = masked(tokens, read_tokenizer(name), kind, seed=0)
     windows = tokens[: len(tokens) // window * window].view(-1, window)[:max_windows]
+    for one in (model, dense):
+        give_images(one, sounds)
     return compare_outputs(
-        {"model": model}, dense, windows, is_vector=kind.is_vector, progress=progress
+        {"model": model},
+        dense,
+        windows,
+        is_vector=kind.is_vector,
+        rows=None if sounds is None else sounds.counted,
+        window=text_length(model, windows),
+        progress=progress,
     )["model"]
 
 
@@ -179,13 +195,27 @@ def check_card(model: str, tasks: TaskRequest | None) -> None:
         )
 
 
-def _text(model: str, data: str, column: str, window: int | None) -> tuple[Any, int]:
-    """Return the tokens (n,) of a text and the window that they are cut into."""
+def _text(
+    model: str,
+    kind: ModelClass | None,
+    data: str,
+    column: str,
+    window: int | None,
+    max_windows: int | None,
+) -> tuple[Tensor, int, Sounds | None]:
+    """Return the tokens (n,) of a text, the window that they are cut into, and sounds of theirs.
+
+    Of a file of sounds a window is one of them: `window` tokens of what is said at most.
+    """
+    if kind is not None and kind.hears:
+        made = read_sounds(model, read_config(model), [data], seq_len=window or sys.maxsize)
+        tokens = made.write(min(made.n_sequences, max_windows or made.n_sequences))
+        return tokens.flatten(), tokens.shape[1], made.images
     window = window_of(read_config(model), window)
     tokens = tokenize_file(data, read_tokenizer(model), column=column)
     if len(tokens) < window:
         raise ValueError(f"{data} has {len(tokens)} tokens, one window needs {window}")
-    return tokens, window
+    return tokens, window, None
 
 
 def _tasks(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ from .for_target import for_this_machine
 from .problem import pose
 from .reporting import Reports
 from .with_images import image_text
+from .with_sound import sound_text
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,12 @@ class Job:
                 self.config, dtype=self.dtype, trust_remote_code=recipe.trust_remote_code
             )
         check_head(recipe.model, skeleton)
-        self.image_text = image_text(recipe, self.kind, self.config, self.work)
+        of_recipe = (recipe, self.kind, self.config, self.work)
+        self.media = image_text(*of_recipe) or sound_text(*of_recipe)
+        if self.media is not None and self.media.seq_len != recipe.data.seq_len:
+            self.recipe = recipe = replace(
+                recipe, data=replace(recipe.data, seq_len=self.media.seq_len)
+            )
         make_plain(skeleton)
         check_streamable(skeleton)
         warn_of_experts(skeleton)
@@ -175,7 +182,7 @@ class Job:
         data = self.recipe.data
         counts = {k: getattr(data, k) for k in ("calibration", "search", "heldout", "test")}
         writers = {kind: self._writer(kind) for kind in data.sources if kind in OWN}
-        if (made := self.image_text) is not None:
+        if (made := self.media) is not None:
             writers[str(made.source)] = (made.fingerprint, made.write)
         found = cached_splits(
             self.work / "tokens",
@@ -255,8 +262,8 @@ class Job:
         return model.eval().requires_grad_(False)
 
     def fit(self, model: Any) -> None:
-        """Say how the states of an embedding model become a vector, and where images are."""
-        give_images(model, None if self.image_text is None else self.image_text.images)
+        """Say how the states of an embedding model become a vector; give images or sounds."""
+        give_images(model, None if self.media is None else self.media.images)
         if self.kind.is_vector:
             set_pooling(model, pooling_said(self.recipe.model, is_decoder(self.config)))
 

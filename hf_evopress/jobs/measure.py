@@ -19,7 +19,7 @@ from ..loading.kv_cache.cache import GearCache
 from ..loading.layers import prepare_layers
 from ..loading.quantizer import register_with_transformers
 from ..loading.runtimes import PACKED
-from ..models.classes import call
+from ..models.classes import call, source_of, text_length
 from ..models.plain import make_plain
 from ..models.size import stored_bytes
 from ..models.source import window_of
@@ -109,7 +109,7 @@ def measure(
     compared = partial(_compared, job, models, dense, tokens, window, max_windows)
     reports = whole_within_memory("the figures", compared, job.device, way_out=SMALLER)
     rows = tuple(Row(name, *sizes[name], reports[name]) for name in models)
-    return rows, generate(job.tokenizer, reloaded) if job.kind.generates else ""
+    return rows, _sample(job, reloaded) if job.kind.generates else ""
 
 
 def _compared(
@@ -121,7 +121,7 @@ def _compared(
     max_windows: int | None,
 ) -> Mapping[str, Report]:
     """Return the report of each model, of the kind that its class has."""
-    images = None if job.image_text is None else job.image_text.images
+    images = None if job.media is None else job.media.images
     if job.kind.continues_text and images is None:
         return compare_many(
             models, dense, tokens, window=window, max_windows=max_windows, progress=job.progress
@@ -132,7 +132,8 @@ def _compared(
         dense,
         windows,
         is_vector=job.kind.is_vector,
-        rows=None if images is None else images.text,
+        rows=None if images is None else images.counted,
+        window=text_length(job.model, windows),
         progress=job.progress,
     )
 
@@ -143,6 +144,18 @@ def _reload(job: Job, folder: Path) -> Any:
     prepare_layers(model, PACKED)  # the reference that plans were scored with
     job.fit(model)
     return model.eval().to(job.device)
+
+
+def _sample(job: Job, model: Any) -> str:
+    """Return what a model writes: to a prompt, or of the first sound that is unseen."""
+    if not job.kind.hears:
+        return generate(job.tokenizer, model)
+    ids = job.tokens["test"][:1].to(model.device)
+    if not len(ids):
+        return ""
+    n = min(32, model.config.max_target_positions // 2)
+    out = model.generate(**source_of(model, ids), max_new_tokens=n, do_sample=False)
+    return str(job.tokenizer.decode(out[0], skip_special_tokens=True))
 
 
 @torch.no_grad()
@@ -228,6 +241,13 @@ def _logits(evaluator: Evaluator, levels: Mapping[str, Level], ids: Tensor) -> T
 
 def unseen_tokens(job: Job, test: str | None, window: int | None) -> tuple[Tensor, int]:
     """Return what to measure on, tokens (n,) of a text or unseen ones of the data, and a window."""
+    if job.kind.hears:
+        if test is not None:
+            raise ValueError(
+                f"{job.recipe.model} is measured on sounds of its data that nothing else has seen: "
+                f"leave out {test} (--test)"
+            )
+        return job.tokens["test"].flatten(), job.tokens["test"].shape[1]
     if test is not None:
         window = window_of(job.config, window)
         tokens = tokenize_file(test, job.tokenizer)

@@ -43,7 +43,8 @@ class EvoPressConfig(QuantizationConfigMixin):
     checksums: tensor name -> CRC-32, written by save_pretrained and checked by from_pretrained.
 
     The others matter while loading and are not written to config.json:
-    data: text files or datasets to calibrate on, for a dense model and levels such as gptq;
+    data: text files or datasets to calibrate on, for a dense model and levels such as gptq (for a
+        speech recogniser JSON lines with sounds, see `calibration.transcripts`);
         n_sequences, seq_len and seed say how much is read, column where tables have their text.
     dequantize: return the stock dense model with the compressed model's weights.
     verify: compare the files with their checksums (about 2 GB/s).

@@ -15,6 +15,7 @@ from ..methods import compose
 from ..models.dropped import replace_dropped, restore_zero, sentinel_keys
 from ..models.ends import find_ends
 from ..models.experts import SplitExperts
+from ..models.images import give_images
 from ..models.plain import make_stock, match_plan
 from ..models.size import NOTICE
 from ..plans.block_order import has_order
@@ -157,21 +158,9 @@ class EvoPressQuantizer(AnyHfQuantizer):
             return
         # Statistics are those of the dense model, so nothing is compressed while loading. The
         # data is read first: it should fail before the weights are loaded, not after.
-        from ..calibration.data import load_tokens
-        from ..models.source import check_context, read_tokenizer
-
-        config = self.quantization_config
-        check_context(model.config, config.seq_len, "seq_len")
-        sources = [config.data] if isinstance(config.data, str) else list(config.data or ())
+        read = import_module("hf_evopress.loading.calibration_data").read
         with torch.device("cpu"):  # transformers builds models inside torch.device("meta")
-            self._tokens = load_tokens(
-                sources,
-                read_tokenizer(model.config.name_or_path),
-                n_sequences=config.n_sequences,
-                seq_len=config.seq_len,
-                seed=config.seed,
-                column=config.column,
-            )
+            self._tokens = read(model, self.quantization_config)
 
     # -- while the weights are loaded ----------------------------------------------------------
 
@@ -218,6 +207,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
             stitch = import_module("hf_evopress.loading.stitch")
             stitch.compress_model(model, _plan_of(config), self._tokens)
             self._tokens = None
+            give_images(model, None)
         self.look_at(model)
         model.register_load_state_dict_pre_hook(_without_notice)
         settle_dtypes(model, self._dtypes)

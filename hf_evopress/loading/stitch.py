@@ -18,6 +18,7 @@ from ..calibration.input_moments import calibrate, load_stats
 from ..calibration.output_moments import load_moments, output_moments
 from ..methods import compose
 from ..methods.maths.linalg import Stats
+from ..models.classes import text_length
 from ..models.dropped import replace_dropped
 from ..models.ends import find_ends
 from ..models.plain import match_plan
@@ -67,7 +68,7 @@ def _compress(model: Any, plan: Plan, tokens: Tensor | None, progress: Progress 
             calibrate(model, tokens, folder, units=[*units, *made], progress=progress)
             felt = [unit for unit in units if compose.uses_outputs(levels[unit.name])] + made
             if felt:
-                n = max(1, Search().sensitivity_tokens // tokens.shape[1])
+                n = max(1, Search().sensitivity_tokens // text_length(model, tokens))
                 output_moments(
                     model, tokens[:n], folder, units=felt, counted=tokens, progress=progress
                 )

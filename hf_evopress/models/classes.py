@@ -7,6 +7,7 @@ starts and ends, or one vector per text.
 
 An encoder-decoder gets sequences in two halves: the first is the source, which the encoder reads,
 the rest the target, which the decoder predicts token by token; its rows are those of the target.
+Where the source is sound (see `sounds`), its places come first, and all behind them is the target.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import transformers
 from torch import Tensor
 
 from ..base.placement import place_of
-from .images import TYPES, images_of
+from .images import TYPES, images_of, n_text
+from .sounds import features, n_places
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class ModelClass:
     is_pooled: bool = False  # a few rows per text instead of one per token
     is_vector: bool = False
     has_encoder: bool = False  # of its own, before the decoder: rows of the target only
+    hears: bool = False  # sound, which its encoder reads in place of tokens
+    model_types: tuple[str, ...] = ()  # where not all that the Auto class loads are of it
 
     @property
     def continues_text(self) -> bool:
@@ -49,12 +53,6 @@ class ModelClass:
     def n_texts(self) -> int:
         """How many texts a sequence is, begun and ended as the tokenizer does; 0 for a piece."""
         return 2 if self.has_encoder else 0 if self.generates else 1
-
-    def n_rows(self, n_tokens: int) -> int:
-        """Return how many rows a sequence has a loss on; two of an answer count as one."""
-        if self.has_encoder:
-            return n_tokens - n_source(n_tokens)
-        return 1 if self.is_pooled else n_tokens
 
     @property
     def loader(self) -> Any:
@@ -73,6 +71,10 @@ SEQ2SEQ = ModelClass(
     "seq2seq", "AutoModelForSeq2SeqLM", "An encoder-decoder", "text2text-generation",
     generates=True, is_pooled=True, has_encoder=True,
 )  # fmt: skip
+SPEECH = ModelClass(
+    "speech", "AutoModelForSpeechSeq2Seq", "A speech recogniser", "automatic-speech-recognition",
+    generates=True, is_pooled=True, has_encoder=True, hears=True, model_types=("whisper",),
+)  # fmt: skip
 MASKED = ModelClass("masked", "AutoModelForMaskedLM", "A masked language model", "fill-mask")
 TOKENS = ModelClass(
     "tokens", "AutoModelForTokenClassification", "A classifier of tokens", "token-classification"
@@ -90,7 +92,7 @@ HEADLESS = ModelClass(
     is_pooled=True, is_vector=True,
 )  # fmt: skip
 
-CLASSES = (CAUSAL, IMAGE_TEXT, SEQ2SEQ, MASKED, TOKENS, SEQUENCE, ANSWERS, HEADLESS)
+CLASSES = (CAUSAL, IMAGE_TEXT, SEQ2SEQ, SPEECH, MASKED, TOKENS, SEQUENCE, ANSWERS, HEADLESS)
 BY_NAME: Mapping[str, ModelClass] = MappingProxyType({kind.name: kind for kind in CLASSES})
 POOLINGS = ("mean", "first", "last")
 
@@ -110,7 +112,8 @@ def _lists(kind: ModelClass, architecture: str) -> bool:
     mapping: Any = kind.loader._model_mapping
     return any(
         architecture == made or (isinstance(made, tuple) and architecture in made)
-        for made in mapping._model_mapping.values()
+        for model_type, made in mapping._model_mapping.items()
+        if not kind.model_types or model_type in kind.model_types
     )
 
 
@@ -159,9 +162,8 @@ def forward(model: Any, ids: Tensor, *, with_images: bool = True) -> Any:
     """Return what a model's forward returns, with no cache made where it would make one."""
     options: dict[str, Any] = {"use_cache": False} if _takes_cache(model) else {}
     if class_of(model).has_encoder:
-        n = n_source(ids.shape[1])
-        ids, target = ids[:, :n], ids[:, n:]
-        options["decoder_input_ids"] = shifted(target, start_of(model.config, type(model).__name__))
+        options["decoder_input_ids"] = _decoder_ids(model, ids)
+        return model(**source_of(model, ids, with_sound=with_images), **options)
     images = images_of(model) if with_images else None
     if images is not None:
         place = place_of(model)
@@ -177,9 +179,39 @@ def forward(model: Any, ids: Tensor, *, with_images: bool = True) -> Any:
     return model(input_ids=ids, **options)
 
 
-def n_source(n_tokens: int) -> int:
+def n_source(model: Any, n_tokens: int) -> int:
     """Return how many tokens of a sequence are the source of an encoder-decoder."""
-    return n_tokens // 2
+    return n_places(model) if class_of(model).hears else n_tokens // 2
+
+
+def source_of(model: Any, ids: Tensor, *, with_sound: bool = True) -> dict[str, Tensor]:
+    """Return what the encoder of an encoder-decoder reads of ids (batch, seq)."""
+    if class_of(model).hears:
+        return {"input_features": features(model, ids, with_sound=with_sound)}
+    return {"input_ids": ids[:, : n_source(model, ids.shape[1])]}
+
+
+def embedded(model: Any, ids: Tensor) -> Tensor:
+    """Return the tokens that the input embedding looks up for ids (batch, seq)."""
+    return _decoder_ids(model, ids) if class_of(model).hears else ids
+
+
+def _decoder_ids(model: Any, ids: Tensor) -> Tensor:
+    target = ids[:, n_source(model, ids.shape[1]) :]
+    return shifted(target, start_of(model.config, type(model).__name__))
+
+
+def text_length(model: Any, tokens: Tensor) -> int:
+    """Return how many of each of tokens (n, seq) are no places of sound."""
+    return tokens.shape[1] - (n_places(model) if class_of(model).hears else 0)
+
+
+def n_losses(model: Any, tokens: Tensor) -> int:
+    """Return how many rows of tokens (n, seq) have a loss; two of an answer count as one."""
+    kind = class_of(model)
+    if kind.has_encoder:
+        return n_text(model, tokens) - len(tokens) * n_source(model, tokens.shape[1])
+    return len(tokens) if kind.is_pooled else n_text(model, tokens)
 
 
 def shifted(target: Tensor, start: int) -> Tensor:

@@ -130,8 +130,11 @@ def match_experts(model: nn.Module, plan: Plan) -> None:
 
 def warn_of_experts(model: nn.Module) -> None:
     """Say what stays dense: experts in a form of their own, once those that can be are split."""
-    fused = {  # a convolution has three dimensions too, one of them 1
-        n: p.numel() for n, p in model.named_parameters() if p.ndim == 3 and min(p.shape) > 1
+    fused = {  # a convolution has three dimensions too
+        f"{path}.{n}": p.numel()
+        for path, module in model.named_modules()
+        for n, p in module.named_parameters(recurse=False)
+        if p.ndim == 3 and min(p.shape) > 1 and not isinstance(module, nn.Conv1d)
     }
     if fused:
         logger.warning(

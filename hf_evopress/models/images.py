@@ -29,6 +29,9 @@ _PADDED = "pixel_attention_mask"  # of processors whose pixels are (text, image,
 class Images:
     """A folder of processor outputs by row of token ids; token: the id at places of an image."""
 
+    what = "images"
+    in_masks = True  # whether masks and positions of blocks depend on them
+
     def __init__(self, folder: str | Path, token: int) -> None:
         self.folder, self.token = Path(folder), token
 
@@ -61,8 +64,8 @@ class Images:
         for row in tokens:
             if self.has_places(row) and not self._file(row).is_file():
                 raise ValueError(
-                    f"{self.folder} lacks the images of tokens that were kept beside it: delete "
-                    "the folder tokens/ next to it, and both are made anew"
+                    f"{self.folder} lacks the {self.what} of tokens that were kept beside it: "
+                    "delete the folder tokens/ next to it, and both are made anew"
                 )
 
     def types(self, ids: Tensor, *, of_prefix: bool = False) -> Tensor:
@@ -76,6 +79,10 @@ class Images:
     def text(self, row: Tensor) -> Tensor:
         """Return the positions of a row (seq,) that are no places of images."""
         return (row != self.token).nonzero()[:, 0]
+
+    def counted(self, row: Tensor) -> Tensor:
+        """Return which rows of the outputs for a row (seq,) count."""
+        return self.text(row)
 
     def _file(self, row: Tensor) -> Path:
         return self.folder / f"{tensor_fingerprint(row.cpu().contiguous())}.safetensors"
@@ -104,7 +111,7 @@ def only_text(model: Any, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
 def n_text(model: Any, tokens: Tensor) -> int:
     """Return how many of tokens (n, seq) are text."""
     images = images_of(model)
-    return tokens.numel() if images is None else int((tokens != images.token).sum())
+    return tokens.numel() if images is None else sum(len(images.text(row)) for row in tokens)
 
 
 def example(model: Any, tokens: Tensor) -> Tensor:

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+)
 from transformers.utils import is_torchvision_available
 
 from ..base.own_code import is_trusted
@@ -26,6 +32,7 @@ from .classes import (
     CLASSES,
     MASKED,
     SEQ2SEQ,
+    SPEECH,
     ModelClass,
     class_of,
     find_class,
@@ -110,6 +117,24 @@ def read_processor(
     return made
 
 
+def read_extractor(
+    name: str | Path, *, revision: str | None = None, trust_remote_code: bool | None = None
+) -> Any:
+    """Return the feature extractor of a speech recogniser; ValueError where it has none."""
+    try:
+        made = AutoFeatureExtractor.from_pretrained(
+            name, revision=revision, trust_remote_code=_may_run(trust_remote_code)
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{name} has no feature extractor that can be loaded: {error}") from error
+    if not hasattr(made, "hop_length") or not hasattr(made, "sampling_rate"):
+        raise ValueError(
+            f"{name} has a {type(made).__name__}, which makes no spectrogram of sound: copy "
+            "preprocessor_config.json of the model that it comes from into it"
+        )
+    return made
+
+
 def load_checked(name: str | Path, *, kind: ModelClass | None = None, **options: Any) -> Any:
     """Return the model called `name`, after checking class, keys and values.
 
@@ -142,7 +167,7 @@ def kind_of(config: Any, name: str | Path) -> ModelClass:
             return kind
     for architecture in getattr(config, "architectures", None) or ():
         found = find_class(architecture)
-        if found is not None and found is not SEQ2SEQ:  # of those, models of sound
+        if found is not None and not found.has_encoder:  # of those, models of sound
             if found is CAUSAL:
                 check_class(config, name)
             return found
@@ -151,18 +176,18 @@ def kind_of(config: Any, name: str | Path) -> ModelClass:
 
 
 def _encoder_decoder(config: Any, name: str | Path) -> ModelClass:
-    """Return the class of an encoder-decoder of text; ValueError for one of another kind."""
+    """Return the class of an encoder-decoder that is known; ValueError for one of another kind."""
     for said in getattr(config, "architectures", None) or ():
-        if find_class(said) is SEQ2SEQ:
+        if (kind := find_class(said)) in (SEQ2SEQ, SPEECH):
             start_of(config, str(name))
-            return SEQ2SEQ
+            return kind
     made = getattr(transformers, _said(config), None)
     reads = getattr(made, "main_input_name", "input_ids")
     why = "with a head of another kind" if reads == "input_ids" else f"which reads {reads}, no text"
     raise ValueError(
         f"{name} is a {_said(config)}, an encoder-decoder {why}; supported of those are the "
         "T5ForConditionalGeneration, BartForConditionalGeneration and other classes of "
-        f"AutoModelForSeq2SeqLM; besides, {SUPPORTED}"
+        f"AutoModelForSeq2SeqLM, and of sound WhisperForConditionalGeneration; besides, {SUPPORTED}"
     )
 
 

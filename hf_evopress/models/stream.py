@@ -58,10 +58,9 @@ class BlockStream:
     let go for the next block. `with stream:` has all at home again at the end.
     """
 
-    least_tokens = 1  # of a sequence
-
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.least_tokens = 1  # of a sequence
         self.names, self.blocks = self._find()
         inside = {id(module) for block in self.blocks for module in block.modules()}
         self._outside = [module for module in model.modules() if id(module) not in inside]
@@ -111,6 +110,12 @@ class BlockStream:
     def adds_between(self) -> bool:
         """Whether the model adds features of images to what a block puts out, as so far seen."""
         return any(one.added is not None for seen in self._captured.values() for one in seen)
+
+    @property
+    def _has_images(self) -> bool:
+        """Whether what blocks get may depend on images that the model was given."""
+        images = images_of(self.model)
+        return images is not None and images.in_masks
 
     @property
     def n_blocks(self) -> int:
@@ -201,7 +206,7 @@ class BlockStream:
     def _arguments(self, of: Tensor, input_ids: Tensor | None) -> list[Arguments]:
         """Return what the blocks get for hidden states or tokens `of` (batch, seq, ...)."""
         key: _Key = (int(of.shape[0]), int(of.shape[1]), self.place, b"")
-        if images_of(self.model) is not None:
+        if self._has_images:
             if input_ids is None:
                 raise ValueError(
                     f"{type(self.model).__name__} was given images, which this step does not take "
@@ -282,7 +287,7 @@ class BlockStream:
 
     def _capture(self, input_ids: Tensor, key: _Key) -> None:
         """Record what the blocks get for these tokens; of this shape, where there are no images."""
-        has_images = images_of(self.model) is not None
+        has_images = self._has_images
         with torch.inference_mode(False), torch.no_grad():  # reused later under autograd
             ids = input_ids.clone()
             arguments = self._record(ids)
@@ -304,7 +309,7 @@ class BlockStream:
 
     def _record(self, input_ids: Tensor) -> list[Arguments]:
         """Return the arguments of every block; blocks are passed by, the head is not run."""
-        sizes, has_images = self._sizes(), images_of(self.model) is not None
+        sizes, has_images = self._sizes(), self._has_images
         seen: dict[int, Arguments] = {}
 
         def note(i: int) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from .block_arguments import Arguments, as_form, hidden_of, split
-from .classes import n_source
+from .classes import n_source, source_of
 from .stream import BlockStream, _check_ids, _Reached
 from .units import find_stacks
 
@@ -32,11 +32,9 @@ _ENCODED = _Encoded()
 class TwoStackStream(BlockStream):
     """A BlockStream of an encoder-decoder; input_ids (batch, seq) are source and target.
 
-    The first half is the source (see `classes`). The logits are those of the target, (batch,
-    target, vocab). Blocks of the encoder come first in `names` and `blocks`.
+    The first half is the source, or the places of sound (see `classes`). The logits are those of
+    the target, (batch, target, vocab). Blocks of the encoder come first in `names` and `blocks`.
     """
-
-    least_tokens = 2
 
     def _find(self) -> tuple[list[str], list[nn.Module]]:
         (encoder, first), (decoder, second) = find_stacks(self.model)
@@ -44,6 +42,7 @@ class TwoStackStream(BlockStream):
         names = [f"{encoder}.{i}" for i in range(len(first))]
         names += [f"{decoder}.{i}" for i in range(len(second))]
         self.encoder: Any = self.model.get_encoder()  # type: ignore[operator]
+        self.least_tokens = n_source(self.model, 2) + 1
         return names, [*first, *second]
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -73,7 +72,7 @@ class TwoStackStream(BlockStream):
         self._let_go("ends")
         self.bring(i)
         hidden = self.place.on_device(hidden)
-        n = n_source(hidden.shape[1])
+        n = n_source(self.model, hidden.shape[1])
         source, target = hidden[:, :n], hidden[:, n:]
         if i >= self.n_encoder:
             arguments = _with(arguments, _ENCODED, source)
@@ -92,7 +91,7 @@ class TwoStackStream(BlockStream):
         for j in range(i, self.n_blocks):
             hidden = self.run_block(j, hidden)
         hidden = self.place.on_device(hidden)
-        n = n_source(hidden.shape[1])
+        n = n_source(self.model, hidden.shape[1])
         blocks = range(self.n_encoder, self.n_blocks)
         patches: dict[int, Callable[..., Any]] = {j: self._give(j, hidden[:, n:]) for j in blocks}
         # the decoder's blocks read nothing any more; the encoder need not run
@@ -100,7 +99,7 @@ class TwoStackStream(BlockStream):
         self.encoder.forward = lambda *args, **kwargs: BaseModelOutput(hidden[:, :n])
         try:
             with self._patched(patches):
-                return self._forward(input_ids)
+                return self._forward(input_ids, with_images=False)  # they are in `hidden`
         finally:
             if before is None:
                 del self.encoder.forward
@@ -111,9 +110,11 @@ class TwoStackStream(BlockStream):
         """Return what the encoder makes of its last block's output."""
         self._bring("ends", 0, self._outside)
         device = next(self.model.get_input_embeddings().parameters()).device  # type: ignore[operator]
-        ids = torch.zeros(source.shape[:2], dtype=torch.long, device=device)
+        # as many tokens as have a source of this length
+        ids = torch.zeros(len(source), 2 * source.shape[1], dtype=torch.long, device=device)
+        inputs = source_of(self.model, ids, with_sound=False)
         with self._patched({j: self._give(j, source) for j in range(self.n_encoder)}):
-            return hidden_of(self.encoder(input_ids=ids, return_dict=False))
+            return hidden_of(self.encoder(**inputs, return_dict=False))
 
     def _record(self, input_ids: Tensor) -> list[Arguments]:
         """Return the arguments of every block.

@@ -28,11 +28,13 @@ def compare_outputs(
     *,
     is_vector: bool,
     rows: Callable[[Tensor], Tensor] | None = None,
+    window: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Report]:
     """Return one report per model on token ids (n, window), against one pass of `dense` each.
 
-    rows: the rows of a window (window,) that count, by default all.
+    rows: the rows of a window (window,) that count, by default all. window: its tokens, as a report
+    says them, where not all of a window are tokens.
     """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for number, ids in enumerate(windows):
@@ -51,7 +53,7 @@ def compare_outputs(
             if is_vector
             else {"kl_windows": first, "agreement_windows": second}
         )
-        reports[name] = Report(window=windows.shape[1], nll_windows=(), **scores)
+        reports[name] = Report(window=window or windows.shape[1], nll_windows=(), **scores)
     return reports
 
 

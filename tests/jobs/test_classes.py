@@ -279,9 +279,14 @@ def test_which_models_see_ahead_is_known_without_running_them(architecture: str)
     ("kind", "architecture", "message"),
     [
         (
-            "whisper",
-            "WhisperForConditionalGeneration",
-            "Whisper.* encoder-decoder which reads input_features, no text; .* T5For.* BartFor",
+            "speech_to_text",
+            "Speech2TextForConditionalGeneration",
+            "Speech2Text.* which reads input_features, no text; .* T5For.* BartFor.* WhisperFor",
+        ),
+        (
+            "moonshine",
+            "MoonshineForConditionalGeneration",
+            "Moonshine.* which reads input_values, no text; .* of sound WhisperForConditionalGen",
         ),
         (
             "bart",

@@ -1,4 +1,4 @@
-"""Classes of models other than causal ones, and images, on the second device."""
+"""Classes of models other than causal ones, images and sounds, on the second device."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from hf_evopress.jobs.pipeline import compress
 from hf_evopress.models.classes import call, find_class
 
 from .. import second_device
-from . import test_images
+from . import test_images, test_speech
 from .test_classes import IDS, folder, recipe
 from .test_images import home as pictures
+from .test_speech import home as calls
 
-__all__ = ["folder", "pictures"]  # fixtures
+__all__ = ["calls", "folder", "pictures"]  # fixtures
 
 CASES = (
     ("T5ForConditionalGeneration", "none"),
@@ -62,3 +63,12 @@ def test_a_model_is_calibrated_on_images_there(pictures: Path) -> None:
     searched = next(row for row in result.rows if row.name == "searched").report
     assert searched.kl_nats is not None and searched.kl_nats > 0
     assert any("vision_tower" in unit for unit in result.plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_a_model_is_calibrated_on_sounds_there(calls: Path, offload: str) -> None:
+    with using("sim"):
+        result = compress(test_speech.recipe(calls, out=str(calls / offload), offload=offload))
+    searched = next(row for row in result.rows if row.name == "searched").report
+    assert searched.kl_nats is not None and searched.kl_nats > 0 and result.sample

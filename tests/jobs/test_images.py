@@ -144,12 +144,12 @@ def test_the_vision_tower_is_compressed_where_asked(home: Path) -> None:
 
 def test_sequences_hold_whole_images_and_no_padding(home: Path) -> None:
     job = Job(recipe(home, out=str(home / "other")))
-    assert job.image_text is not None
+    assert job.media is not None
     rows = torch.cat(list(job.tokens.values()))
     assert rows.shape == (10, 64) and len({tuple(row) for row in rows.tolist()}) == 10
     for row in rows:
         n_places = int((row == IMAGE).sum())
-        pixels = job.image_text.images.of(row[None])["pixel_values"]
+        pixels = job.media.images.of(row[None])["pixel_values"]
         assert n_places == 4 * len(pixels) and n_places > 0
         assert (row == 0).sum() == 0
     again = Job(recipe(home, out=str(home / "other")))  # tokens and images are kept

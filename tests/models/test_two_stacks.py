@@ -63,7 +63,7 @@ def test_block_by_block_gives_the_logits_and_gradients_of_the_whole(kind: str) -
         hidden = stream.run_block(i, hidden)
     found = stream.head(IDS, hidden)
     assert torch.allclose(found, whole, atol=1e-6)  # with a graph attention takes another kernel
-    assert whole.shape[:2] == (3, 11 - n_source(11))
+    assert whole.shape[:2] == (3, 11 - n_source(model, 11))
     gradients = torch.autograd.grad(
         found.square().sum(), [model.get_submodule(n).weight for n in names]
     )
@@ -85,7 +85,7 @@ def test_a_stream_can_be_entered_at_any_block() -> None:
 
 def test_the_target_is_predicted_as_with_labels() -> None:
     model = make("t5")
-    n = n_source(IDS.shape[1])
+    n = n_source(model, IDS.shape[1])
     with torch.no_grad():
         by_labels = model(input_ids=IDS[:, :n], labels=IDS[:, n:].contiguous()).logits
         assert torch.equal(call(model, IDS), by_labels)
