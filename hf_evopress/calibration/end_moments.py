@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..base.reading import ANEW, reading
 from ..base.resources import atomic_path
 from ..methods.maths.linalg import Stats
-from ..models.classes import class_of, embedded, n_losses
+from ..models.classes import embedded, n_losses
 from ..models.ends import embedding_forward, input_embedding, output_head
 from ..models.patching import patched
 from ..models.stream import BlockStream
@@ -111,7 +111,6 @@ class EndRecorder:
 
     def __init__(self, model: Any, units: Sequence[Unit], *, seed: int) -> None:
         self.model, self.units = model, units
-        self._is_heard = class_of(model).hears
         roles = {unit.role for unit in units}
         self.of_head = bool(roles & {"head", "tied"})
         self.of_embedding = bool(roles & {"embedding", "tied"})
@@ -122,7 +121,7 @@ class EndRecorder:
         self._gram: Tensor | None = None
         self._gradient: Tensor | None = None
         self._seen: tuple[Tensor, Tensor] | None = None
-        self._n_tokens = 0
+        self._n_losses = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -174,8 +173,7 @@ class EndRecorder:
         g = g.flatten(0, 1).float() / scale
         moment = g.T @ g
         self._gradient = moment if self._gradient is None else self._gradient + moment
-        # behind the end of words no loss counts
-        self._n_tokens += n_losses(self.model, ids) if self._is_heard else len(g)
+        self._n_losses += n_losses(self.model, ids)
 
     def write(self, path: Path, counted: Tensor) -> None:
         """Write the moments to `path`; counted (n_sequences, seq_len): the text to count in."""
@@ -188,7 +186,7 @@ class EndRecorder:
                 tensors["slopes"] = slopes
             tensors["gram"] = self._gram / len(tensors["hidden"])
         if self._gradient is not None:
-            tensors["gradient"] = self._gradient / self._n_tokens
+            tensors["gradient"] = self._gradient / self._n_losses
             n_rows = next(u.shape[0] for u in self.units if u.role != "head")
             tensors["counts"] = smoothed_counts(counted, n_rows)
         for name, tensor in tensors.items():

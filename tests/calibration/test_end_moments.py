@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
 
 from hf_evopress.calibration.end_moments import EndMoments, load_ends, smoothed_counts
 from hf_evopress.calibration.output_moments import load_moments, output_moments
@@ -126,3 +127,20 @@ def test_tokens_never_seen_share_what_those_seen_once_have() -> None:
     unseen = float(counts[6:].sum())
     assert 0.05 < unseen < 4 / 24
     assert counts[0] > counts[1] > counts[2] > counts[9] > 0
+
+
+def test_an_embedding_that_one_answer_per_text_depends_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=32, num_labels=4, initializer_range=0.3,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).eval()
+    tokens = torch.randint(0, 64, (128, 16))
+    found = moments(model, tokens[:64], tmp_path)["bert.embeddings.word_embeddings"]
+    other = copy.deepcopy(model)
+    W = other.get_input_embeddings().weight
+    delta = 0.01 * torch.randn_like(W)
+    W.data.add_(delta)
+    measured = kl(model, other, tokens[64:])
+    assert measured / 2 < found.loss(delta) < 2 * measured
