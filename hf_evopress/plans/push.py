@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from .card_template import hub_base, level_counts, measured_on, protocol, render, results_rows
 from .hub_errors import clear_errors, patiently
+from .level import Level
 from .repo import (
     FILE_NAME,
     INDEX_NAME,
@@ -24,6 +25,8 @@ from .repo import (
 )
 
 logger = logging.getLogger(__name__)
+
+_WITHOUT_DATA = frozenset({"dense", "drop", "zero", "rtn", "hadamard", "magnitude"})
 
 
 class PlanLike(Protocol):
@@ -115,7 +118,7 @@ def plan_card(repo_id: str, plans: Mapping[str, dict[str, Any]], index: Mapping[
         entries=sorted(index.values(), key=lambda e: (e.bits_per_weight or 1e9, e.file)),
         file=None if FILE_NAME in index or len(index) == 1 else next(iter(plans)),
         counts=level_counts(levels, main.get("shapes") or {}),
-        needs_data=any(re.search("gptq|sparse", level) for level in levels.values()),
+        needs_data=any(needs_data(level) for level in levels.values()),
         headers=headers,
         rows=cells,
         protocol=protocol(rows),
@@ -123,6 +126,14 @@ def plan_card(repo_id: str, plans: Mapping[str, dict[str, Any]], index: Mapping[
         against=[],
         search={k: v for k, v in (main.get("search") or {}).items() if _is_plain(v)},
     )
+
+
+def needs_data(level: str) -> bool:
+    """Return whether text is asked for to make a level, by the names of its methods.
+
+    Rather once too often: what is not needed is not read.
+    """
+    return any(term.method not in _WITHOUT_DATA for term in Level.parse(level).terms)
 
 
 def _there(repo_id: str, revision: str | None, token: str | None) -> dict[str, Any]:

@@ -13,9 +13,10 @@ import yaml
 from safetensors.torch import save_file
 
 from hf_evopress import Plan
+from hf_evopress.methods import compose
 from hf_evopress.plans.card_template import cell, front_matter, hub_base
 from hf_evopress.plans.push import plan_card
-from hf_evopress.plans.repo import entry_of
+from hf_evopress.plans.repo import FILE_NAME, entry_of
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.sharing.cards import exact_bits, is_ours, tensor_shapes, write_card
 
@@ -212,3 +213,15 @@ def test_a_header_of_impossible_length_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}")
     with pytest.raises(ValueError, match="not a safetensors file"):
         tensor_shapes(folder)
+
+
+@pytest.mark.parametrize("level", [x for m in compose.methods() for x in m.examples])
+def test_a_plan_card_asks_for_data_where_a_level_needs_it(level: str) -> None:
+    unit = "model.layers.0.mlp.up_proj"
+    text = plan_card("me/plan", {FILE_NAME: Plan({unit: level}).to_dict()}, {})
+    assert "data=" in text or not compose.needs_stats(compose.normalize(level))
+
+
+def test_a_plan_card_asks_for_no_data_where_none_is_needed() -> None:
+    plan = Plan({"model.layers.0.mlp.up_proj": "rtn:bits=4,group_size=64"})
+    assert "data=" not in plan_card("me/plan", {FILE_NAME: plan.to_dict()}, {})
