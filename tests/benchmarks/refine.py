@@ -174,7 +174,10 @@ def recipe(words: argparse.Namespace, bits: float) -> Recipe:
             **({"levels": words.level} if words.level else {}),
             **({"families": words.family} if words.family else {}),
             "data": {"sources": [words.data], "seq_len": words.seq_len, **counts},
-            "search": {"strategy": "knapsack"},
+            "search": {
+                "strategy": "knapsack",
+                "sensitivity_tokens": words.sensitivity_tokens,
+            },
             "refine": "best+end-to-end",
             "distil": {"steps": words.distil_steps, "learning_rate": words.distil_lr},
         }
@@ -205,6 +208,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--level", nargs="+", help="the menu; default: the package's")
     parser.add_argument("--family", nargs="+", help="of levels to offer, such as all")
     parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--sensitivity-tokens", type=int, default=6144)
     parser.add_argument("--calibration", type=int, default=52)
     parser.add_argument("--search", type=int, default=16)
     parser.add_argument("--window", type=int, default=2048)
