@@ -1,9 +1,10 @@
-"""What the command line looks like: consoles, progress bars with the time left, tables."""
+"""What the command line looks like: consoles, progress bars or lines, tables."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -23,6 +24,7 @@ _IS_QUIET = os.environ.get("RANK", "0") != "0"
 
 console = Console(highlight=False, quiet=_IS_QUIET)
 error_console = Console(stderr=True, highlight=False)
+EVERY = 30  # seconds between lines where there is no terminal
 
 
 class Bars:
@@ -40,9 +42,36 @@ class Bars:
         self.progress.update(self._tasks[name], description=label, completed=done, total=total)
 
 
+class Lines:
+    """A progress callback for files and pipes, where no bar moves: a line now and then.
+
+    The first and the last of each bar are said, and in between what is told EVERY seconds after
+    the line before.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.clock = console, clock
+        self._begun: dict[str, float] = {}
+        self._said: tuple[str, int, int] | None = None
+        self._at = 0.0
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        name, now = label.partition(":")[0], self.clock()
+        is_news = name not in self._begun or now - self._at >= EVERY or done >= total
+        begun = self._begun.setdefault(name, now)
+        if is_news and (name, done, total) != self._said:
+            self._said, self._at = (name, done, total), now
+            text = f"{label}: {done} of {total}, {now - begun:.0f} s"
+            self.console.print(text, markup=False, soft_wrap=True)
+
+
 @contextmanager
-def bars() -> Iterator[Bars]:
-    """Show progress on stderr, so that a command's output can be piped."""
+def bars() -> Iterator[Bars | Lines]:
+    """Show progress on stderr, so that a command's output can be piped: bars on a terminal,
+    elsewhere lines."""
+    if not error_console.is_terminal:
+        yield Lines(Console(stderr=True, highlight=False, quiet=_IS_QUIET))
+        return
     columns = (
         TextColumn("{task.description:>16}"),
         BarColumn(bar_width=30),

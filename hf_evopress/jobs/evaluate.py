@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..calibration.data import tokenize_file
 from ..calibration.transcripts import read_sounds
 from ..loading.layers import prepare_layers
 from ..loading.quantizer import register_with_transformers
-from ..loading.runtimes import PACKED
+from ..loading.runtimes import EXPANDED, PACKED
 from ..models.classes import ModelClass, set_pooling, text_length
 from ..models.images import give_images
 from ..models.size import model_size, stored_bytes
@@ -66,7 +67,9 @@ def evaluate_model(
     with that of `against`: KL of labels, of masked tokens, of a decoder's predictions, or
     cosine); under "tasks" by tasks of lm-evaluation-harness, with flips; under
     "kick" by the probes of LLM-KICK. Each model is loaded once for all of them, and computes by
-    the reference, so that figures are the same on every machine. card: have the results of tasks
+    the reference, so that figures are the same on every machine; for "kick", which writes token
+    by token, its dense weights are held as long, and those give what the reference does but for
+    the order of sums. card: have the results of tasks
     in the card of `model`, a folder of ours.
     """
     register_with_transformers()
@@ -97,13 +100,36 @@ def evaluate_model(
     if tasks is not None:
         found["tasks"] = _tasks(made, model, dense, against, tasks, manager)
     if questions is not None:
-        speakers = [Speaker(made, tokenizer_of(model))]
-        speakers += [Speaker(dense, tokenizer_of(against))] if against else []
-        found["kick"] = kick(speakers[0], (*speakers, None)[1], questions, progress=progress)
+        with _held(made):
+            found["kick"] = _kick(made, model, dense, against, questions, progress)
     if card:
         add_results(model, found["tasks"])
         write_card(model)
     return found
+
+
+def _kick(
+    made: Any,
+    model: str,
+    dense: Any,
+    against: str | None,
+    questions: KickSet,
+    progress: Progress | None,
+) -> dict[str, dict[str, Any]]:
+    ours = Speaker(made, tokenizer_of(model))
+    theirs = None if against is None else Speaker(dense, tokenizer_of(against))
+    return kick(ours, theirs, questions, progress=progress)
+
+
+@contextmanager
+def _held(model: Any) -> Iterator[None]:
+    """Hold the dense weights of a packed model for a while: the reference makes them at each call,
+    for each token that is written."""
+    prepare_layers(model, EXPANDED)
+    try:
+        yield
+    finally:
+        prepare_layers(model, PACKED)
 
 
 def compare_class(

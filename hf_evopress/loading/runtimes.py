@@ -38,12 +38,11 @@ from .runtime import Expanded, Runtime
 
 logger = logging.getLogger(__name__)
 
-AUTO, PACKED, TRITON = "auto", "packed", "triton"
-EXPANDED = Expanded()
+AUTO, PACKED, EXPANDED, TRITON = "auto", "packed", "expanded", "triton"
 RUNTIMES: dict[str, Runtime | None] = {
     AUTO: None,
     PACKED: None,
-    "expanded": EXPANDED,
+    EXPANDED: Expanded(),
     "int4": Int4(),
     TRITON: None,
 }

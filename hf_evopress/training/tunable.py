@@ -18,12 +18,13 @@ from ..loading.layers import CompressedLinear, compressed_linears
 from ..methods import compose
 
 KINDS = ("scales", "factors", "norms", "biases")
+_FACTORS = ("A", "B", "P", "Q")  # lowrank, mpo
 
 
 def make_tunable(model: nn.Module, kinds: Sequence[str] = ("scales", "norms")) -> list[str]:
     """Return the names of the parameters that are trained from now on, all others are frozen.
 
-    kinds: any of scales (of codes), factors (A and B of low-rank terms), norms, biases. Call
+    kinds: any of scales (of codes), factors (of low-rank and Kronecker terms), norms, biases. Call
     `settle` before the model is saved for use.
     """
     for kind in kinds:
@@ -80,6 +81,6 @@ def _packed_floats(
     for layer_name, layer in compressed_linears(model).items():
         for name, tensor in layer.state.items():
             own = name.rpartition("_")[0] if name[-1].isdigit() else name
-            kind = "scales" if own.endswith("scales") else "factors" if own in ("A", "B") else None
+            kind = "scales" if own.endswith("scales") else "factors" if own in _FACTORS else None
             if kind in kinds and tensor.is_floating_point():
                 yield layer_name, layer, name

@@ -14,6 +14,10 @@ of each.
 quest: 3 bits trained by QuEST against GPTQ at the same bytes, with and without trained scales.
 structured: three quarters of each MLP's channels, learned by gates while LoRA is trained, against
 those of the largest output in the dense model with LoRA trained as long, and not trained at all.
+levels: every layer at one level, calibrated on the same sequences, not trained (--level): what the
+bytes of the others are worth elsewhere.
+heal: tensor networks of shares of the parameters (--shares), their factors and the norms trained
+(CompactifAI), against whitened SVDs of as many bytes, trained alike.
 """
 
 from __future__ import annotations
@@ -33,8 +37,10 @@ from transformers import AutoTokenizer, TrainingArguments
 
 from hf_evopress.adapters.repair import load
 from hf_evopress.calibration.data import load_tokens, tokenize_file
+from hf_evopress.loading.layers import compressed_linears
 from hf_evopress.loading.quantizer import attach
 from hf_evopress.loading.stitch import compress_model
+from hf_evopress.methods import compose
 from hf_evopress.models.units import find_units
 from hf_evopress.plans.plan import Plan
 from hf_evopress.refine.distillation import Targets, precompute_targets
@@ -148,11 +154,7 @@ def ordered(bench: Bench) -> dict[str, Any]:
     from hf_evopress.training.ordered_ranks import OrderedRanks, cut_ranks, make_ordered
     from hf_evopress.training.tunable import settle
 
-    def level(unit: Any, share: float) -> str:
-        """Return the low-rank level of a share of the weight's parameters."""
-        return f"lowrank:rank={round(share * unit.n_weights / sum(unit.shape))}"
-
-    model = packed(bench, lambda unit: level(unit, 0.8))
+    model = packed(bench, partial(low_rank, share=0.8))
     make_ordered(model)
     bench.train(model, rate=bench.words.rate, callbacks=[OrderedRanks(least=0.5)])
     settle(model)
@@ -160,7 +162,7 @@ def ordered(bench: Bench) -> dict[str, Any]:
     for share in (0.8, 0.6, 0.4):
         ours = copy.deepcopy(model)
         cut_ranks(ours, share / 0.8)
-        svd = packed(bench, partial(level, share=share))
+        svd = packed(bench, partial(low_rank, share=share))
         found[f"{share} of the parameters: ordered, whitened SVD"] = bench.kl(ours, svd)
         print(share, found, flush=True)
     return found
@@ -258,12 +260,53 @@ def packed(bench: Bench, level: str | Callable[[Any], str]) -> Any:
     return model
 
 
+def levels(bench: Bench) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for level in bench.words.level:
+        model = packed(bench, level)
+        found[level] = [*bench.kl(model), f"{stored_bits(model):.3f} bits"]
+        print(level, found[level], flush=True)
+    return found
+
+
+def stored_bits(model: Any) -> float:
+    """Return the stored bits per weight of the layers, factors in 16 bits."""
+    layers = compressed_linears(model).values()
+    bits = sum(compose.cost_bits(layer.level, layer.shape) for layer in layers)
+    return bits / sum(layer.shape[0] * layer.shape[1] for layer in layers)
+
+
+def heal(bench: Bench) -> dict[str, Any]:
+    from hf_evopress.training.tunable import make_tunable, settle
+
+    found: dict[str, Any] = {}
+    for share in bench.words.shares:
+        network = f"mpo:bits={16 * share},factors=bfloat16"
+        for name, level in (("mpo", network), ("lowrank", partial(low_rank, share=share))):
+            model = packed(bench, level)
+            before, bits = bench.kl(model), stored_bits(model)
+            make_tunable(model, ["factors", "norms"])
+            bench.train(model, rate=bench.words.rate)
+            settle(model)
+            name = f"{name}, {share} of the parameters"
+            found[name] = {"before": before, "healed": bench.kl(model), "bits": round(bits, 3)}
+            print(name, found[name], flush=True)
+    return found
+
+
+def low_rank(unit: Any, share: float) -> str:
+    """Return the low-rank level of a share of the weight's parameters."""
+    return f"lowrank:rank={round(share * unit.n_weights / sum(unit.shape))}"
+
+
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "prune": prune,
     "pv": pv,
     "ordered": ordered,
     "quest": quest,
     "structured": structured,
+    "levels": levels,
+    "heal": heal,
 }
 
 
@@ -288,7 +331,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="text to distil on")
     parser.add_argument("--test", required=True, help="text to measure on")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--parts", nargs="+", default=list(PARTS)[:5], choices=list(PARTS))
+    parser.add_argument("--level", action="append", default=[], help="of levels. Repeat.")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5], help="of heal")
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=256)

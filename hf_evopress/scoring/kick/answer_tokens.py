@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ...base.progress import Tick, silent
 from .closed_book import prompt_of
 from .questions import Question
 from .speaker import Speaker
 
 
-def agreement(dense: Speaker, compressed: Speaker, questions: Sequence[Question]) -> dict[str, Any]:
+def agreement(
+    dense: Speaker, compressed: Speaker, questions: Sequence[Question], *, tick: Tick = silent
+) -> dict[str, Any]:
     """Return KL(dense || compressed) in nats and top-1 agreement, means over answers' tokens."""
     kl, same, n = 0.0, 0, 0
     for question in questions:
@@ -28,4 +31,5 @@ def agreement(dense: Speaker, compressed: Speaker, questions: Sequence[Question]
         kl += float((log_p.exp() * (log_p - log_q)).sum())
         same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
         n += len(ids)
+        tick()
     return {"kl_nats": kl / n, "top1_agreement": same / n, "n_tokens": n}

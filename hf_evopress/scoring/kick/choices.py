@@ -7,13 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...base.progress import Tick, silent
 from ..flips import Answer
 from .closed_book import prompt_of
 from .questions import Question
 from .speaker import Speaker
 
 
-def choose(speaker: Speaker, questions: Sequence[Question]) -> list[tuple[Answer, Tensor]]:
+def choose(
+    speaker: Speaker, questions: Sequence[Question], *, tick: Tick = silent
+) -> list[tuple[Answer, Tensor]]:
     """Return for each question with choices the likeliest one, and the log-probabilities (n,) of
     all, given that it is one of them."""
     found = []
@@ -22,6 +25,7 @@ def choose(speaker: Speaker, questions: Sequence[Question]) -> list[tuple[Answer
         likely = torch.tensor([speaker.likelihood(prompt, f" {c}") for c in question.choices])
         said = question.choices[int(likely.argmax())]
         found.append((Answer(said, said == question.answers[0]), likely.log_softmax(-1)))
+        tick()
     return found
 
 

@@ -9,6 +9,7 @@ import re
 import string
 from collections.abc import Sequence
 
+from ...base.progress import Tick, silent
 from ..flips import Answer
 from .questions import Question
 from .speaker import Speaker
@@ -27,9 +28,15 @@ def prompt_of(question: str) -> str:
     return f"{shown}Question: {question}\nAnswer:"
 
 
-def answer_from_memory(speaker: Speaker, questions: Sequence[Question]) -> list[Answer]:
+def answer_from_memory(
+    speaker: Speaker, questions: Sequence[Question], *, tick: Tick = silent
+) -> list[Answer]:
     """Return one answer per question."""
-    return [judge(speaker.write(prompt_of(q.question), N_TOKENS), q) for q in questions]
+    answers = []
+    for question in questions:
+        answers.append(judge(speaker.write(prompt_of(question.question), N_TOKENS), question))
+        tick()
+    return answers
 
 
 def judge(said: str, question: Question) -> Answer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from ...base.progress import Tick, silent
 from ..flips import Answer
 from .closed_book import N_TOKENS, judge
 from .questions import Question
@@ -28,7 +29,12 @@ EXAMPLES = (
 
 
 def answer_from_passages(
-    speaker: Speaker, questions: Sequence[Question], n_noise: int, *, seed: int = 0
+    speaker: Speaker,
+    questions: Sequence[Question],
+    n_noise: int,
+    *,
+    seed: int = 0,
+    tick: Tick = silent,
 ) -> list[Answer]:
     """Return one answer per question, its passage among n_noise of other questions.
 
@@ -42,6 +48,7 @@ def answer_from_passages(
         rng.shuffle(shown)
         said = speaker.write(prompt_of(shown, question.question), N_TOKENS)
         answers.append(judge(said, question))
+        tick()
     return answers
 
 

@@ -8,10 +8,11 @@ one. Small models answer hardly any question from memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-from ...base.progress import Progress
+from ...base.progress import Progress, Tick, silent
 from ..flips import Answer, accuracy, count_flips
 from .answer_tokens import agreement
 from .choices import choose, mean_kl
@@ -22,8 +23,24 @@ from .speaker import Speaker
 from .summaries import rouge_l, summarise
 
 NOISE = (2, 6)  # passages that do not answer, beside the one that does
-Ask = Callable[[Speaker, Sequence[Question]], list[Answer]]
-Probe = tuple[str, Callable[[], dict[str, Any]]]
+Figures = dict[str, Any]
+
+
+class Ask(Protocol):
+    """How questions are asked: answers of one model, one per question."""
+
+    def __call__(
+        self, speaker: Speaker, questions: Sequence[Question], *, tick: Tick = silent
+    ) -> list[Answer]: ...
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A name, how many questions and documents are put, over all models, and how to put them."""
+
+    name: str
+    n_asked: int
+    run: Callable[..., Figures]
 
 
 def kick(
@@ -33,51 +50,86 @@ def kick(
     *,
     noise: Sequence[int] = NOISE,
     progress: Progress | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Figures]:
     """Return probe -> figures; probes for which `data` has nothing are left out.
 
     With `dense`: its figures under dense_..., flips, agreement at the answers, and ROUGE-L of
     the summaries against its own, for which there is no figure without it.
     """
     probes = list(_probes(compressed, dense, data, noise))
-    found = {}
-    for number, (name, probe) in enumerate(probes):
-        if progress:
-            progress(f"kick: {name}", number, len(probes))
-        found[name] = probe()
+    total, done, found = sum(probe.n_asked for probe in probes), 0, {}
+    for probe in probes:
+        after = done + probe.n_asked
+
+        def tick(label: str = f"kick: {probe.name}") -> None:
+            nonlocal done
+            done += 1
+            if progress:
+                progress(label, done, total)
+
+        found[probe.name] = probe.run(tick=tick)
+        done = after  # of a model compared with itself, one is asked
     if progress and probes:
-        progress("kick", len(probes), len(probes))
+        progress("kick", total, total)
     return found
 
 
 def _probes(
     compressed: Speaker, dense: Speaker | None, data: KickSet, noise: Sequence[int]
 ) -> Iterator[Probe]:
+    n_models = 1 if dense is None else 2
+    from_memory = _Remembering()
     asked = partial(_asked, compressed, dense)
     if data.questions:
-        yield "closed book", lambda: asked(answer_from_memory, data.questions)
+        n = n_models * len(data.questions)
+        yield Probe("closed book", n, partial(asked, from_memory, data.questions))
     if chosen := [q for q in data.questions if q.choices]:
-        yield "choices", lambda: _chosen(compressed, dense, chosen)
+        n = n_models * len(chosen)
+        yield Probe("choices", n, partial(_chosen, compressed, dense, chosen))
     if read := [q for q in data.questions if q.passage]:
-        yield "in context", lambda: _read(compressed, dense, read)
-        for n in noise:
-            ask = partial(answer_from_passages, n_noise=n)
-            yield f"in context, {n} other passages", partial(asked, ask, read)
+        n = n_models * len(read)
+        yield Probe("in context", n, partial(_read, compressed, dense, from_memory, read))
+        for n_noise in noise:
+            ask = partial(answer_from_passages, n_noise=n_noise)
+            yield Probe(f"in context, {n_noise} other passages", n, partial(asked, ask, read))
     if data.questions and dense is not None:
-        yield "answer tokens", lambda: agreement(dense, compressed, data.questions)
+        run = partial(agreement, dense, compressed, data.questions)
+        yield Probe("answer tokens", len(data.questions), run)
     if data.documents and dense is not None:
-        yield "summaries", lambda: _summaries(compressed, dense, data.documents)
+        run = partial(_summaries, compressed, dense, data.documents)
+        yield Probe("summaries", n_models * len(data.documents), run)
+
+
+class _Remembering:
+    """Closed book, where a model is asked once: what reading gains is counted from it, too."""
+
+    def __init__(self) -> None:
+        self._answers: dict[Speaker, dict[Question, Answer]] = {}
+
+    def __call__(
+        self, speaker: Speaker, questions: Sequence[Question], *, tick: Tick = silent
+    ) -> list[Answer]:
+        known = self._answers.setdefault(speaker, {})
+        if any(q not in known for q in questions):
+            answers = answer_from_memory(speaker, questions, tick=tick)
+            known.update(zip(questions, answers, strict=True))
+        return [known[q] for q in questions]
 
 
 def _asked(
-    compressed: Speaker, dense: Speaker | None, ask: Ask, questions: Sequence[Question]
-) -> dict[str, Any]:
-    answers = ask(compressed, questions)
-    return _compared(answers, None if dense is None else ask(dense, questions))
+    compressed: Speaker,
+    dense: Speaker | None,
+    ask: Ask,
+    questions: Sequence[Question],
+    *,
+    tick: Tick = silent,
+) -> Figures:
+    answers = ask(compressed, questions, tick=tick)
+    return _compared(answers, None if dense is None else ask(dense, questions, tick=tick))
 
 
-def _compared(answers: Sequence[Answer], dense: Sequence[Answer] | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"n_questions": len(answers), "accuracy": accuracy(answers)}
+def _compared(answers: Sequence[Answer], dense: Sequence[Answer] | None) -> Figures:
+    found: Figures = {"n_questions": len(answers), "accuracy": accuracy(answers)}
     if dense is None:
         return found
     flips = count_flips(dense, answers).to_dict()
@@ -86,11 +138,17 @@ def _compared(answers: Sequence[Answer], dense: Sequence[Answer] | None) -> dict
 
 
 def _read(
-    compressed: Speaker, dense: Speaker | None, questions: Sequence[Question]
-) -> dict[str, Any]:
+    compressed: Speaker,
+    dense: Speaker | None,
+    from_memory: Ask,
+    questions: Sequence[Question],
+    *,
+    tick: Tick = silent,
+) -> Figures:
     """Return how passages are read, and what that gains over closed book on the same questions."""
-    found = _asked(compressed, dense, partial(answer_from_passages, n_noise=0), questions)
-    memory = _asked(compressed, dense, answer_from_memory, questions)
+    passages = partial(answer_from_passages, n_noise=0)
+    found = _asked(compressed, dense, passages, questions, tick=tick)
+    memory = _asked(compressed, dense, from_memory, questions)
     for gain, share in (("gain", "accuracy"), ("dense_gain", "dense_accuracy")):
         if share in found:
             found[gain] = found[share] - memory[share]
@@ -98,18 +156,25 @@ def _read(
 
 
 def _chosen(
-    compressed: Speaker, dense: Speaker | None, questions: Sequence[Question]
-) -> dict[str, Any]:
-    ours = choose(compressed, questions)
+    compressed: Speaker,
+    dense: Speaker | None,
+    questions: Sequence[Question],
+    *,
+    tick: Tick = silent,
+) -> Figures:
+    ours = choose(compressed, questions, tick=tick)
     if dense is None:
         return _compared([answer for answer, _ in ours], None)
-    theirs = choose(dense, questions)
+    theirs = choose(dense, questions, tick=tick)
     found = _compared([answer for answer, _ in ours], [answer for answer, _ in theirs])
     return {**found, "kl_nats": mean_kl([p for _, p in theirs], [q for _, q in ours])}
 
 
-def _summaries(compressed: Speaker, dense: Speaker, documents: Sequence[str]) -> dict[str, Any]:
-    theirs, ours = summarise(dense, documents), summarise(compressed, documents)
+def _summaries(
+    compressed: Speaker, dense: Speaker, documents: Sequence[str], *, tick: Tick = silent
+) -> Figures:
+    theirs = summarise(dense, documents, tick=tick)
+    ours = summarise(compressed, documents, tick=tick)
     scores = [rouge_l(a, b) for a, b in zip(theirs, ours, strict=True)]
     return {
         "n_documents": len(documents),

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria
 
 from ...models.source import context_of
 
 
 class Speaker:
-    """Writes greedily and scores given text, one prompt at a time: no padding, no batch effects."""
+    """Writes greedily and scores given text, one prompt at a time.
+
+    Not in batches: sums of padded rows are rounded otherwise, which changes tokens that are nearly
+    tied, and not all models can be padded on the left.
+    """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -19,7 +25,10 @@ class Speaker:
 
     @torch.no_grad()
     def write(self, prompt: str, n_tokens: int, *, stop: str | None = "\n") -> str:
-        """Return the greedy continuation of `prompt`, up to `stop`, without blanks around it."""
+        """Return the greedy continuation of `prompt`, up to `stop`, without blanks around it.
+
+        No more is written than up to a `stop` that follows a character which is no blank.
+        """
         ids = self._ids(prompt)
         if ids.shape[1] + n_tokens > self.context:
             raise ValueError(
@@ -34,8 +43,9 @@ class Speaker:
             do_sample=False,
             num_beams=1,
             pad_token_id=self.tokenizer.eos_token_id if padding is None else padding,
+            stopping_criteria=[AfterStop(stop, self._text, ids.shape[1])] if stop else [],
         )
-        text = self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        text = self._text(made[0, ids.shape[1] :]).strip()
         return text.partition(stop)[0].strip() if stop else text
 
     @torch.no_grad()
@@ -68,6 +78,23 @@ class Speaker:
 
     def _ids(self, text: str) -> Tensor:
         return self.tokenizer(text, return_tensors="pt").input_ids.to(self.model.device)
+
+    def _text(self, ids: Tensor) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class AfterStop(StoppingCriteria):
+    """Stops each text once `stop` is in what was written after the first `start` tokens.
+
+    transformers' own for strings also stops at blanks that a text begins with.
+    """
+
+    def __init__(self, stop: str, text: Callable[[Tensor], str], start: int) -> None:
+        self.stop, self.text, self.start = stop, text, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        done = [self.stop in self.text(ids[self.start :]).lstrip() for ids in input_ids]
+        return torch.tensor(done, device=input_ids.device)
 
 
 def _shared(before: Tensor, whole: Tensor) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ...base.progress import Tick, silent
 from .speaker import Speaker
 
 N_TOKENS = 64
 ROOM = 96  # tokens of the context kept for the words around a document
 
 
-def summarise(speaker: Speaker, documents: Sequence[str]) -> list[str]:
+def summarise(speaker: Speaker, documents: Sequence[str], *, tick: Tick = silent) -> list[str]:
     """Return one greedy summary per document, which is cut to what the context holds."""
     made = []
     for document in documents:
@@ -21,6 +22,7 @@ def summarise(speaker: Speaker, documents: Sequence[str]) -> list[str]:
             otherwise=f"Text: {text}\n\nSummary in two sentences:",
         )
         made.append(speaker.write(prompt, N_TOKENS, stop=None))
+        tick()
     return made
 
 

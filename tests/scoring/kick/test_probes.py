@@ -14,7 +14,7 @@ from hf_evopress.scoring.kick.closed_book import judge
 from hf_evopress.scoring.kick.in_context import answer_from_passages, prompt_of
 from hf_evopress.scoring.kick.probes import kick
 from hf_evopress.scoring.kick.questions import KickSet, Question
-from hf_evopress.scoring.kick.speaker import Speaker
+from hf_evopress.scoring.kick.speaker import AfterStop, Speaker
 from hf_evopress.scoring.kick.summaries import rouge_l
 
 QUESTIONS = tuple(
@@ -117,6 +117,51 @@ def test_a_prompt_beyond_the_context_is_refused(tiny_model: Any, byte_tokenizer:
     speaker = Speaker(tiny_model(max_position_embeddings=64), byte_tokenizer)
     with pytest.raises(ValueError, match="context of 64"):
         speaker.write("x" * 60, 16)
+
+
+def test_writing_ends_where_the_answer_is_cut(dense: Speaker) -> None:
+    steps: list[int] = []
+    dense.model.register_forward_hook(lambda *_: steps.append(1))
+    made = []
+    for prompt in (f"a tale of {n} foxes:" for n in range(4)):
+        whole = dense.write(prompt, 24, stop=None)
+        for stop in sorted({c for c in whole if "!" <= c <= "~"}):
+            steps.clear()
+            assert dense.write(prompt, 24, stop=stop) == whole.partition(stop)[0].strip()
+            made.append(len(steps))
+    assert min(made) < 4 and max(made) <= 24
+
+
+def test_blanks_before_an_answer_do_not_end_it(byte_tokenizer: Any) -> None:
+    texts = ["xx\n Paris\n", "xx Paris\n\n", "xx\n\n\n\n\n  ", "xx\n Paris."]
+    ids = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(byte_tokenizer(t, add_special_tokens=False).input_ids) for t in texts], True
+    )
+    ends = AfterStop("\n", lambda row: byte_tokenizer.decode(row, skip_special_tokens=True), 2)
+    assert ends(ids, None).tolist() == [True, True, False, False]
+
+
+def test_progress_counts_every_question_of_both_models(dense: Speaker, byte_tokenizer: Any) -> None:
+    told: list[tuple[str, int, int]] = []
+    other = Speaker(copy.deepcopy(dense.model), byte_tokenizer)
+    kick(other, dense, DATA, noise=(1,), progress=lambda *told_now: told.append(told_now))
+    n = 4 * 2 * 3 + 3 + 2 * 1  # four ways to ask, answer tokens of both at once, one document
+    assert [done for _, done, _ in told] == [*range(1, n + 1), n]
+    assert {total for *_, total in told} == {n}
+    assert told[6][0] == "kick: choices" and told[-1][0] == "kick"
+
+
+def test_a_model_is_asked_from_memory_once(dense: Speaker, byte_tokenizer: Any) -> None:
+    asked: list[str] = []
+
+    class Listener(Speaker):
+        def write(self, prompt: str, n_tokens: int, *, stop: str | None = "\n") -> str:
+            asked.append(prompt)
+            return "2"
+
+    found = kick(Listener(dense.model, byte_tokenizer), None, DATA, noise=())
+    assert len(asked) == len(set(asked)) == 6
+    assert found["in context"]["gain"] == 0
 
 
 def test_rouge_l_is_the_share_of_a_common_subsequence() -> None:
