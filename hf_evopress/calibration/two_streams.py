@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..base.placement import device_of
 from ..methods.maths.linalg import Stats
 from ..models.experts import others
 from ..models.patching import patched
@@ -24,7 +26,8 @@ BATCH_TOKENS = 4096
 class TwoStreams:
     """Hidden states of one set of sequences at the input of `block`, in batches.
 
-    dense, compressed: (batch, seq, dim) each; targets: the dense block's outputs, after aim().
+    dense, compressed: (batch, seq, dim) each. After aim(): targets are the dense block's outputs,
+    inputs (one dict per batch, unit -> tensor) what the units asked for read in it.
     """
 
     def __init__(
@@ -44,15 +47,27 @@ class TwoStreams:
             with patched(stream.model, forwards):
                 self.compressed = [rest(stream.embed(part)) for part in batches]
         self.targets: list[Tensor] = []
+        self.inputs: list[dict[str, Tensor]] = []
 
-    def aim(self) -> None:
-        """Run the dense block: its outputs are the targets."""
-        self.targets = self._run(self.dense)
+    def aim(self, names: Sequence[str] = ()) -> None:
+        """Run the dense block: its outputs are the targets. Keeps what the linears `names` read."""
+        self.inputs = []
+        if not names:
+            self.targets = self._run(self.dense)
+            return
+        self.targets = []
+        rest = self.stream.place.let_rest
+        for hidden in self.dense:
+            with unit_inputs(self.stream.model, names) as seen:
+                self.targets += self._run([hidden])
+            groups = ((group, rest(x)) for group, x in distinct_inputs(seen))
+            self.inputs.append({name: x for group, x in groups for name in group})
 
     def advance(self) -> None:
         """Go on to the next block, while the model computes at the levels of this one."""
         self.compressed = self._run(self.compressed)
         self.dense, self.targets, self.block = self.targets, [], self.block + 1
+        self.inputs = []
 
     def _run(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         stream = self.stream
@@ -98,20 +113,28 @@ def input_groups(
     return groups
 
 
-def cross_moments(sets: Sets, name: str, forwards: Mapping[str, Any]) -> tuple[Stats, Shift | None]:
+def cross_moments(
+    sets: Sets, name: str, forwards: Mapping[str, Any], *, bfloat16: bool = False
+) -> tuple[Stats, Shift | None]:
     """Return the moments of a unit's input in the compressed stream, and its shift.
 
-    forwards: those of the units of this block that are finished, and of dropped sub-blocks. The
-    shift is None where a unit sees other tokens in the two streams, as an expert may. ValueError
-    where it sees none.
+    The streams have been aimed with this unit among the names. forwards: those of the units of
+    this block that are finished, and of dropped sub-blocks. bfloat16: multiply in it to get there,
+    where that is faster; the moments are float32. The shift is None where a unit sees other tokens
+    in the two streams, as an expert may. ValueError where it sees none.
     """
+    mixed = torch.autocast(
+        device_of(sets["gram"].stream.model).type, torch.bfloat16, enabled=bfloat16
+    )
     made: dict[str, CrossMoment] = {}
     is_paired = True
     for kind in ("gram", "sink"):
         streams = sets[kind]
-        for dense, compressed in zip(streams.dense, streams.compressed, strict=True):
-            x = input_of(streams.stream, streams.block, name, dense)
-            with patched(streams.stream.model, forwards):
+        for inputs, dense, compressed in zip(
+            streams.inputs, streams.dense, streams.compressed, strict=True
+        ):
+            x = inputs.get(name)
+            with patched(streams.stream.model, forwards), mixed:
                 own = input_of(streams.stream, streams.block, name, compressed)
             if own is None:  # an expert that no token of the batch goes to
                 is_paired = False
@@ -119,7 +142,7 @@ def cross_moments(sets: Sets, name: str, forwards: Mapping[str, Any]) -> tuple[S
             # experts see the tokens that are routed to them, which the two streams may do apart
             same = x is not None and x.shape == own.shape
             is_paired &= same and own[..., 0].numel() == dense[..., 0].numel()
-            other = x if x is not None and is_paired else own
+            other = x.to(own.device) if x is not None and is_paired else own
             made.setdefault(kind, CrossMoment(own)).add(other, own)
     if "gram" not in made:
         raise ValueError(f"no token of the compressed model comes to {name}")

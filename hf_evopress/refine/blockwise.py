@@ -103,9 +103,10 @@ def refine(
         forwards = operators(model, ends, states)
         sets = two_streams(stream, tokens, heldout, batch_tokens=batch_tokens, forwards=forwards)
         for block in range(max(missing) + 1):
-            for streams in sets.values():
-                streams.aim()
             here = by_block.get(block, {})
+            for kind, streams in sets.items():
+                is_read = block in missing and kind != "heldout"
+                streams.aim(list(_coded(here)) if is_read else ())
             if block in missing:
                 G = moments(block) if moments else {}
                 states, notes = _finish(sets, store, here, G, settings)
@@ -148,12 +149,13 @@ def _finish(
     least = score(best)
     notes: dict[str, Any] = {"before": least}
     for alpha in settings.alphas:
-        states = {**best, **requantised(sets, coded, dropped, alpha=alpha, moments=G)}
+        how: dict[str, Any] = {"moments": G, "bfloat16": settings.tuning.bfloat16}
+        states = {**best, **requantised(sets, coded, dropped, alpha=alpha, **how)}
         notes[f"alpha {alpha}"] = value = score(states)
         if value < least:
             best, least = states, value
     if settings.mode == "best":
-        how: dict[str, Any] = {"run": run, "loss": loss, "settings": settings.tuning}
+        how = {"run": run, "loss": loss, "settings": settings.tuning}
         states = {**best, **made_in_turn(sets, coded, dropped, moments=G, **how)}
         notes["in turn"] = value = score(states)
         if value < least:
@@ -188,11 +190,13 @@ def requantised(
     *,
     alpha: float,
     moments: Mapping[str, Tensor],
+    bfloat16: bool = False,
 ) -> dict[str, State]:
     """Return the levels of a block made from the compressed stream's inputs, input by input.
 
     Each input is seen as the levels made before it leave it. moments: unit -> G, for levels that
-    round with feedback along outputs. Experts that no token goes to are left out.
+    round with feedback along outputs. bfloat16: run the block in it. Experts that no token goes to
+    are left out.
     """
     stream = sets["gram"].stream
     forwards = dict(dropped)
@@ -200,7 +204,7 @@ def requantised(
     with patched(stream.model, dropped):
         groups = input_groups(stream, sets["gram"].block, sets["gram"].dense[0], list(levels))
     for group in groups:
-        stats, shift = cross_moments(sets, group[0], forwards)
+        stats, shift = cross_moments(sets, group[0], forwards, bfloat16=bfloat16)
         by_level: dict[Level, list[str]] = {}
         for unit in group:
             by_level.setdefault(levels[unit], []).append(unit)

@@ -69,7 +69,10 @@ def test_an_input_is_seen_without_running_the_rest(stream: BlockStream, tokens: 
 @torch.no_grad()
 def test_equal_streams_have_no_shift(stream: BlockStream, tokens: Tensor) -> None:
     sets = two_streams(stream, tokens, tokens[:1])
-    stats, shift = cross_moments(sets, "model.layers.0.mlp.down_proj", {})
+    name = "model.layers.0.mlp.down_proj"
+    for streams in sets.values():
+        streams.aim([name])
+    stats, shift = cross_moments(sets, name, {})
     assert shift is not None and not shift.gram.any()
     assert stats.n_tokens == tokens.numel() and stats.sink is not None
 
@@ -79,3 +82,29 @@ def test_patches_are_undone_after_an_error(stream: BlockStream) -> None:
     with pytest.raises(KeyError), patched(stream.model, {name: lambda x: x}):
         raise KeyError("some error")
     assert "forward" not in stream.model.get_submodule(name).__dict__
+
+
+@torch.no_grad()
+def test_the_shift_is_what_both_models_read(stream: BlockStream, tokens: Tensor) -> None:
+    model, names = stream.model, [u.name for u in find_units(stream.model) if u.block == 0]
+    forwards = operators(
+        model,
+        dict.fromkeys(names[:1], LEVEL),
+        {u: compress(LEVEL, model.get_submodule(u).weight.float(), None) for u in names[:1]},  # type: ignore[arg-type]
+    )
+    sets = two_streams(stream, tokens, tokens[:1])
+    for streams in sets.values():
+        streams.aim(names)
+    name = names[-1]
+    x = input_of(stream, 0, name, stream.embed(tokens))
+    with patched(model, forwards):
+        own = input_of(stream, 0, name, stream.embed(tokens))
+    assert x is not None and own is not None
+    x, own = (t.flatten(0, 1) for t in (x, own))
+    stats, shift = cross_moments(sets, name, forwards)
+    assert shift is not None and shift.gram.any()
+    torch.testing.assert_close(shift.gram, (x - own).T @ own / len(x))
+    torch.testing.assert_close(stats.gram, own.T @ own / len(x))
+    near, _ = cross_moments(sets, name, forwards, bfloat16=True)
+    assert not torch.equal(near.gram, stats.gram)
+    torch.testing.assert_close(near.gram, stats.gram, rtol=0.1, atol=1e-3)
