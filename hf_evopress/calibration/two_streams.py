@@ -27,7 +27,8 @@ class TwoStreams:
     """Hidden states of one set of sequences at the input of `block`, in batches.
 
     dense, compressed: (batch, seq, dim) each. After aim(): targets are the dense block's outputs,
-    inputs (one dict per batch, unit -> tensor) what the units asked for read in it.
+    inputs (one dict per batch, unit -> tensor) what the units asked for read in it. bfloat16:
+    multiply in it, where that is faster.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class TwoStreams:
         *,
         batch_tokens: int,
         forwards: Mapping[str, Any] | None = None,
+        bfloat16: bool = False,
     ) -> None:
-        self.stream, self.block = stream, 0
+        self.stream, self.block, self.bfloat16 = stream, 0, bfloat16
         batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
         rest = stream.place.let_rest
         self.dense = [rest(stream.embed(part)) for part in batches]
@@ -69,9 +71,19 @@ class TwoStreams:
         self.dense, self.targets, self.block = self.targets, [], self.block + 1
         self.inputs = []
 
+    def input_of(self, name: str, hidden: Tensor) -> Tensor | None:
+        """Return what the linear called `name` reads when `hidden` goes into the block, if any."""
+        with self._mixed():
+            return input_of(self.stream, self.block, name, hidden)
+
     def _run(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         stream = self.stream
-        return [stream.place.let_rest(stream.run_block(self.block, h)) for h in hidden]
+        with self._mixed():
+            return [stream.place.let_rest(stream.run_block(self.block, h)) for h in hidden]
+
+    def _mixed(self) -> torch.autocast:
+        kind = device_of(self.stream.model).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16)
 
 
 Sets = Mapping[str, TwoStreams]
@@ -85,14 +97,17 @@ def two_streams(
     n_sink: int = 64,
     batch_tokens: int = BATCH_TOKENS,
     forwards: Mapping[str, Any] | None = None,
+    bfloat16: bool = False,
 ) -> Sets:
     """Return the streams of all tokens (gram), of single first tokens (sink), and held out.
 
     forwards: module path -> forward of a compressed embedding, with which the prefix begins.
+    bfloat16: multiply in it, but for what is held out: that judges.
     """
     sets = {"gram": tokens, "sink": first_tokens(tokens, n_sink)[:, None], "heldout": heldout}
+    how: dict[str, Any] = {"batch_tokens": batch_tokens, "forwards": forwards}
     return {
-        kind: TwoStreams(stream, ids, batch_tokens=batch_tokens, forwards=forwards)
+        kind: TwoStreams(stream, ids, bfloat16=bfloat16 and kind != "heldout", **how)
         for kind, ids in sets.items()
     }
 
@@ -113,19 +128,13 @@ def input_groups(
     return groups
 
 
-def cross_moments(
-    sets: Sets, name: str, forwards: Mapping[str, Any], *, bfloat16: bool = False
-) -> tuple[Stats, Shift | None]:
-    """Return the moments of a unit's input in the compressed stream, and its shift.
+def cross_moments(sets: Sets, name: str, forwards: Mapping[str, Any]) -> tuple[Stats, Shift | None]:
+    """Return the moments of a unit's input in the compressed stream, and its shift, float32.
 
     The streams have been aimed with this unit among the names. forwards: those of the units of
-    this block that are finished, and of dropped sub-blocks. bfloat16: multiply in it to get there,
-    where that is faster; the moments are float32. The shift is None where a unit sees other tokens
-    in the two streams, as an expert may. ValueError where it sees none.
+    this block that are finished, and of dropped sub-blocks. The shift is None where a unit sees
+    other tokens in the two streams, as an expert may. ValueError where it sees none.
     """
-    mixed = torch.autocast(
-        device_of(sets["gram"].stream.model).type, torch.bfloat16, enabled=bfloat16
-    )
     made: dict[str, CrossMoment] = {}
     is_paired = True
     for kind in ("gram", "sink"):
@@ -134,8 +143,8 @@ def cross_moments(
             streams.inputs, streams.dense, streams.compressed, strict=True
         ):
             x = inputs.get(name)
-            with patched(streams.stream.model, forwards), mixed:
-                own = input_of(streams.stream, streams.block, name, compressed)
+            with patched(streams.stream.model, forwards):
+                own = streams.input_of(name, compressed)
             if own is None:  # an expert that no token of the batch goes to
                 is_paired = False
                 continue

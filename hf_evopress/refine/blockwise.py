@@ -101,7 +101,8 @@ def refine(
     with torch.no_grad(), stream:
         states = {unit: store.state(unit, level) for unit, level in _coded(ends).items()}
         forwards = operators(model, ends, states)
-        sets = two_streams(stream, tokens, heldout, batch_tokens=batch_tokens, forwards=forwards)
+        how: dict[str, Any] = {"batch_tokens": batch_tokens, "forwards": forwards}
+        sets = two_streams(stream, tokens, heldout, bfloat16=settings.tuning.bfloat16, **how)
         for block in range(max(missing) + 1):
             here = by_block.get(block, {})
             for kind, streams in sets.items():
@@ -149,13 +150,12 @@ def _finish(
     least = score(best)
     notes: dict[str, Any] = {"before": least}
     for alpha in settings.alphas:
-        how: dict[str, Any] = {"moments": G, "bfloat16": settings.tuning.bfloat16}
-        states = {**best, **requantised(sets, coded, dropped, alpha=alpha, **how)}
+        states = {**best, **requantised(sets, coded, dropped, alpha=alpha, moments=G)}
         notes[f"alpha {alpha}"] = value = score(states)
         if value < least:
             best, least = states, value
     if settings.mode == "best":
-        how = {"run": run, "loss": loss, "settings": settings.tuning}
+        how: dict[str, Any] = {"run": run, "loss": loss, "settings": settings.tuning}
         states = {**best, **made_in_turn(sets, coded, dropped, moments=G, **how)}
         notes["in turn"] = value = score(states)
         if value < least:
@@ -190,13 +190,11 @@ def requantised(
     *,
     alpha: float,
     moments: Mapping[str, Tensor],
-    bfloat16: bool = False,
 ) -> dict[str, State]:
     """Return the levels of a block made from the compressed stream's inputs, input by input.
 
     Each input is seen as the levels made before it leave it. moments: unit -> G, for levels that
-    round with feedback along outputs. bfloat16: run the block in it. Experts that no token goes to
-    are left out.
+    round with feedback along outputs. Experts that no token goes to are left out.
     """
     stream = sets["gram"].stream
     forwards = dict(dropped)
@@ -204,7 +202,7 @@ def requantised(
     with patched(stream.model, dropped):
         groups = input_groups(stream, sets["gram"].block, sets["gram"].dense[0], list(levels))
     for group in groups:
-        stats, shift = cross_moments(sets, group[0], forwards, bfloat16=bfloat16)
+        stats, shift = cross_moments(sets, group[0], forwards)
         by_level: dict[Level, list[str]] = {}
         for unit in group:
             by_level.setdefault(levels[unit], []).append(unit)

@@ -96,7 +96,7 @@ def made_in_turn(
                 stream.model, run, fresh, loss, sets["gram"], sets["heldout"], tuning
             )
         weights |= {unit: state["weight"] for unit, state in (tuned or {}).items()}
-        stats, _ = cross_moments(sets, group[0], forwards, bfloat16=settings.bfloat16)
+        stats, _ = cross_moments(sets, group[0], forwards)
         for level in dict.fromkeys(levels[unit] for unit in group):
             units = [unit for unit in group if levels[unit] == level]
             known = stats.with_outputs(moments.get(unit) for unit in units)

@@ -84,6 +84,8 @@ def recipe(words: argparse.Namespace, bits: float) -> Recipe:
             "budget": {"bits": bits},
             "ends": "dense",
             "data": data(words),
+            "search": {"sensitivity_tokens": words.sensitivity_tokens},
+            **({"drop": {"kinds": ["attention", "mlp"]}} if words.drop else {}),
             **({"levels": words.level} if words.level else {}),
         }
     )
@@ -235,6 +237,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=float, nargs="+", default=[2.8, 3.3, 3.8, 4.3])
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--level", action="append", help="menu; default: the default menu")
+    parser.add_argument("--drop", action="store_true", help="sub-blocks may be dropped as well")
+    parser.add_argument("--sensitivity-tokens", type=int, default=6144)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
                         help="to compute in; bfloat16 is twice as fast on some CPUs")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
