@@ -1,4 +1,4 @@
-"""Weights and key-value cache under one budget: plans of the knapsack, and their KL.
+"""Weights and key-value cache under one budget: plans of the knapsack and the search, and their KL.
 
 python tests/benchmarks/cache_budget.py MODEL --data calibration.txt --test wiki.test.raw --work w
 """
@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from hf_evopress.calibration.data import tokenize_file
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.levels import build_levels
 from hf_evopress.jobs.measure import best_uniform
-from hf_evopress.jobs.plan_search import tables
+from hf_evopress.jobs.plan_search import run_search, tables
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.scoring.evaluator import Evaluator
 from hf_evopress.search.knapsack import solve
 
 
-def job_of(words: argparse.Namespace, pin: dict[str, str]) -> Job:
+def job_of(
+    words: argparse.Namespace, pin: dict[str, str], search: dict[str, Any] | None = None
+) -> Job:
     return Job(
         Recipe.from_dict(
             {
@@ -26,7 +29,7 @@ def job_of(words: argparse.Namespace, pin: dict[str, str]) -> Job:
                 "budget": {"size": words.size, "context": words.context},
                 "data": {"sources": [words.data], "calibration": 32, "search": 24},
                 "work": words.work,
-                "search": {"strategy": "knapsack"},
+                "search": search or {"strategy": "knapsack"},
                 "pin": pin,
             }
         )
@@ -50,8 +53,14 @@ def main(words: argparse.Namespace) -> None:
         return solve(job.space, table, job.budget.limit).genome
 
     add("chosen together", job, solved(job))
-    if (found := best_uniform(job, store)) is not None:
-        add(found[0], job, found[1])
+    if words.generations:
+        settings = {"generations": words.generations, "tokens": words.tokens}
+        evolved = job_of(words, {}, {"strategy": "evolve", "settings": settings})
+        evolved.take_over(job)
+        found = run_search(evolved, store)
+        add(f"evolved from it, {found.run.evaluated_tokens} tokens", evolved, found.best)
+    if (uniform := best_uniform(job, store)) is not None:
+        add(uniform[0], job, uniform[1])
     for setting in words.setting:
         pinned = job_of(words, {"*.kv_cache": setting})
         pinned.take_over(job)
@@ -74,6 +83,8 @@ if __name__ == "__main__":
     parser.add_argument("--size", default="120MB")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--setting", nargs="*", default=["kv:bits=4", "kv:bits=3"])
+    parser.add_argument("--generations", type=int, default=0, help="of a search from the first")
+    parser.add_argument("--tokens", type=int, nargs=2, default=[1024, 4096], help="of its rounds")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=2)
     main(parser.parse_args())

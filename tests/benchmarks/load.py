@@ -6,17 +6,24 @@
 peak <= imports + checkpoint + one layer. A dense checkpoint is mapped into memory and read when it
 is used first: so there is also the time until one token has been computed. --by-turns loads both in
 this process, again and again, and prints the least CPU seconds of each: without imports and what is
-made once per process.
+made once per process. --cold has the files read from the disk again each time, where the system
+lets go of them. --make HIDDEN LAYERS LEVEL writes both, a Llama of random
+weights, and measures nothing:
+
+    python tests/benchmarks/load.py packed dense --make 2048 16 rtn:bits=4,group_size=64
+    python tests/benchmarks/load.py packed dense --cold
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from hf_evopress.models.size import stored_bytes
@@ -43,10 +50,47 @@ print(json.dumps(found | {"first_token": time.perf_counter() - start}))
 """
 
 
-def measure(model: str, repeats: int) -> dict[str, Any]:
+def make(packed: str, dense: str, hidden: int, layers: int, level: str) -> None:
+    """Write a random Llama to `dense` in bfloat16, and its layers at a level to `packed`."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from hf_evopress import EvoPressConfig, Plan
+    from hf_evopress.models.units import find_units
+
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 256 * 256,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 256,
+        vocab_size=32000,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    levels = {unit.name: level for unit in find_units(model) if not unit.is_end}
+    model.save_pretrained(dense)
+    del model
+    how = EvoPressConfig(plan=Plan(levels))
+    AutoModelForCausalLM.from_pretrained(dense, quantization_config=how).save_pretrained(packed)
+
+
+def let_go(model: str) -> None:
+    """Have the system forget what it holds of a checkpoint's files."""
+    for path in Path(model).glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(model: str, repeats: int, *, is_cold: bool = False) -> dict[str, Any]:
     """Return medians over fresh processes; peak memory in bytes."""
     runs = []
     for _ in range(repeats):
+        if is_cold:
+            let_go(model)
         out = subprocess.run(
             [sys.executable, "-c", CHILD, model], capture_output=True, text=True, check=True
         )
@@ -78,7 +122,13 @@ def main() -> None:
     parser.add_argument("dense")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--by-turns", action="store_true")
+    parser.add_argument("--cold", action="store_true", help="files are read from the disk again")
+    parser.add_argument("--make", nargs=3, metavar=("HIDDEN", "LAYERS", "LEVEL"))
     words = parser.parse_args()
+    if words.make:
+        hidden, layers, level = words.make
+        make(words.compressed, words.dense, int(hidden), int(layers), level)
+        return
     if words.by_turns:
         by_turns([words.compressed, words.dense], words.repeats)
         return
@@ -87,7 +137,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     found = {}
     for name in (words.compressed, words.dense):
-        run = found[name] = measure(name, words.repeats)
+        run = found[name] = measure(name, words.repeats, is_cold=words.cold)
         above = (run["peak_bytes"] - imports["peak_bytes"]) / 1e6
         size = stored_bytes(name) / 1e6
         times = f"{run['seconds']:.2f} | {run['first_token']:.2f}"
@@ -95,7 +145,8 @@ def main() -> None:
         print(f"|   one layer, bf16 | {2 * run['largest_layer_weights'] / 1e6:.1f} | | | |")
     packed, dense = found[words.compressed], found[words.dense]
     print(f"\nimports alone: {imports['peak_bytes'] / 1e6:.0f} MB")
-    print(f"load time, compressed / dense: {packed['seconds'] / dense['seconds']:.2f}")
+    for what, key in (("load time", "seconds"), ("to the first token", "first_token")):
+        print(f"{what}, compressed / dense: {packed[key] / dense[key]:.2f}")
 
 
 if __name__ == "__main__":
