@@ -116,7 +116,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=float, default=2.8)
     parser.add_argument("--candidates", type=int, default=12)
     parser.add_argument("--sequences", type=int, default=4)
-    parser.add_argument("--level", action="append", help="menu; default: the default menu")
+    parser.add_argument("--level", action="extend", nargs="+", help="default: the default menu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--pool-len", type=int, default=512)

@@ -235,7 +235,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", required=True, help="calibration text")
     parser.add_argument("--test", required=True, help="evaluation text")
     parser.add_argument("--work", default="demo/methods.work")
-    parser.add_argument("--level", action="append", required=True)
+    parser.add_argument("--level", action="extend", nargs="+", required=True)
     parser.add_argument("--blocks", type=int, nargs="+")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--calibration", type=int, default=56)

@@ -173,8 +173,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=float, nargs="+", default=[3.3])
     parser.add_argument("--strategies", nargs="+", default=["knapsack", "evolve"])
     parser.add_argument("--controls", type=int, nargs="*", default=[3, 4], help="bit-widths")
-    parser.add_argument("--level", action="append", help="menu; default: the default menu")
-    parser.add_argument("--family", action="append", default=[], help="instead of levels")
+    parser.add_argument("--level", action="extend", nargs="+", help="default: the default menu")
+    parser.add_argument(
+        "--family", action="extend", nargs="+", default=[], help="instead of levels"
+    )
     parser.add_argument("--generations", type=int)
     parser.add_argument("--sensitivity-tokens", type=int, default=6144)
     parser.add_argument("--seq-len", type=int, default=1024)

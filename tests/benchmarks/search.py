@@ -236,7 +236,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", default="demo/search")
     parser.add_argument("--bits", type=float, nargs="+", default=[2.8, 3.3, 3.8, 4.3])
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--level", action="append", help="menu; default: the default menu")
+    parser.add_argument("--level", action="extend", nargs="+", help="default: the default menu")
     parser.add_argument("--drop", action="store_true", help="sub-blocks may be dropped as well")
     parser.add_argument("--sensitivity-tokens", type=int, default=6144)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],

@@ -332,7 +332,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", required=True, help="text to measure on")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", default=list(PARTS)[:5], choices=list(PARTS))
-    parser.add_argument("--level", action="append", default=[], help="of levels. Repeat.")
+    parser.add_argument("--level", action="extend", nargs="+", default=[], help="of levels")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5], help="of heal")
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--batch", type=int, default=1)

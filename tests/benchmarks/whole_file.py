@@ -207,8 +207,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gguf", nargs="*", default=[], help="mixes, such as Q4_K_M Q2_K")
     parser.add_argument("--strategy", default="knapsack")
     parser.add_argument("--ends", default="auto")
-    parser.add_argument("--level", action="append", help="menu; default: the default menu")
-    parser.add_argument("--family", action="append", default=[], help="instead of levels")
+    parser.add_argument("--level", action="extend", nargs="+", help="default: the default menu")
+    parser.add_argument(
+        "--family", action="extend", nargs="+", default=[], help="instead of levels"
+    )
     parser.add_argument("--generations", type=int, default=20)
     parser.add_argument("--sensitivity-tokens", type=int, default=6144)
     parser.add_argument("--seq-len", type=int, default=1024)
