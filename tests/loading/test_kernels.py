@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_evopress.loading.kernels import compiled, dots, operators, walks
+from hf_evopress.loading.kernels import compiled, dots, operators, terms, walks, weyl
 from hf_evopress.loading.kernels import layer as layer_module
 from hf_evopress.loading.kernels.layer import MOST_TOKENS, SLICE, Kernel, kernel_of
 from hf_evopress.loading.layers import CompressedLinear
 from hf_evopress.loading.runtimes import KERNELS
 from hf_evopress.methods import compose
 from hf_evopress.methods.base import State
+from hf_evopress.methods.maths.codebook import codebook, weyl_half, weyl_multiplier
 from hf_evopress.methods.maths.linalg import Stats
 from hf_evopress.methods.maths.walks import unpack_walks
 
@@ -46,6 +47,7 @@ TRELLIS = [
     "trellis:bits=2,state_bits=6,feedback=none + lowrank:rank=2,metric=plain",
     "trellis:bits=8,state_bits=8,feedback=none",
     *(f"trellis:bits={k},feedback=none,tail_biting=false,state_bits={k + 4}" for k in (1, 3, 8)),
+    "trellis:bits=3,state_bits=9,feedback=none,codebook=weyl",
     "trellis:bits=4,state_bits=4,feedback=none,tail_biting=false,order=mma",
     "trellis:bits=5,state_bits=8,feedback=none,tail_biting=false,order=mma,scales=channels",
 ]
@@ -173,6 +175,8 @@ def test_any_walk_is_read_as_the_reference_reads_it(bits: int, order: str, ends:
         ("state_bits=8,rotation=none,codebook=gauss", (17, 13)),
         ("state_bits=12,seed=1", (33, 100)),  # rotations of 25 parts of 4
         ("state_bits=11,rotation=32", (96, 64)),
+        ("state_bits=16,rotation=none,codebook=weyl", (33, 100)),
+        ("state_bits=8,codebook=weyl", (48, 384)),
     ):
         kernel, state = drawn(f"trellis:bits={bits},order={order},{settings}{ends}", shape)
         W = compose.decompress(kernel.level, state, shape, torch.float32)
@@ -473,6 +477,50 @@ def test_a_processor_without_bmi_reads_the_same_walks(bits: int) -> None:
         reader(decode)(*addresses)
     states = unpack_walks(codes[None], bits, 10)
     assert torch.equal(found[0], table[states[0].long()]) and torch.equal(*found)
+
+
+def adder(sum_tiles: Any) -> Any:
+    import numba
+
+    def add_up(tile, past, multiplier, half, x, sums):  # type: ignore[no-untyped-def]
+        sum_tiles(tile, past, 1, multiplier, half, x, sums)
+
+    return numba.njit(add_up)
+
+
+@pytest.mark.skipif(not compiled.vector_bytes(), reason="a processor without AVX2")
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+def test_values_are_computed_to_the_bit_at_any_width_of_vectors(bits: int) -> None:
+    codes = torch.randint(256, (32 * bits,), dtype=torch.uint8)  # it bites its tail
+    for width in {32, compiled.weyl_bytes()}:
+        made = weyl.intrinsics(width=width)
+        compute, add = reader(made[f"weyl_{bits}"]), adder(made[f"sum_weyl_{bits}"])
+        for state_bits in (8, 13, 16):
+            found = torch.zeros(256)
+            multiplier = weyl_multiplier(state_bits, bits) << (16 - state_bits)
+            walk, past = codes.data_ptr(), codes[-8:].data_ptr()
+            how = walk, past, multiplier, weyl_half(state_bits)
+            compute(*how, found.data_ptr())
+            states = unpack_walks(codes[None], bits, state_bits)[0].long()
+            assert torch.equal(found, codebook("weyl", state_bits, bits)[states])
+            x, sums = torch.randn(16), torch.ones(16, 8)
+            add(*how, x.data_ptr(), sums.data_ptr())
+            assert torch.allclose(sums.sum(1) - 8, found.view(16, 16) @ x, atol=1e-5)
+
+
+def test_a_processor_without_avx2_looks_every_value_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (48, 96)
+    own, state = drawn("trellis:bits=3,state_bits=8,codebook=weyl", shape)
+    monkeypatch.setattr(terms, "weyl_bytes", lambda: 0)
+    other = kernel_of.__wrapped__(own.level, shape)
+    assert other is not None
+    x = torch.randn(1, shape[1])
+    found = [kernel.linear(x, state, None) for kernel in (own, other)]
+    assert torch.allclose(*found, atol=1e-5)
+    (theirs,) = other._terms[0]
+    assert theirs.fixed["multiplier"] == 0
+    rows = own._terms[0][0].weights(state, torch.float32)
+    assert torch.equal(rows, theirs.weights(state, torch.float32))
 
 
 def test_rows_are_shared_by_threads() -> None:

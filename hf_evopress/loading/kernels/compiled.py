@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ...methods.maths import codebook
 from . import (
     blocks,
     dots,
@@ -36,6 +37,7 @@ from . import (
     vectors,
     walk_rows,
     walks,
+    weyl,
 )
 from . import task as places
 from .task import (
@@ -67,8 +69,11 @@ _FUNCTIONS = (  # callees first
     *("read_grids", "read_codes", "weights_of", "expand_codes"),
     *("read_weights", "count_kept", "prepare", "place", "share", "write", "spread"),
     *("dot_row", "dot", "dots", "add_rest", "write_sums", "multiply_block", "multiply_codes"),
-    *("dot_floats", "multiply_row", "expand_row", "is_in_strips", "run", "multiply", "decode"),
+    *("dot_floats", "multiply_row", "expand_row", "is_in_strips", "run", "multiply"),
+    *("half_of", "compute", "decode"),
     *(
+        "sum_tiles",
+        "sum_computed",
         "sum_strip",
         "multiply_strip",
         "expand_strip",
@@ -159,6 +164,7 @@ def compiled() -> Kernels:
     logger.info("CPU kernels: compiled by numba, or read from its cache")
     made = memory.intrinsics() | lanes.intrinsics() | floats.intrinsics() | vectors.intrinsics()
     made |= dots.intrinsics(width=vector_bytes()) | walks.intrinsics(has_bmi=has_bmi())
+    made |= weyl.intrinsics(width=weyl_bytes())
     made["AT_ONCE"] = dots.AT_ONCE[vector_bytes()]
     for name, value in made.items():
         _put(name, value)
@@ -175,6 +181,11 @@ def vector_bytes() -> int:
     if has_feature("avx512bw") and has_feature("avx512vl"):
         return 64
     return 32 if has_feature("avx2") else 0
+
+
+def weyl_bytes() -> int:
+    """Return the bytes of vectors in which values of states are computed, 0 for none."""
+    return 64 if vector_bytes() == 64 and has_feature("avx512vbmi") else min(vector_bytes(), 32)
 
 
 def has_bmi() -> bool:
@@ -258,8 +269,8 @@ _ENTRIES = {
 
 
 def _version() -> int:
-    total = zlib.crc32(str((vector_bytes(), has_bmi())).encode())
-    for module in (memory, lanes, floats, vectors, dots, walks, *_OWNERS, places):
+    total = zlib.crc32(str((vector_bytes(), has_bmi(), weyl_bytes())).encode())
+    for module in (memory, lanes, floats, vectors, dots, walks, weyl, codebook, *_OWNERS, places):
         total = zlib.crc32(_source(module), total)
     return total
 

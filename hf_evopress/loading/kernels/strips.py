@@ -1,7 +1,8 @@
 """Trellis-coded rows times activations, 16 rows at a time, and rotations: numba compiles it.
 
 A strip of 16 rows is read tile by tile: 256 values go to the cache of the core, and to the sums of
-all tokens. Beside the table of values there is little in the first-level cache.
+all tokens. Beside the table of values there is little in the first-level cache. Values that are
+computed go to the sums of one token at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from .task import (
     BITS,
     CODES,
     MMA_WALKS,
+    MULTIPLIER,
     NUMBER_BITS,
     PLACES,
     SOURCE,
@@ -53,6 +55,22 @@ decode_5: Any = None
 decode_6: Any = None
 decode_7: Any = None
 decode_8: Any = None
+weyl_1: Any = None
+weyl_2: Any = None
+weyl_3: Any = None
+weyl_4: Any = None
+weyl_5: Any = None
+weyl_6: Any = None
+weyl_7: Any = None
+weyl_8: Any = None
+sum_weyl_1: Any = None
+sum_weyl_2: Any = None
+sum_weyl_3: Any = None
+sum_weyl_4: Any = None
+sum_weyl_5: Any = None
+sum_weyl_6: Any = None
+sum_weyl_7: Any = None
+sum_weyl_8: Any = None
 
 
 def decode(task, walk, past, s):  # type: ignore[no-untyped-def]
@@ -67,7 +85,9 @@ def decode(task, walk, past, s):  # type: ignore[no-untyped-def]
         start, before = past_of(task, walk, tile), past
         set_u8(past + 6, start >> 8)
         set_u8(past + 7, start)
-    if bits == 3:
+    if get(task, MULTIPLIER):
+        compute(bits, tile, before, get(task, MULTIPLIER), half_of(size), target)
+    elif bits == 3:
         decode_3(tile, before, table, size, target)
     elif bits == 2:
         decode_2(tile, before, table, size, target)
@@ -83,6 +103,63 @@ def decode(task, walk, past, s):  # type: ignore[no-untyped-def]
         decode_7(tile, before, table, size, target)
     else:
         decode_8(tile, before, table, size, target)
+
+
+def half_of(size):  # type: ignore[no-untyped-def]
+    """Return half of the step between computed states of `size` bits, at least 1."""
+    return 1 << max(0, 15 - size)
+
+
+def compute(bits, tile, past, multiplier, half, target):  # type: ignore[no-untyped-def]
+    """Write the values of a tile, computed (weyl.py)."""
+    if bits == 3:
+        weyl_3(tile, past, multiplier, half, target)
+    elif bits == 2:
+        weyl_2(tile, past, multiplier, half, target)
+    elif bits == 4:
+        weyl_4(tile, past, multiplier, half, target)
+    elif bits == 1:
+        weyl_1(tile, past, multiplier, half, target)
+    elif bits == 5:
+        weyl_5(tile, past, multiplier, half, target)
+    elif bits == 6:
+        weyl_6(tile, past, multiplier, half, target)
+    elif bits == 7:
+        weyl_7(tile, past, multiplier, half, target)
+    else:
+        weyl_8(tile, past, multiplier, half, target)
+
+
+def sum_tiles(bits, tile, past, tiles, multiplier, half, x, sums):  # type: ignore[no-untyped-def]
+    """Add up the products of whole tiles, computed, with one token (weyl.py)."""
+    if bits == 3:
+        sum_weyl_3(tile, past, tiles, multiplier, half, x, sums)
+    elif bits == 2:
+        sum_weyl_2(tile, past, tiles, multiplier, half, x, sums)
+    elif bits == 4:
+        sum_weyl_4(tile, past, tiles, multiplier, half, x, sums)
+    elif bits == 1:
+        sum_weyl_1(tile, past, tiles, multiplier, half, x, sums)
+    elif bits == 5:
+        sum_weyl_5(tile, past, tiles, multiplier, half, x, sums)
+    elif bits == 6:
+        sum_weyl_6(tile, past, tiles, multiplier, half, x, sums)
+    elif bits == 7:
+        sum_weyl_7(tile, past, tiles, multiplier, half, x, sums)
+    else:
+        sum_weyl_8(tile, past, tiles, multiplier, half, x, sums)
+
+
+def sum_computed(task, walk, tokens, x, sums):  # type: ignore[no-untyped-def]
+    """Add up the products of those tiles of a strip that need no other memory; return how many."""
+    bits, multiplier = get(task, BITS), get(task, MULTIPLIER)
+    has_other = get(task, SOURCE) == MMA_WALKS or get(task, PLACES) != 0
+    if tokens > 1 or not multiplier or has_other:
+        return 0
+    tile, whole = get(task, CODES) + walk * 32 * bits, get(task, N) // 16
+    past, half = tile + 32 * bits - 8, half_of(get(task, NUMBER_BITS))
+    sum_tiles(bits, tile, past, whole, multiplier, half, x, sums)
+    return whole
 
 
 def multiply_strip(task, row, end, s):  # type: ignore[no-untyped-def]
@@ -106,7 +183,7 @@ def sum_strip(task, row, first, tokens, s):  # type: ignore[no-untyped-def]
     x, walk = get(task, X_FLOAT) + 4 * first * n, (row // 16) * tiles
     for i in range(128 * tokens):
         set_f32(s + SUMS + 4 * i, np.float32(0.0))
-    for tile in range(tiles):
+    for tile in range(sum_computed(task, walk, tokens, x, s + SUMS), tiles):
         decode(task, walk + tile, s + PAST, s)
         rest = n - 16 * tile
         for token in range(tokens):
