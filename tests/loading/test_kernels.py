@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_evopress.loading.kernels import compiled, dots, operators, terms, walks, weyl
+from hf_evopress.loading.kernels import compiled, dots, operators, places, terms, walks, weyl
 from hf_evopress.loading.kernels import layer as layer_module
 from hf_evopress.loading.kernels.layer import MOST_TOKENS, SLICE, Kernel, kernel_of
 from hf_evopress.loading.layers import CompressedLinear
@@ -521,6 +521,51 @@ def test_a_processor_without_avx2_looks_every_value_up(monkeypatch: pytest.Monke
     assert theirs.fixed["multiplier"] == 0
     rows = own._terms[0][0].weights(state, torch.float32)
     assert torch.equal(rows, theirs.weights(state, torch.float32))
+
+
+def placer(place: Any) -> Any:
+    import numba
+
+    def put(mask, kept, target, blocks, rest):  # type: ignore[no-untyped-def]
+        return place(mask, kept, target, blocks, rest)
+
+    return numba.njit(put)
+
+
+@pytest.mark.skipif(not compiled.vector_bytes(), reason="a processor without AVX2")
+def test_kept_weights_are_put_to_their_places_at_any_width_of_vectors() -> None:
+    mask = torch.randint(2, (5 * places.BLOCK,), dtype=torch.uint8)
+    mask[:8], mask[8:16] = 0, 1
+    n = int(mask.sum())
+    values, codes = torch.randn(256), torch.randint(256, (256,), dtype=torch.uint8)
+    own = compiled.vector_bytes(), compiled.has_vbmi2()
+    for width, has_vbmi2 in {(32, False), (own[0], False), own}:
+        made = places.intrinsics(width=width, has_vbmi2=has_vbmi2)
+        for name, kept, rest in (("floats", values, 0), ("codes", codes, 7)):
+            found = torch.full(mask.shape, 9).to(kept.dtype)
+            size, wanted = kept.element_size(), torch.full_like(found, rest)
+            wanted[mask.bool()] = kept[:n]
+            put = placer(made[f"place_{name}"])
+            end = put(mask.data_ptr(), kept.data_ptr(), found.data_ptr(), 5, rest)
+            assert torch.equal(found, wanted) and end == kept.data_ptr() + size * n
+
+
+@pytest.mark.parametrize("level", [*SPARSE, "magnitude:pattern=1:2", "magnitude:pattern=3:4"])
+def test_sparse_rows_of_any_length_are_those_of_the_reference(level: str) -> None:
+    for shape in ((3, 480), (18, 672), (5, 2112)):
+        kernel, state = drawn_sparse(level, shape)
+        W = compose.decompress(kernel.level, state, shape, torch.float32)
+        assert torch.equal(kernel._terms[0][0].weights(state, torch.float32), W)
+
+
+def drawn_sparse(level: str, shape: tuple[int, int]) -> tuple[Kernel, State]:
+    """Return kernel and packed tensors of a weight whose rows keep very different shares."""
+    known = compose.normalize(level)
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(shape[1]))
+    W *= torch.linspace(0.1, 3, shape[0])[:, None]
+    kernel = kernel_of(known, shape)
+    assert kernel is not None
+    return kernel, compose.compress(known, W, None)
 
 
 def test_rows_are_shared_by_threads() -> None:

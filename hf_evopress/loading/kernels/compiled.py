@@ -32,6 +32,7 @@ from . import (
     lanes,
     memory,
     native,
+    places,
     rows,
     strips,
     vectors,
@@ -39,7 +40,7 @@ from . import (
     walks,
     weyl,
 )
-from . import task as places
+from . import task as task_places
 from .task import (
     CHUNK,
     COUNT,
@@ -65,6 +66,7 @@ _FAST = ("dot_floats",)  # sums in any order
 _OWNERS = (rows, walk_rows, inputs, blocks, native, strips)
 _FUNCTIONS = (  # callees first
     *("to_float", "round_bfloat16", "to_bfloat16", "unpack_range", "unpack_row", "read_mask"),
+    *("put_codes", "put_floats"),
     *("past_of", "read_walks", "read_mma_walks"),
     *("read_grids", "read_codes", "weights_of", "expand_codes"),
     *("read_weights", "count_kept", "prepare", "place", "share", "write", "spread"),
@@ -165,6 +167,7 @@ def compiled() -> Kernels:
     made = memory.intrinsics() | lanes.intrinsics() | floats.intrinsics() | vectors.intrinsics()
     made |= dots.intrinsics(width=vector_bytes()) | walks.intrinsics(has_bmi=has_bmi())
     made |= weyl.intrinsics(width=weyl_bytes())
+    made |= places.intrinsics(width=vector_bytes(), has_vbmi2=has_vbmi2())
     made["AT_ONCE"] = dots.AT_ONCE[vector_bytes()]
     for name, value in made.items():
         _put(name, value)
@@ -186,6 +189,11 @@ def vector_bytes() -> int:
 def weyl_bytes() -> int:
     """Return the bytes of vectors in which values of states are computed, 0 for none."""
     return 64 if vector_bytes() == 64 and has_feature("avx512vbmi") else min(vector_bytes(), 32)
+
+
+def has_vbmi2() -> bool:
+    """Return whether one instruction puts 64 bytes to their places here."""
+    return vector_bytes() == 64 and has_feature("avx512vbmi2")
 
 
 def has_bmi() -> bool:
@@ -269,8 +277,9 @@ _ENTRIES = {
 
 
 def _version() -> int:
-    total = zlib.crc32(str((vector_bytes(), has_bmi(), weyl_bytes())).encode())
-    for module in (memory, lanes, floats, vectors, dots, walks, weyl, codebook, *_OWNERS, places):
+    total = zlib.crc32(str((vector_bytes(), has_bmi(), weyl_bytes(), has_vbmi2())).encode())
+    emitters = (memory, lanes, floats, vectors, dots, places, walks, weyl)
+    for module in (*emitters, codebook, *_OWNERS, task_places):
         total = zlib.crc32(_source(module), total)
     return total
 
