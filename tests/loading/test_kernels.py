@@ -508,6 +508,21 @@ def test_values_are_computed_to_the_bit_at_any_width_of_vectors(bits: int) -> No
             assert torch.allclose(sums.sum(1) - 8, found.view(16, 16) @ x, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_one_token_in_bfloat16_is_multiplied_in_integers_but_for_outliers(bits: int) -> None:
+    shape = (40, 597)
+    level = f"trellis:bits={bits},state_bits=12,codebook=weyl,rotation=none"
+    kernel, state = drawn(level, shape)
+    W = compose.decompress(kernel.level, state, shape, torch.float32).double()
+    stored, x = kernel._terms[0][0], torch.randn(1, shape[1]).bfloat16()
+    found = stored.product(state, x, torch.float32)
+    assert error(found, x.double() @ W.T) < 2**-14
+    if stored.summed:
+        assert not torch.equal(found, stored.product(state, x.float(), torch.float32))
+    x[0, 3] = 3000.0
+    assert error(stored.product(state, x, torch.float32), x.double() @ W.T) < 1e-6
+
+
 def test_a_processor_without_avx2_looks_every_value_up(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (48, 96)
     own, state = drawn("trellis:bits=3,state_bits=8,codebook=weyl", shape)

@@ -26,6 +26,7 @@ import torch
 from ...methods.maths import codebook
 from . import (
     blocks,
+    computed,
     dots,
     floats,
     inputs,
@@ -63,7 +64,7 @@ logger = logging.getLogger(__name__)
 LEAST = 2**17  # multiplications that are worth another thread
 Task = ctypes.c_int64 * SIZE
 _FAST = ("dot_floats",)  # sums in any order
-_OWNERS = (rows, walk_rows, inputs, blocks, native, strips)
+_OWNERS = (rows, walk_rows, inputs, blocks, native, computed, strips)
 _FUNCTIONS = (  # callees first
     *("to_float", "round_bfloat16", "to_bfloat16", "unpack_range", "unpack_row", "read_mask"),
     *("put_codes", "put_floats"),
@@ -72,19 +73,8 @@ _FUNCTIONS = (  # callees first
     *("read_weights", "count_kept", "prepare", "place", "share", "write", "spread"),
     *("dot_row", "dot", "dots", "add_rest", "write_sums", "multiply_block", "multiply_codes"),
     *("dot_floats", "multiply_row", "expand_row", "is_in_strips", "run", "multiply"),
-    *("half_of", "compute", "decode"),
-    *(
-        "sum_tiles",
-        "sum_computed",
-        "sum_strip",
-        "multiply_strip",
-        "expand_strip",
-        "take_rows",
-        "part",
-        "hadamard",
-        "mix",
-        "turn",
-    ),
+    *("half_of", "compute", "decode", "sum_tiles", "sum_chunks", "sum_computed", "sum_strip"),
+    *("multiply_strip", "expand_strip", "take_rows", "part", "hadamard", "mix", "turn"),
 )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .computed import compute, half_of, sum_computed
 from .task import (
     BFLOAT16,
     BITS,
@@ -55,22 +56,6 @@ decode_5: Any = None
 decode_6: Any = None
 decode_7: Any = None
 decode_8: Any = None
-weyl_1: Any = None
-weyl_2: Any = None
-weyl_3: Any = None
-weyl_4: Any = None
-weyl_5: Any = None
-weyl_6: Any = None
-weyl_7: Any = None
-weyl_8: Any = None
-sum_weyl_1: Any = None
-sum_weyl_2: Any = None
-sum_weyl_3: Any = None
-sum_weyl_4: Any = None
-sum_weyl_5: Any = None
-sum_weyl_6: Any = None
-sum_weyl_7: Any = None
-sum_weyl_8: Any = None
 
 
 def decode(task, walk, past, s):  # type: ignore[no-untyped-def]
@@ -103,63 +88,6 @@ def decode(task, walk, past, s):  # type: ignore[no-untyped-def]
         decode_7(tile, before, table, size, target)
     else:
         decode_8(tile, before, table, size, target)
-
-
-def half_of(size):  # type: ignore[no-untyped-def]
-    """Return half of the step between computed states of `size` bits, at least 1."""
-    return 1 << max(0, 15 - size)
-
-
-def compute(bits, tile, past, multiplier, half, target):  # type: ignore[no-untyped-def]
-    """Write the values of a tile, computed (weyl.py)."""
-    if bits == 3:
-        weyl_3(tile, past, multiplier, half, target)
-    elif bits == 2:
-        weyl_2(tile, past, multiplier, half, target)
-    elif bits == 4:
-        weyl_4(tile, past, multiplier, half, target)
-    elif bits == 1:
-        weyl_1(tile, past, multiplier, half, target)
-    elif bits == 5:
-        weyl_5(tile, past, multiplier, half, target)
-    elif bits == 6:
-        weyl_6(tile, past, multiplier, half, target)
-    elif bits == 7:
-        weyl_7(tile, past, multiplier, half, target)
-    else:
-        weyl_8(tile, past, multiplier, half, target)
-
-
-def sum_tiles(bits, tile, past, tiles, multiplier, half, x, sums):  # type: ignore[no-untyped-def]
-    """Add up the products of whole tiles, computed, with one token (weyl.py)."""
-    if bits == 3:
-        sum_weyl_3(tile, past, tiles, multiplier, half, x, sums)
-    elif bits == 2:
-        sum_weyl_2(tile, past, tiles, multiplier, half, x, sums)
-    elif bits == 4:
-        sum_weyl_4(tile, past, tiles, multiplier, half, x, sums)
-    elif bits == 1:
-        sum_weyl_1(tile, past, tiles, multiplier, half, x, sums)
-    elif bits == 5:
-        sum_weyl_5(tile, past, tiles, multiplier, half, x, sums)
-    elif bits == 6:
-        sum_weyl_6(tile, past, tiles, multiplier, half, x, sums)
-    elif bits == 7:
-        sum_weyl_7(tile, past, tiles, multiplier, half, x, sums)
-    else:
-        sum_weyl_8(tile, past, tiles, multiplier, half, x, sums)
-
-
-def sum_computed(task, walk, tokens, x, sums):  # type: ignore[no-untyped-def]
-    """Add up the products of those tiles of a strip that need no other memory; return how many."""
-    bits, multiplier = get(task, BITS), get(task, MULTIPLIER)
-    has_other = get(task, SOURCE) == MMA_WALKS or get(task, PLACES) != 0
-    if tokens > 1 or not multiplier or has_other:
-        return 0
-    tile, whole = get(task, CODES) + walk * 32 * bits, get(task, N) // 16
-    past, half = tile + 32 * bits - 8, half_of(get(task, NUMBER_BITS))
-    sum_tiles(bits, tile, past, whole, multiplier, half, x, sums)
-    return whole
 
 
 def multiply_strip(task, row, end, s):  # type: ignore[no-untyped-def]

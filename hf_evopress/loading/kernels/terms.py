@@ -24,6 +24,7 @@ from .compiled import chunk_of, weyl_bytes
 from .matrix import KINDS, Matrix
 from .rotated import Rotated
 from .stacked import Stacked
+from .weyl import CHUNK
 
 Factors = tuple[Matrix, ...]  # of one term: W, or of a low-rank one A and B with W = B A
 
@@ -99,14 +100,16 @@ def _sparse(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
 
 
 def _walks(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
-    bits, state_bits, multiplier = params["bits"], params["state_bits"], 0
+    bits, state_bits, is_mma = params["bits"], params["state_bits"], params["order"] == "mma"
+    multiplier = 0
     if params["codebook"] == "weyl" and weyl_bytes():
         multiplier = weyl_multiplier(state_bits, bits) << (16 - state_bits)
+    by_chunks = multiplier and params["tail_biting"] and not is_mma
     return Rotated(
         shape,
         f"codes{suffix}",
         fixed={
-            "source": T.WALKS if params["order"] == "rows" else T.MMA_WALKS,
+            "source": T.MMA_WALKS if is_mma else T.WALKS,
             "bits": bits,
             "number_bits": state_bits,
             "width": -(-shape[1] // TILE),
@@ -120,6 +123,7 @@ def _walks(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
         column_scales=f"column_scales{suffix}",
         codebook=params["codebook"],
         starts=None if params["tail_biting"] else f"starts{suffix}",
+        summed=CHUNK if by_chunks else 0,
     )
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...methods.maths.codebook import WEYL_POLYNOMIAL, WEYL_UNIT
-from .lanes import constant_of, llvm_ir, place_of, spread_of, vector_of
+from .lanes import constant_of, llvm_ir, place_of, splat_at, spread_of, vector_of
 from .walks import SIDE, WIDTHS
 
 FAST = ("fast",)  # sums in any order, a product and a sum as one instruction
+CHUNK = 256  # inputs with one scale: 16 times 2 products of 1536 and 32767 are below 2^31
 EACH = 16  # bytes that AVX2 shuffles
 NONE = 255  # a byte that becomes zero
 
@@ -27,7 +28,8 @@ def intrinsics(*, width: int) -> dict[str, Any]:
     64 needs AVX-512 VBMI, 32 AVX2.
     """
     made = {f"weyl_{bits}": _decode(bits, width) for bits in WIDTHS}
-    return made | {f"sum_weyl_{bits}": _sum(bits, width) for bits in WIDTHS}
+    made |= {f"sum_weyl_{bits}": _sum(bits, width) for bits in WIDTHS}
+    return made | {f"sum_weyl_chunks_{bits}": _sum_chunks(bits, width) for bits in WIDTHS}
 
 
 def _decode(bits: int, width: int) -> Any:
@@ -82,7 +84,10 @@ def _sum(bits: int, width: int) -> Any:
                 product = b.fmul(values, xs[at % SIDE // lanes], flags=FAST)
                 b.store(b.fadd(b.load(total), product, flags=FAST), total)
         for row, held in enumerate(totals):
-            _add_up(b, b.load(held), place_of(b, sums, _number(row), vector_of(0), 32))
+            total = b.load(held)
+            for low in range(0, lanes, 8):  # of AVX-512 both halves are of one row
+                part = b.shuffle_vector(total, total, _integers(range(low, low + 8)))
+                _add_up(b, part, place_of(b, sums, _number(row), part.type, 32))
         return context.get_dummy_value()
 
     def typing(  # type: ignore[no-untyped-def]
@@ -93,15 +98,66 @@ def _sum(bits: int, width: int) -> Any:
     return intrinsic(typing)
 
 
+def _sum_chunks(bits: int, width: int) -> Any:
+    """sum(tile, past, chunks, multiplier, half, x, scales, sums): products with integers.
+
+    x: int16, a float32 scale for each CHUNK of them; sums (16, 8) as above.
+    """
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+
+    lanes = width // 4
+
+    def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        tile, past, chunks, multiplier, half, x, scales, sums = arguments
+        if not width:
+            return context.get_dummy_value()
+        floats, ints = vector_of(0, lanes), vector_of(32, lanes)
+        vectors = range(SIDE * SIDE * 2 // width)  # of words, each one row or two
+        totals = [cgutils.alloca_once_value(b, constant_of(floats, 0.0)) for _ in vectors]
+        parts = [cgutils.alloca_once(b, ints) for _ in vectors]
+        with cgutils.for_range(b, chunks) as outer:
+            for part in parts:
+                b.store(constant_of(ints, 0), part)
+            with cgutils.for_range(b, _number(CHUNK // SIDE)) as loop:
+                i = b.add(b.mul(outer.index, _number(CHUNK // SIDE)), loop.index)
+                far = b.mul(i, _number(32 * bits))
+                some = b.load(place_of(b, x, i, vector_of(16, SIDE), 2 * SIDE), align=2)
+                some = b.shuffle_vector(some, some, _integers([*range(SIDE)] * (width // 32)))
+                walk = _Walk(b, bits, width, b.add(tile, far), b.add(past, far), multiplier, half)
+                for at, values in walk.words():
+                    part = parts[at // (width // 2)]
+                    b.store(b.add(b.load(part), _pairs(b, values, some)), part)
+            scale = splat_at(b, b.add(scales, b.mul(outer.index, _number(4))), floats)
+            for part, total in zip(parts, totals, strict=True):
+                more = b.fmul(b.sitofp(b.load(part), floats), scale, flags=FAST)
+                b.store(b.fadd(b.load(total), more, flags=FAST), total)
+        for i, total in enumerate(totals):
+            _add_up(b, b.load(total), place_of(b, sums, _number(i), floats, width))
+        return context.get_dummy_value()
+
+    def typing(  # type: ignore[no-untyped-def]
+        context, tile, past, chunks, multiplier, half, x, scales, sums
+    ) -> Any:
+        return types.void(*[types.int64] * 8), emit
+
+    return intrinsic(typing)
+
+
+def _pairs(b: Any, one: Any, other: Any) -> Any:
+    """Return sums of two neighbours' products, int32."""
+    from numba.core import cgutils
+
+    name = {16: "avx2.pmadd.wd", 32: "avx512.pmaddw.d.512"}[one.type.count]
+    kind = llvm_ir().FunctionType(vector_of(32, one.type.count // 2), [one.type] * 2)
+    return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.x86.{name}"), [one, other])
+
+
 def _add_up(b: Any, total: Any, place: Any) -> None:
-    """Add a vector of sums of integers to eight sums of values."""
-    parts = [total]
-    if total.type.count > 8:
-        orders = [[*range(8)], [*range(8, 16)]]
-        parts = [b.shuffle_vector(total, total, _integers(order)) for order in orders]
-    for part in parts:
-        part = b.fmul(part, constant_of(part.type, 1.0 / WEYL_UNIT))
-        b.store(b.fadd(b.load(place, align=4), part), place, align=4)
+    """Add a vector of sums of integers to those of values at a place."""
+    total = b.fmul(total, constant_of(total.type, 1.0 / WEYL_UNIT))
+    b.store(b.fadd(b.load(place, align=4), total), place, align=4)
 
 
 @dataclass
@@ -118,17 +174,21 @@ class _Walk:
 
     def floats(self) -> Iterator[tuple[int, Any]]:
         """Yield places in the walk and the values from there on, times WEYL_UNIT, in vectors."""
-        b, words, lanes = self.b, self.width // 2, self.width // 4
+        b, lanes = self.b, self.width // 4
+        for first, values in self.words():
+            for low in (0, lanes):
+                some = b.shuffle_vector(values, values, _integers(range(low, low + lanes)))
+                wide = b.sext(some, vector_of(32, lanes))
+                yield first + low, b.sitofp(wide, vector_of(0, lanes))
+
+    def words(self) -> Iterator[tuple[int, Any]]:
+        """Yield the same as 16-bit integers."""
+        b, words = self.b, self.width // 2
         kind = vector_of(16, words)
         multiplier, half = (spread_of(b, v, kind) for v in (self.multiplier, self.half))
         cut = self._cut_by_vbmi if self.width == 64 else self._cut
         for first in range(0, SIDE * SIDE, words):
-            t = b.or_(b.mul(cut(first), multiplier), half)
-            values = self._polynomial(t)
-            for low in range(0, words, lanes):
-                some = b.shuffle_vector(values, values, _integers(range(low, low + lanes)))
-                wide = b.sext(some, vector_of(32, lanes))
-                yield first + low, b.sitofp(wide, vector_of(0, lanes))
+            yield first, self._polynomial(b.or_(b.mul(cut(first), multiplier), half))
 
     def _polynomial(self, t: Any) -> Any:
         b, power, first = self.b, t, t
