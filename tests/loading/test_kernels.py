@@ -479,13 +479,14 @@ def test_a_processor_without_bmi_reads_the_same_walks(bits: int) -> None:
     assert torch.equal(found[0], table[states[0].long()]) and torch.equal(*found)
 
 
-def adder(sum_tiles: Any) -> Any:
+def called(function: Any) -> Any:
+    """Return one of our functions as one that Python can call."""
     import numba
 
-    def add_up(tile, past, multiplier, half, x, sums):  # type: ignore[no-untyped-def]
-        sum_tiles(tile, past, 1, multiplier, half, x, sums)
+    def call(*given):  # type: ignore[no-untyped-def]
+        return function(*given)
 
-    return numba.njit(add_up)
+    return numba.njit(call)
 
 
 @pytest.mark.skipif(not compiled.vector_bytes(), reason="a processor without AVX2")
@@ -494,32 +495,48 @@ def test_values_are_computed_to_the_bit_at_any_width_of_vectors(bits: int) -> No
     codes = torch.randint(256, (32 * bits,), dtype=torch.uint8)  # it bites its tail
     for width in {32, compiled.weyl_bytes()}:
         made = weyl.intrinsics(width=width)
-        compute, add = reader(made[f"weyl_{bits}"]), adder(made[f"sum_weyl_{bits}"])
+        compute, to_floats = called(made[f"weyl_{bits}"]), called(made["float_words"])
+        add, add_words = called(made[f"sum_weyl_{bits}"]), called(made["add_words"])
         for state_bits in (8, 13, 16):
-            found = torch.zeros(256)
+            words, found = torch.zeros(256, dtype=torch.int16), torch.zeros(256)
             multiplier = weyl_multiplier(state_bits, bits) << (16 - state_bits)
-            walk, past = codes.data_ptr(), codes[-8:].data_ptr()
-            how = walk, past, multiplier, weyl_half(state_bits)
-            compute(*how, found.data_ptr())
+            walk, how = (
+                (codes.data_ptr(), codes[-8:].data_ptr()),
+                (multiplier, weyl_half(state_bits)),
+            )
+            compute(*walk, 1, *how, words.data_ptr())
+            to_floats(words.data_ptr(), found.data_ptr(), 32)
             states = unpack_walks(codes[None], bits, state_bits)[0].long()
             assert torch.equal(found, codebook("weyl", state_bits, bits)[states])
-            x, sums = torch.randn(16), torch.ones(16, 8)
-            add(*how, x.data_ptr(), sums.data_ptr())
-            assert torch.allclose(sums.sum(1) - 8, found.view(16, 16) @ x, atol=1e-5)
+            x, scale = torch.randint(-32767, 32768, (16,), dtype=torch.int16), torch.rand(1)
+            sums = torch.ones(2, 16, 8)
+            given, one, two = (
+                (x.data_ptr(), scale.data_ptr()),
+                sums[0].data_ptr(),
+                sums[1].data_ptr(),
+            )
+            add(*walk, 1, 1, *how, *given, one)
+            add_words(words.data_ptr(), 1, *given, two)
+            wanted = scale * (found.view(16, 16).double() @ x.double())
+            assert torch.allclose(sums.sum(2).double() - 8, wanted, rtol=1e-5, atol=1e-1)
+            assert torch.equal(*sums)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
-def test_one_token_in_bfloat16_is_multiplied_in_integers_but_for_outliers(bits: int) -> None:
-    shape = (40, 597)
+@pytest.mark.parametrize("tokens", [1, 18])
+def test_bfloat16_times_computed_values_is_in_integers_but_for_outliers(
+    bits: int, tokens: int
+) -> None:
+    shape = (40, 576)
     level = f"trellis:bits={bits},state_bits=12,codebook=weyl,rotation=none"
     kernel, state = drawn(level, shape)
     W = compose.decompress(kernel.level, state, shape, torch.float32).double()
-    stored, x = kernel._terms[0][0], torch.randn(1, shape[1]).bfloat16()
+    stored, x = kernel._terms[0][0], torch.randn(tokens, shape[1]).bfloat16()
     found = stored.product(state, x, torch.float32)
     assert error(found, x.double() @ W.T) < 2**-14
     if stored.summed:
         assert not torch.equal(found, stored.product(state, x.float(), torch.float32))
-    x[0, 3] = 3000.0
+    x[-1, 3] = 3000.0
     assert error(stored.product(state, x, torch.float32), x.double() @ W.T) < 1e-6
 
 
@@ -538,15 +555,6 @@ def test_a_processor_without_avx2_looks_every_value_up(monkeypatch: pytest.Monke
     assert torch.equal(rows, theirs.weights(state, torch.float32))
 
 
-def placer(place: Any) -> Any:
-    import numba
-
-    def put(mask, kept, target, blocks, rest):  # type: ignore[no-untyped-def]
-        return place(mask, kept, target, blocks, rest)
-
-    return numba.njit(put)
-
-
 @pytest.mark.skipif(not compiled.vector_bytes(), reason="a processor without AVX2")
 def test_kept_weights_are_put_to_their_places_at_any_width_of_vectors() -> None:
     mask = torch.randint(2, (5 * places.BLOCK,), dtype=torch.uint8)
@@ -560,7 +568,7 @@ def test_kept_weights_are_put_to_their_places_at_any_width_of_vectors() -> None:
             found = torch.full(mask.shape, 9).to(kept.dtype)
             size, wanted = kept.element_size(), torch.full_like(found, rest)
             wanted[mask.bool()] = kept[:n]
-            put = placer(made[f"place_{name}"])
+            put = called(made[f"place_{name}"])
             end = put(mask.data_ptr(), kept.data_ptr(), found.data_ptr(), 5, rest)
             assert torch.equal(found, wanted) and end == kept.data_ptr() + size * n
 

@@ -64,4 +64,4 @@ CODED, SPARSE_CODES, SPARSE_FLOATS, FLOATS, WALKS, MMA_WALKS = 0, 1, 2, 3, 4, 5 
 Q, MASK, KEPT_CODES = 0, 4, 5
 W, FLOAT_CODES, SCALE, ZERO, FACTOR, OFFSET, SCALED, SUMS = range(8, 40, 4)
 ROOM_SIZE = 40
-LEAST_ROOM = 320  # of ROOM: strips.py needs 10 KB of it all
+LEAST_ROOM = 448  # of ROOM: strips.py needs 17 KB of it all

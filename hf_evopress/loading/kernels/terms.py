@@ -24,7 +24,7 @@ from .compiled import chunk_of, weyl_bytes
 from .matrix import KINDS, Matrix
 from .rotated import Rotated
 from .stacked import Stacked
-from .weyl import CHUNK
+from .weyl import CHUNKS
 
 Factors = tuple[Matrix, ...]  # of one term: W, or of a low-rank one A and B with W = B A
 
@@ -101,10 +101,11 @@ def _sparse(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
 
 def _walks(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
     bits, state_bits, is_mma = params["bits"], params["state_bits"], params["order"] == "mma"
-    multiplier = 0
+    multiplier = chunk = 0
     if params["codebook"] == "weyl" and weyl_bytes():
         multiplier = weyl_multiplier(state_bits, bits) << (16 - state_bits)
-    by_chunks = multiplier and params["tail_biting"] and not is_mma
+        if params["tail_biting"] and not is_mma:
+            chunk = next((size for size in CHUNKS if shape[1] % size == 0), 0)
     return Rotated(
         shape,
         f"codes{suffix}",
@@ -123,7 +124,7 @@ def _walks(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
         column_scales=f"column_scales{suffix}",
         codebook=params["codebook"],
         starts=None if params["tail_biting"] else f"starts{suffix}",
-        summed=CHUNK if by_chunks else 0,
+        summed=chunk,
     )
 
 

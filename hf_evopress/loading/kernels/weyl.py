@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...methods.maths.codebook import WEYL_POLYNOMIAL, WEYL_UNIT
-from .lanes import constant_of, llvm_ir, place_of, splat_at, spread_of, vector_of
+from .lanes import constant_of, llvm_ir, loop_of, place_of, splat_at, spread_of, vector_of
 from .walks import SIDE, WIDTHS
 
 FAST = ("fast",)  # sums in any order, a product and a sum as one instruction
-CHUNK = 256  # inputs with one scale: 16 times 2 products of 1536 and 32767 are below 2^31
+# inputs with one scale: 16 tiles times 2 products of 1536 and 32767 are below 2^31
+CHUNKS = (256, 128, 64, 32, 16)
 EACH = 16  # bytes that AVX2 shuffles
 NONE = 255  # a byte that becomes zero
 
@@ -27,39 +28,16 @@ def intrinsics(*, width: int) -> dict[str, Any]:
 
     64 needs AVX-512 VBMI, 32 AVX2.
     """
-    made = {f"weyl_{bits}": _decode(bits, width) for bits in WIDTHS}
+    made = {f"weyl_{bits}": _words(bits, width) for bits in WIDTHS}
     made |= {f"sum_weyl_{bits}": _sum(bits, width) for bits in WIDTHS}
-    return made | {f"sum_weyl_chunks_{bits}": _sum_chunks(bits, width) for bits in WIDTHS}
-
-
-def _decode(bits: int, width: int) -> Any:
-    """decode(tile, past, multiplier, half, target): the 256 values of a tile of 32 * bits bytes.
-
-    past: the eight bytes before its walk; multiplier and half: of 16 bits.
-    """
-    from numba import types
-    from numba.extending import intrinsic
-
-    def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        tile, past, multiplier, half, target = arguments
-        if width:
-            walk = _Walk(b, bits, width, tile, past, multiplier, half)
-            for at, values in walk.floats():
-                unit = constant_of(values.type, 1.0 / WEYL_UNIT)
-                place = place_of(b, target, _number(at), values.type, 4)
-                b.store(b.fmul(values, unit), place, align=4)
-        return context.get_dummy_value()
-
-    def typing(context: Any, tile: Any, past: Any, multiplier: Any, half: Any, target: Any) -> Any:
-        return types.void(*[types.int64] * 5), emit
-
-    return intrinsic(typing)
+    return made | {"add_words": _add_words(width), "float_words": loop_of(3, _float_words)}
 
 
 def _sum(bits: int, width: int) -> Any:
-    """sum(tile, past, tiles, multiplier, half, x, sums): products of neighbouring tiles with x.
+    """sum(tile, past, chunks, tiles, multiplier, half, x, scales, sums): products with integers.
 
-    sums (16, 8) += in eight parts of each row; tiles and what is before them 32 * bits bytes apart.
+    x: int16, a float32 scale for each chunk of `tiles` tiles; sums (16, 8): += in eight parts of
+    each row. Tiles, and what is before them (eight bytes at `past`), are 32 * bits bytes apart.
     """
     from numba import types
     from numba.core import cgutils
@@ -68,49 +46,7 @@ def _sum(bits: int, width: int) -> Any:
     lanes = width // 4
 
     def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        tile, past, tiles, multiplier, half, x, sums = arguments
-        if not width:
-            return context.get_dummy_value()
-        zero = constant_of(vector_of(0, lanes), 0.0)
-        totals = [cgutils.alloca_once_value(b, zero) for _ in range(SIDE)]
-        with cgutils.for_range(b, tiles) as loop:
-            far = b.mul(loop.index, _number(32 * bits))
-            here = b.add(x, b.mul(loop.index, _number(4 * SIDE)))
-            places = range(0, SIDE, lanes)
-            xs = [b.load(place_of(b, here, _number(i), zero.type, 4), align=4) for i in places]
-            walk = _Walk(b, bits, width, b.add(tile, far), b.add(past, far), multiplier, half)
-            for at, values in walk.floats():
-                total = totals[at // SIDE]
-                product = b.fmul(values, xs[at % SIDE // lanes], flags=FAST)
-                b.store(b.fadd(b.load(total), product, flags=FAST), total)
-        for row, held in enumerate(totals):
-            total = b.load(held)
-            for low in range(0, lanes, 8):  # of AVX-512 both halves are of one row
-                part = b.shuffle_vector(total, total, _integers(range(low, low + 8)))
-                _add_up(b, part, place_of(b, sums, _number(row), part.type, 32))
-        return context.get_dummy_value()
-
-    def typing(  # type: ignore[no-untyped-def]
-        context, tile, past, tiles, multiplier, half, x, sums
-    ) -> Any:
-        return types.void(*[types.int64] * 7), emit
-
-    return intrinsic(typing)
-
-
-def _sum_chunks(bits: int, width: int) -> Any:
-    """sum(tile, past, chunks, multiplier, half, x, scales, sums): products with integers.
-
-    x: int16, a float32 scale for each CHUNK of them; sums (16, 8) as above.
-    """
-    from numba import types
-    from numba.core import cgutils
-    from numba.extending import intrinsic
-
-    lanes = width // 4
-
-    def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        tile, past, chunks, multiplier, half, x, scales, sums = arguments
+        tile, past, chunks, tiles, multiplier, half, x, scales, sums = arguments
         if not width:
             return context.get_dummy_value()
         floats, ints = vector_of(0, lanes), vector_of(32, lanes)
@@ -120,11 +56,10 @@ def _sum_chunks(bits: int, width: int) -> Any:
         with cgutils.for_range(b, chunks) as outer:
             for part in parts:
                 b.store(constant_of(ints, 0), part)
-            with cgutils.for_range(b, _number(CHUNK // SIDE)) as loop:
-                i = b.add(b.mul(outer.index, _number(CHUNK // SIDE)), loop.index)
+            with cgutils.for_range(b, tiles) as loop:
+                i = b.add(b.mul(outer.index, tiles), loop.index)
                 far = b.mul(i, _number(32 * bits))
-                some = b.load(place_of(b, x, i, vector_of(16, SIDE), 2 * SIDE), align=2)
-                some = b.shuffle_vector(some, some, _integers([*range(SIDE)] * (width // 32)))
+                some = _inputs(b, x, i, width)
                 walk = _Walk(b, bits, width, b.add(tile, far), b.add(past, far), multiplier, half)
                 for at, values in walk.words():
                     part = parts[at // (width // 2)]
@@ -138,11 +73,86 @@ def _sum_chunks(bits: int, width: int) -> Any:
         return context.get_dummy_value()
 
     def typing(  # type: ignore[no-untyped-def]
-        context, tile, past, chunks, multiplier, half, x, scales, sums
+        context, tile, past, chunks, tiles, multiplier, half, x, scales, sums
     ) -> Any:
-        return types.void(*[types.int64] * 8), emit
+        return types.void(*[types.int64] * 9), emit
 
     return intrinsic(typing)
+
+
+def _words(bits: int, width: int) -> Any:
+    """words(tile, past, tiles, multiplier, half, target): values of neighbouring tiles, int16.
+
+    Times WEYL_UNIT; in the order of their walks.
+    """
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+
+    def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        tile, past, tiles, multiplier, half, target = arguments
+        if width:
+            with cgutils.for_range(b, tiles) as loop:
+                far = b.mul(loop.index, _number(32 * bits))
+                own = b.add(target, b.mul(loop.index, _number(2 * SIDE * SIDE)))
+                walk = _Walk(b, bits, width, b.add(tile, far), b.add(past, far), multiplier, half)
+                for at, values in walk.words():
+                    b.store(values, place_of(b, own, _number(at), values.type, 2), align=2)
+        return context.get_dummy_value()
+
+    def typing(  # type: ignore[no-untyped-def]
+        context, tile, past, tiles, multiplier, half, target
+    ) -> Any:
+        return types.void(*[types.int64] * 6), emit
+
+    return intrinsic(typing)
+
+
+def _add_words(width: int) -> Any:
+    """add(words, tiles, x, scale, sums): sums (16, 8) += products of such tiles with one chunk."""
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+
+    lanes = width // 4
+
+    def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        words, tiles, x, scale, sums = arguments
+        if not width:
+            return context.get_dummy_value()
+        floats, ints, kind = vector_of(0, lanes), vector_of(32, lanes), vector_of(16, 2 * lanes)
+        vectors = range(SIDE * SIDE * 2 // width)
+        parts = [cgutils.alloca_once_value(b, constant_of(ints, 0)) for _ in vectors]
+        with cgutils.for_range(b, tiles) as loop:
+            some = _inputs(b, x, loop.index, width)
+            own = b.add(words, b.mul(loop.index, _number(2 * SIDE * SIDE)))
+            for i, part in enumerate(parts):
+                values = b.load(place_of(b, own, _number(i), kind, width), align=2)
+                b.store(b.add(b.load(part), _pairs(b, values, some)), part)
+        factor = splat_at(b, scale, floats)
+        for i, part in enumerate(parts):
+            more = b.fmul(b.sitofp(b.load(part), floats), factor)
+            _add_up(b, more, place_of(b, sums, _number(i), floats, width))
+        return context.get_dummy_value()
+
+    def typing(context: Any, words: Any, tiles: Any, x: Any, scale: Any, sums: Any) -> Any:
+        return types.void(*[types.int64] * 5), emit
+
+    return intrinsic(typing)
+
+
+def _float_words(b: Any, i: Any, words: Any, target: Any) -> None:
+    """target = values as float32, eight at a time."""
+    some = b.load(place_of(b, words, i, vector_of(16), 16), align=2)
+    values = b.sitofp(b.sext(some, vector_of(32)), vector_of(0))
+    values = b.fmul(values, constant_of(values.type, 1.0 / WEYL_UNIT))
+    b.store(values, place_of(b, target, i, values.type, 32), align=4)
+
+
+def _inputs(b: Any, x: Any, i: Any, width: int) -> Any:
+    """Return 16 inputs int16 for each row that a vector has."""
+    some = b.load(place_of(b, x, i, vector_of(16, SIDE), 2 * SIDE), align=2)
+    return b.shuffle_vector(some, some, _integers([*range(SIDE)] * (width // 32)))
 
 
 def _pairs(b: Any, one: Any, other: Any) -> Any:
@@ -172,17 +182,8 @@ class _Walk:
     multiplier: Any
     half: Any
 
-    def floats(self) -> Iterator[tuple[int, Any]]:
-        """Yield places in the walk and the values from there on, times WEYL_UNIT, in vectors."""
-        b, lanes = self.b, self.width // 4
-        for first, values in self.words():
-            for low in (0, lanes):
-                some = b.shuffle_vector(values, values, _integers(range(low, low + lanes)))
-                wide = b.sext(some, vector_of(32, lanes))
-                yield first + low, b.sitofp(wide, vector_of(0, lanes))
-
     def words(self) -> Iterator[tuple[int, Any]]:
-        """Yield the same as 16-bit integers."""
+        """Yield places in the walk and the values from there on, int16, times WEYL_UNIT."""
         b, words = self.b, self.width // 2
         kind = vector_of(16, words)
         multiplier, half = (spread_of(b, v, kind) for v in (self.multiplier, self.half))
