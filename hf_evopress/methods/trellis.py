@@ -87,6 +87,7 @@ class Trellis(SharedWork):
         "trellis:bits=2,codebook=mul1,state_bits=6,tail_biting=false,sink=0.0",
         "trellis:bits=4,rotation=none,state_bits=5,feedback=none,codebook=gauss",
         "trellis:bits=3,state_bits=7,scales=channels,order=mma,codebook=mcg",
+        "trellis:bits=3,state_bits=6,codebook=weyl",
     )
 
     def check(self, **params: Any) -> None:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_evopress.loading.kernels import compiled, dots, operators, walks
+from hf_evopress.loading.kernels import compiled, dots, operators, places, terms, walks, weyl
 from hf_evopress.loading.kernels import layer as layer_module
 from hf_evopress.loading.kernels.layer import MOST_TOKENS, SLICE, Kernel, kernel_of
 from hf_evopress.loading.layers import CompressedLinear
 from hf_evopress.loading.runtimes import KERNELS
 from hf_evopress.methods import compose
 from hf_evopress.methods.base import State
+from hf_evopress.methods.maths.codebook import codebook, weyl_half, weyl_multiplier
 from hf_evopress.methods.maths.linalg import Stats
 from hf_evopress.methods.maths.walks import unpack_walks
 
@@ -46,6 +47,7 @@ TRELLIS = [
     "trellis:bits=2,state_bits=6,feedback=none + lowrank:rank=2,metric=plain",
     "trellis:bits=8,state_bits=8,feedback=none",
     *(f"trellis:bits={k},feedback=none,tail_biting=false,state_bits={k + 4}" for k in (1, 3, 8)),
+    "trellis:bits=3,state_bits=9,feedback=none,codebook=weyl",
     "trellis:bits=4,state_bits=4,feedback=none,tail_biting=false,order=mma",
     "trellis:bits=5,state_bits=8,feedback=none,tail_biting=false,order=mma,scales=channels",
 ]
@@ -173,6 +175,8 @@ def test_any_walk_is_read_as_the_reference_reads_it(bits: int, order: str, ends:
         ("state_bits=8,rotation=none,codebook=gauss", (17, 13)),
         ("state_bits=12,seed=1", (33, 100)),  # rotations of 25 parts of 4
         ("state_bits=11,rotation=32", (96, 64)),
+        ("state_bits=16,rotation=none,codebook=weyl", (33, 100)),
+        ("state_bits=8,codebook=weyl", (48, 384)),
     ):
         kernel, state = drawn(f"trellis:bits={bits},order={order},{settings}{ends}", shape)
         W = compose.decompress(kernel.level, state, shape, torch.float32)
@@ -473,6 +477,118 @@ def test_a_processor_without_bmi_reads_the_same_walks(bits: int) -> None:
         reader(decode)(*addresses)
     states = unpack_walks(codes[None], bits, 10)
     assert torch.equal(found[0], table[states[0].long()]) and torch.equal(*found)
+
+
+def called(function: Any) -> Any:
+    """Return one of our functions as one that Python can call."""
+    import numba
+
+    def call(*given):  # type: ignore[no-untyped-def]
+        return function(*given)
+
+    return numba.njit(call)
+
+
+@pytest.mark.skipif(not compiled.vector_bytes(), reason="a processor without AVX2")
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+def test_values_are_computed_to_the_bit_at_any_width_of_vectors(bits: int) -> None:
+    codes = torch.randint(256, (32 * bits,), dtype=torch.uint8)  # it bites its tail
+    for width in {32, compiled.weyl_bytes()}:
+        made = weyl.intrinsics(width=width)
+        compute, to_floats = called(made[f"weyl_{bits}"]), called(made["float_words"])
+        add, add_words = called(made[f"sum_weyl_{bits}"]), called(made["add_words"])
+        for state_bits in (8, 13, 16):
+            words, found = torch.zeros(256, dtype=torch.int16), torch.zeros(256)
+            multiplier = weyl_multiplier(state_bits, bits) << (16 - state_bits)
+            walk, how = (
+                (codes.data_ptr(), codes[-8:].data_ptr()),
+                (multiplier, weyl_half(state_bits)),
+            )
+            compute(*walk, 1, *how, words.data_ptr())
+            to_floats(words.data_ptr(), found.data_ptr(), 32)
+            states = unpack_walks(codes[None], bits, state_bits)[0].long()
+            assert torch.equal(found, codebook("weyl", state_bits, bits)[states])
+            x, scale = torch.randint(-32767, 32768, (16,), dtype=torch.int16), torch.rand(1)
+            sums = torch.ones(2, 16, 8)
+            given, one, two = (
+                (x.data_ptr(), scale.data_ptr()),
+                sums[0].data_ptr(),
+                sums[1].data_ptr(),
+            )
+            add(*walk, 1, 1, *how, *given, one)
+            add_words(words.data_ptr(), 1, *given, two)
+            wanted = scale * (found.view(16, 16).double() @ x.double())
+            assert torch.allclose(sums.sum(2).double() - 8, wanted, rtol=1e-5, atol=1e-1)
+            assert torch.equal(*sums)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("tokens", [1, 18])
+def test_bfloat16_times_computed_values_is_in_integers_but_for_outliers(
+    bits: int, tokens: int
+) -> None:
+    shape = (40, 576)
+    level = f"trellis:bits={bits},state_bits=12,codebook=weyl,rotation=none"
+    kernel, state = drawn(level, shape)
+    W = compose.decompress(kernel.level, state, shape, torch.float32).double()
+    stored, x = kernel._terms[0][0], torch.randn(tokens, shape[1]).bfloat16()
+    found = stored.product(state, x, torch.float32)
+    assert error(found, x.double() @ W.T) < 2**-14
+    if stored.summed:
+        assert not torch.equal(found, stored.product(state, x.float(), torch.float32))
+    x[-1, 3] = 3000.0
+    assert error(stored.product(state, x, torch.float32), x.double() @ W.T) < 1e-6
+
+
+def test_a_processor_without_avx2_looks_every_value_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (48, 96)
+    own, state = drawn("trellis:bits=3,state_bits=8,codebook=weyl", shape)
+    monkeypatch.setattr(terms, "weyl_bytes", lambda: 0)
+    other = kernel_of.__wrapped__(own.level, shape)
+    assert other is not None
+    x = torch.randn(1, shape[1])
+    found = [kernel.linear(x, state, None) for kernel in (own, other)]
+    assert torch.allclose(*found, atol=1e-5)
+    (theirs,) = other._terms[0]
+    assert theirs.fixed["multiplier"] == 0
+    rows = own._terms[0][0].weights(state, torch.float32)
+    assert torch.equal(rows, theirs.weights(state, torch.float32))
+
+
+@pytest.mark.skipif(not compiled.vector_bytes(), reason="a processor without AVX2")
+def test_kept_weights_are_put_to_their_places_at_any_width_of_vectors() -> None:
+    mask = torch.randint(2, (5 * places.BLOCK,), dtype=torch.uint8)
+    mask[:8], mask[8:16] = 0, 1
+    n = int(mask.sum())
+    values, codes = torch.randn(256), torch.randint(256, (256,), dtype=torch.uint8)
+    own = compiled.vector_bytes(), compiled.has_vbmi2()
+    for width, has_vbmi2 in {(32, False), (own[0], False), own}:
+        made = places.intrinsics(width=width, has_vbmi2=has_vbmi2)
+        for name, kept, rest in (("floats", values, 0), ("codes", codes, 7)):
+            found = torch.full(mask.shape, 9).to(kept.dtype)
+            size, wanted = kept.element_size(), torch.full_like(found, rest)
+            wanted[mask.bool()] = kept[:n]
+            put = called(made[f"place_{name}"])
+            end = put(mask.data_ptr(), kept.data_ptr(), found.data_ptr(), 5, rest)
+            assert torch.equal(found, wanted) and end == kept.data_ptr() + size * n
+
+
+@pytest.mark.parametrize("level", [*SPARSE, "magnitude:pattern=1:2", "magnitude:pattern=3:4"])
+def test_sparse_rows_of_any_length_are_those_of_the_reference(level: str) -> None:
+    for shape in ((3, 480), (18, 672), (5, 2112)):
+        kernel, state = drawn_sparse(level, shape)
+        W = compose.decompress(kernel.level, state, shape, torch.float32)
+        assert torch.equal(kernel._terms[0][0].weights(state, torch.float32), W)
+
+
+def drawn_sparse(level: str, shape: tuple[int, int]) -> tuple[Kernel, State]:
+    """Return kernel and packed tensors of a weight whose rows keep very different shares."""
+    known = compose.normalize(level)
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(shape[1]))
+    W *= torch.linspace(0.1, 3, shape[0])[:, None]
+    kernel = kernel_of(known, shape)
+    assert kernel is not None
+    return kernel, compose.compress(known, W, None)
 
 
 def test_rows_are_shared_by_threads() -> None:

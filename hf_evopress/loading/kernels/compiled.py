@@ -23,21 +23,25 @@ from typing import Any
 
 import torch
 
+from ...methods.maths import codebook
 from . import (
     blocks,
+    computed,
     dots,
     floats,
     inputs,
     lanes,
     memory,
     native,
+    places,
     rows,
     strips,
     vectors,
     walk_rows,
     walks,
+    weyl,
 )
-from . import task as places
+from . import task as task_places
 from .task import (
     CHUNK,
     COUNT,
@@ -60,24 +64,17 @@ logger = logging.getLogger(__name__)
 LEAST = 2**17  # multiplications that are worth another thread
 Task = ctypes.c_int64 * SIZE
 _FAST = ("dot_floats",)  # sums in any order
-_OWNERS = (rows, walk_rows, inputs, blocks, native, strips)
+_OWNERS = (rows, walk_rows, inputs, blocks, native, computed, strips)
 _FUNCTIONS = (  # callees first
     *("to_float", "round_bfloat16", "to_bfloat16", "unpack_range", "unpack_row", "read_mask"),
+    *("put_codes", "put_floats"),
     *("past_of", "read_walks", "read_mma_walks"),
     *("read_grids", "read_codes", "weights_of", "expand_codes"),
     *("read_weights", "count_kept", "prepare", "place", "share", "write", "spread"),
     *("dot_row", "dot", "dots", "add_rest", "write_sums", "multiply_block", "multiply_codes"),
-    *("dot_floats", "multiply_row", "expand_row", "is_in_strips", "run", "multiply", "decode"),
-    *(
-        "sum_strip",
-        "multiply_strip",
-        "expand_strip",
-        "take_rows",
-        "part",
-        "hadamard",
-        "mix",
-        "turn",
-    ),
+    *("dot_floats", "multiply_row", "expand_row", "is_in_strips", "run", "multiply"),
+    *("half_of", "words_of", "sum_chunks", "sum_computed", "decode", "sum_strip"),
+    *("multiply_strip", "expand_strip", "take_rows", "part", "hadamard", "mix", "turn"),
 )
 
 
@@ -159,6 +156,8 @@ def compiled() -> Kernels:
     logger.info("CPU kernels: compiled by numba, or read from its cache")
     made = memory.intrinsics() | lanes.intrinsics() | floats.intrinsics() | vectors.intrinsics()
     made |= dots.intrinsics(width=vector_bytes()) | walks.intrinsics(has_bmi=has_bmi())
+    made |= weyl.intrinsics(width=weyl_bytes())
+    made |= places.intrinsics(width=vector_bytes(), has_vbmi2=has_vbmi2())
     made["AT_ONCE"] = dots.AT_ONCE[vector_bytes()]
     for name, value in made.items():
         _put(name, value)
@@ -175,6 +174,16 @@ def vector_bytes() -> int:
     if has_feature("avx512bw") and has_feature("avx512vl"):
         return 64
     return 32 if has_feature("avx2") else 0
+
+
+def weyl_bytes() -> int:
+    """Return the bytes of vectors in which values of states are computed, 0 for none."""
+    return 64 if vector_bytes() == 64 and has_feature("avx512vbmi") else min(vector_bytes(), 32)
+
+
+def has_vbmi2() -> bool:
+    """Return whether one instruction puts 64 bytes to their places here."""
+    return vector_bytes() == 64 and has_feature("avx512vbmi2")
 
 
 def has_bmi() -> bool:
@@ -258,8 +267,9 @@ _ENTRIES = {
 
 
 def _version() -> int:
-    total = zlib.crc32(str((vector_bytes(), has_bmi())).encode())
-    for module in (memory, lanes, floats, vectors, dots, walks, *_OWNERS, places):
+    total = zlib.crc32(str((vector_bytes(), has_bmi(), weyl_bytes(), has_vbmi2())).encode())
+    emitters = (memory, lanes, floats, vectors, dots, places, walks, weyl)
+    for module in (*emitters, codebook, *_OWNERS, task_places):
         total = zlib.crc32(_source(module), total)
     return total
 

@@ -18,7 +18,7 @@ from .matrix import Matrix, Tensors
 from .rotated import Rotated
 from .stacked import Stacked
 
-FORMULAS = ("mul1", "mcg", "3inst")  # codebooks that are computed
+FORMULAS = ("mul1", "mcg", "3inst", "weyl")  # codebooks that are computed
 
 
 class Codes(OnGPU):

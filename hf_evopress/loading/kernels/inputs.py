@@ -76,9 +76,8 @@ def place(task, at):  # type: ignore[no-untyped-def]
     size, chunk = get(task, TOKENS) * get(task, N), get(task, CHUNK)
     at = (at + 63) & -64  # a vector that lies on two lines of the cache takes twice as long
     set_i64(task + 8 * X_FLOAT, get(task, X) if get(task, X_KIND) == FLOAT32 else at)
-    if get(task, X_KIND) == FLOAT32:
-        return at
-    at += 4 * size
+    if get(task, X_KIND) != FLOAT32:
+        at += 4 * size
     if chunk:
         set_i64(task + 8 * X_INT, at)
         at += 2 * size

@@ -20,6 +20,7 @@ def intrinsics() -> dict[str, Any]:
         "widen_float16": loop_of(3, _widen_float16),
         "widen_bytes": loop_of(3, _widen_bytes),
         "merge_bits": loop_of(6, _merge_bits),
+        "clear": loop_of(2, _clear),
         "largest": loop_of(2, _sizes, result="most"),
         "sum_sizes": loop_of(2, _sizes, result="sum"),
         "round_inputs": loop_of(4, _round_inputs, result="sum"),
@@ -144,6 +145,12 @@ def _merge_bits(
     place = place_of(b, target, i, kind, BYTES)
     part = b.or_(b.load(place, align=1), b.shl(part, spread_of(b, below, kind)))
     b.store(part, place, align=1)
+
+
+def _clear(b: Any, i: Any, target: Any) -> None:
+    """target = 0, 32 bytes at a time."""
+    kind = vector_of(8, BYTES)
+    b.store(constant_of(kind, 0), place_of(b, target, i, kind, BYTES), align=1)
 
 
 def _sizes(b: Any, i: Any, x: Any) -> Any:

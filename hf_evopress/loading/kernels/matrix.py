@@ -62,6 +62,20 @@ class Matrix:
 
         x (tokens, n) contiguous, float32, bfloat16 or float16; start (tokens, rows) float32.
         """
+        chunk = self.chunk if x.dtype == torch.bfloat16 else 0
+        return self.summed_steps(state, x, dtype, chunk, bias=bias, start=start)
+
+    def summed_steps(
+        self,
+        state: Tensors,
+        x: Tensor,
+        dtype: torch.dtype,
+        chunk: int,
+        *,
+        bias: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Steps:
+        """Return the same with `chunk` inputs at a time summed as integers, 0 for none."""
         rows, tokens = self.shape[0], x.shape[0]
         y = torch.empty(tokens, rows, dtype=dtype, device="cpu")
         task, keep = self.filled(state)
@@ -72,8 +86,7 @@ class Matrix:
             task[T.BIAS], task[T.BIAS_KIND] = bias.data_ptr(), KINDS[bias.dtype]
         if start is not None:
             task[T.START] = start.data_ptr()
-        if x.dtype == torch.bfloat16:
-            task[T.CHUNK] = self.chunk
+        task[T.CHUNK] = chunk
         yield task
         del keep
         return y

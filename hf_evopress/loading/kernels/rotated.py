@@ -36,6 +36,7 @@ class Rotated(Matrix):
     column_scales: str = ""
     codebook: str = "strata"
     starts: str | None = None  # where walks do not bite their tails
+    summed: int = 0  # inputs in bfloat16 that are summed as integers
     is_rotated: ClassVar[bool] = True
 
     def filled(self, state: Tensors) -> tuple[Any, Tensor | None]:
@@ -55,7 +56,8 @@ class Rotated(Matrix):
     ) -> Steps:
         own = x.float() if self.scale else x.float() * state[self.column_scales]
         own = self._turned(own, 2 * self.seed, is_back=False)
-        y = yield from super().steps(state, own, torch.float32)
+        chunk = self.summed if x.dtype == torch.bfloat16 else 0
+        y = yield from self.summed_steps(state, own, torch.float32, chunk)
         y = self._turned(y, 2 * self.seed + 1, is_back=True) * state[self.scale or self.row_scales]
         for more in (start, bias):
             y = y if more is None else y + more

@@ -64,8 +64,17 @@ narrow_bfloat16: Any = None
 weigh: Any = None
 weigh_bfloat16: Any = None
 merge_bits: Any = None
+clear: Any = None
+fetch: Any = None
+spread_masks: Any = None
 read_walks: Any = None
 read_mma_walks: Any = None
+ones: Any = None
+place_floats: Any = None
+place_codes: Any = None
+place_64_codes: Any = None
+PLACES_AT_ONCE = 0
+CODES_AT_ONCE = 16
 unpack_1: Any = None
 unpack_2: Any = None
 unpack_3: Any = None
@@ -109,7 +118,8 @@ def round_bfloat16(source, target):  # type: ignore[no-untyped-def]
 def unpack_range(bits, source, total, start, count, target):  # type: ignore[no-untyped-def]
     """Write codes start .. start + count of one packed row of `total`, uint8."""
     octets = (total + 7) // 8
-    for i in range(count):
+    clear(target, count // 32)
+    for i in range(count & -32, count):
         set_u8(target + i, 0)
     below = bits
     p = 8
@@ -120,6 +130,7 @@ def unpack_range(bits, source, total, start, count, target):  # type: ignore[no-
             while done < count:
                 shift, offset = p * (place // width), place % width
                 n = min(count - done, width - offset)
+                fetch(source + offset, n // 64)
                 merge_bits(source + offset, shift, mask, below, target + done, n // 32)
                 for i in range(32 * (n // 32), n):
                     code = (u8(source + offset + i) >> shift) & mask
@@ -166,11 +177,47 @@ def read_mask(task, row, mask, numbers):  # type: ignore[no-untyped-def]
     if not table:
         unpack_row(1, source, n, mask)
         return
-    unpack_range(get(task, NUMBER_BITS), source, n // m, 0, n // m, numbers)
-    for i in range(n // m):
-        of = table + u8(numbers + i) * m
-        for j in range(m):
-            set_u8(mask + i * m + j, u8(of + j))
+    unpack_row(get(task, NUMBER_BITS), source, n // m, numbers)
+    if m == 4:
+        done = np.int64(0)
+        if PLACES_AT_ONCE:
+            spread_masks(numbers, table, mask, n // 32)
+            done = n // 32 * 8
+        for i in range(done, n // 4):
+            set_i32(mask + 4 * i, i32(table + 4 * u8(numbers + i)))
+    elif m == 8:
+        for i in range(n // 8):
+            set_i64(mask + 8 * i, i64(table + 8 * u8(numbers + i)))
+    else:
+        for i in range(n // 2):
+            set_u16(mask + 2 * i, u16(table + 2 * u8(numbers + i)))
+
+
+def put_codes(mask, kept, q, n, none):  # type: ignore[no-untyped-def]
+    """Write the codes of n weights, `none` where nothing is kept; return where kept ones end."""
+    done = np.int64(0)
+    if PLACES_AT_ONCE:
+        if CODES_AT_ONCE == 64:
+            done = n & -64
+            kept = place_64_codes(mask, kept, q, done >> 6, none)
+        kept = place_codes(mask + done, kept, q + done, (n - done) >> 4, none)
+        done = n & -16
+    for j in range(done, n):
+        is_kept = u8(mask + j)
+        set_u8(q + j, none + is_kept * (u8(kept) - none))  # no branch
+        kept += is_kept
+    return kept
+
+
+def put_floats(mask, kept, w, n):  # type: ignore[no-untyped-def]
+    """Write n weights, zero where nothing is kept."""
+    done = np.int64(0)
+    if PLACES_AT_ONCE:
+        kept, done = place_floats(mask, kept, w, n >> 4, 0), n & -16
+    for j in range(done, n):
+        is_kept = u8(mask + j)
+        set_i32(w + 4 * j, is_kept * i32(kept))  # no branch
+        kept += 4 * is_kept
 
 
 def read_grids(task, row, count, s):  # type: ignore[no-untyped-def]
@@ -207,10 +254,7 @@ def read_codes(task, row, at, q, s):  # type: ignore[no-untyped-def]
     size = n // groups
     for g in range(groups):
         none = np.int64(f32(s + ZERO * room + 4 * (at * groups + g)))
-        for j in range(g * size, g * size + size):
-            is_kept = u8(mask + j)
-            set_u8(q + j, u8(kept) if is_kept else none)
-            kept += is_kept
+        kept = put_codes(mask + g * size, kept, q + g * size, size, none)
 
 
 def weights_of(task, at, q, s):  # type: ignore[no-untyped-def]
@@ -249,11 +293,10 @@ def read_weights(task, row, at, s):  # type: ignore[no-untyped-def]
         starts, mask, kept = get(task, STARTS), s + MASK * room, s + FLOAT_CODES * room
         first, end = get(starts, row), get(starts, row + 1)
         read_mask(task, row, mask, s + KEPT_CODES * room)
-        to_float(codes + 2 * first, kind, end - first, kept)
-        for j in range(n):
-            is_kept = u8(mask + j)
-            set_f32(w + 4 * j, f32(kept) if is_kept else np.float32(0.0))
-            kept += 4 * is_kept
+        for low in range(first, end, 128):  # values that lie on four lines
+            fetch(codes + 2 * low, 4)
+            to_float(codes + 2 * low, kind, min(128, end - low), kept + 4 * (low - first))
+        put_floats(mask, kept, w, n)
     elif source == WALKS:
         read_walks(task, row, s)
     elif source == MMA_WALKS:
@@ -271,7 +314,9 @@ def count_kept(task):  # type: ignore[no-untyped-def]
         total, mask = get(task, KEPT) // rows, get(task, PLACES) + row * width
         if not get(task, TABLE):  # n:m masks keep as many in every row
             total = 0
-            for i in range(width):
+            for i in range(width >> 3):
+                total += ones(mask + 8 * i)
+            for i in range(width & -8, width):
                 b = u8(mask + i)
                 b -= (b >> 1) & 0x55
                 b = (b & 0x33) + ((b >> 2) & 0x33)

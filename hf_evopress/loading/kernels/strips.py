@@ -1,7 +1,8 @@
 """Trellis-coded rows times activations, 16 rows at a time, and rotations: numba compiles it.
 
 A strip of 16 rows is read tile by tile: 256 values go to the cache of the core, and to the sums of
-all tokens. Beside the table of values there is little in the first-level cache.
+all tokens. Beside the table of values there is little in the first-level cache. Values that are
+computed (computed.py) stay 16-bit integers where activations become those, too.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from .computed import half_of, sum_computed, words_of
 from .task import (
     BFLOAT16,
     BITS,
+    CHUNK,
     CODES,
     MMA_WALKS,
+    MULTIPLIER,
+    N_FLOAT_CHUNKS,
     NUMBER_BITS,
     PLACES,
     SOURCE,
@@ -28,8 +33,8 @@ from .task import (
 )
 
 MOST = 16  # tokens whose sums a thread has room for
-# bytes in a thread's memory, 9408 in all
-TILE, LAST, SCRATCH, PAST, SUMS = 0, 1024, 1088, 1152, 1216
+# bytes in a thread's memory, 17600 in all
+TILE, LAST, SCRATCH, PAST, SUMS, WORDS = 0, 1024, 1088, 1152, 1216, 9408
 OF_TOKEN = 512  # bytes of sums
 
 # what compiled.py puts here: loads and stores (memory.py), vectors (walks.py), native.write,
@@ -41,6 +46,7 @@ f32: Any = None
 set_f32: Any = None
 set_u8: Any = None
 past_of: Any = None
+float_words: Any = None
 add_tile: Any = None
 add_mma_tile: Any = None
 butterfly: Any = None
@@ -67,7 +73,10 @@ def decode(task, walk, past, s):  # type: ignore[no-untyped-def]
         start, before = past_of(task, walk, tile), past
         set_u8(past + 6, start >> 8)
         set_u8(past + 7, start)
-    if bits == 3:
+    if get(task, MULTIPLIER):
+        words_of(bits, tile, before, 1, get(task, MULTIPLIER), half_of(size), s + WORDS)
+        float_words(s + WORDS, target, 32)
+    elif bits == 3:
         decode_3(tile, before, table, size, target)
     elif bits == 2:
         decode_2(tile, before, table, size, target)
@@ -106,6 +115,9 @@ def sum_strip(task, row, first, tokens, s):  # type: ignore[no-untyped-def]
     x, walk = get(task, X_FLOAT) + 4 * first * n, (row // 16) * tiles
     for i in range(128 * tokens):
         set_f32(s + SUMS + 4 * i, np.float32(0.0))
+    if get(task, CHUNK) and not get(task, N_FLOAT_CHUNKS):
+        sum_computed(task, walk, first, tokens, s + SUMS, s + WORDS)
+        return
     for tile in range(tiles):
         decode(task, walk + tile, s + PAST, s)
         rest = n - 16 * tile

@@ -51,7 +51,8 @@ SEAT = 41  # the next thread's number
 COUNT = 42  # tasks of one call
 SAME = 43  # the number, from 1, of the task whose activations are this one's too; 0 for none
 FLOAT_CHUNKS = 44  # their numbers, token * chunks + chunk, ascending, int32 each
-SIZE = 45
+MULTIPLIER = 45  # of states whose values are computed, 16 bits; 0 where they are looked up
+SIZE = 46
 PLACE = {name.lower(): i for name, i in list(globals().items()) if type(i) is int and i < SIZE}
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # kinds of numbers
@@ -63,4 +64,4 @@ CODED, SPARSE_CODES, SPARSE_FLOATS, FLOATS, WALKS, MMA_WALKS = 0, 1, 2, 3, 4, 5 
 Q, MASK, KEPT_CODES = 0, 4, 5
 W, FLOAT_CODES, SCALE, ZERO, FACTOR, OFFSET, SCALED, SUMS = range(8, 40, 4)
 ROOM_SIZE = 40
-LEAST_ROOM = 320  # of ROOM: strips.py needs 10 KB of it all
+LEAST_ROOM = 448  # of ROOM: strips.py needs 17 KB of it all

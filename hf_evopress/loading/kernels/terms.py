@@ -12,7 +12,7 @@ from torch import Tensor
 from ...methods.base import Method, Shape
 from ...methods.lowrank import BITS as FACTOR_BITS
 from ...methods.lowrank import LowRank
-from ...methods.maths.codebook import codebook
+from ...methods.maths.codebook import codebook, weyl_multiplier
 from ...methods.maths.codes import SCALE_DTYPES, CodedMethod, n_groups
 from ...methods.maths.packing import packed_bytes
 from ...methods.maths.sparse import ANY, FLOAT_BITS, SparseMethod, mask_table, n_kept, places_of
@@ -20,10 +20,11 @@ from ...methods.maths.two_sided import TILE
 from ...methods.rows import Rows, parts_of
 from ...methods.trellis import Trellis
 from . import task as T
-from .compiled import chunk_of
+from .compiled import chunk_of, weyl_bytes
 from .matrix import KINDS, Matrix
 from .rotated import Rotated
 from .stacked import Stacked
+from .weyl import CHUNKS
 
 Factors = tuple[Matrix, ...]  # of one term: W, or of a low-rank one A and B with W = B A
 
@@ -99,15 +100,21 @@ def _sparse(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
 
 
 def _walks(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
-    bits, state_bits = params["bits"], params["state_bits"]
+    bits, state_bits, is_mma = params["bits"], params["state_bits"], params["order"] == "mma"
+    multiplier = chunk = 0
+    if params["codebook"] == "weyl" and weyl_bytes():
+        multiplier = weyl_multiplier(state_bits, bits) << (16 - state_bits)
+        if params["tail_biting"] and not is_mma:
+            chunk = next((size for size in CHUNKS if shape[1] % size == 0), 0)
     return Rotated(
         shape,
         f"codes{suffix}",
         fixed={
-            "source": T.WALKS if params["order"] == "rows" else T.MMA_WALKS,
+            "source": T.MMA_WALKS if is_mma else T.WALKS,
             "bits": bits,
             "number_bits": state_bits,
             "width": -(-shape[1] // TILE),
+            "multiplier": multiplier,
         },
         table=_values(params["codebook"], state_bits, bits),
         rotation=params["rotation"],
@@ -117,6 +124,7 @@ def _walks(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
         column_scales=f"column_scales{suffix}",
         codebook=params["codebook"],
         starts=None if params["tail_biting"] else f"starts{suffix}",
+        summed=chunk,
     )
 
 

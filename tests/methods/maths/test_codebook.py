@@ -7,7 +7,14 @@ import struct
 import pytest
 import torch
 
-from hf_evopress.methods.maths.codebook import CODEBOOKS, codebook, spread
+from hf_evopress.methods.maths.codebook import (
+    CODEBOOKS,
+    codebook,
+    spread,
+    weyl_half,
+    weyl_multiplier,
+)
+from hf_evopress.methods.maths.viterbi import encode
 
 
 def half(bits):
@@ -33,6 +40,42 @@ def test_computed_values_are_their_formulas(state):
         y = (x % 2**32 & 0x8FFF8FFF) ^ 0x3B603B60
         expected = half(y & 0xFFFF) + half(y >> 16)
         assert float(codebook(name, 12, 2)[state]) == pytest.approx(expected, abs=2e-3)
+
+
+def test_weyl_is_a_polynomial_of_the_multiples_of_one_number():
+    def times(x, y):
+        return (x * y + 2**14) // 2**15
+
+    for state_bits, bits in ((4, 2), (12, 3), (16, 4)):
+        a = (0x50E42 >> (16 + bits - state_bits)) % 2**state_bits | 1
+        values = codebook("weyl", state_bits, bits)
+        for state in (0, 1, 7, 2**state_bits - 1):
+            t = a * state % 2**state_bits * 2 ** (16 - state_bits) + weyl_half(state_bits)
+            t = t - 2**16 * (t >= 2**15) if state_bits < 16 else (t - 1 | 1) - 2**16 * (t > 2**15)
+            t4 = times(times(t, t), times(t, t))
+            t16 = times(times(t4, t4), times(t4, t4))
+            inner = times(t4, 381 + times(times(t16, t16), 489))
+            assert float(values[state]) == times(t, 666 + inner) / 512
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_weyl_follows_one_past_by_numbers_evenly_apart(bits):
+    multiplier, n = weyl_multiplier(12, bits), 2**12
+    after = torch.arange(n).view(-1, 2**bits) * multiplier % n  # of one past each
+    after = after.sort(1).values
+    gaps = torch.cat([after[:, 1:], after[:, :1] + n], 1) - after
+    assert gaps.min() > 0.75 * n / 2**bits and gaps.max() < 1.8 * n / 2**bits
+
+
+def test_weyl_is_as_near_to_gaussian_numbers_as_strata():
+    x = torch.randn(12, 256, generator=torch.Generator().manual_seed(0))
+    left = {}
+    for name in ("strata", "weyl", "mul1"):
+        values = codebook(name, 8, 3)
+        gain = 1.09 / spread(name, 8, 3)
+        states = encode(x / gain, values, 3, tail_biting=True).long()
+        left[name] = float((x - gain * values[states]).square().mean())
+    assert left["weyl"] < left["strata"] < left["mul1"]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
