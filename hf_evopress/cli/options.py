@@ -42,8 +42,8 @@ Families = Annotated[
         "--family",
         "-f",
         help="Offer the levels of quant (scalar codes), trellis (a third of the loss at the same "
-        "bytes, slower to make and to run), sparse, lowrank, residual (quant and low-rank repair) "
-        "or all. Repeat. Default: quant, or sparse under --sparsity.",
+        "bytes, slower to make and, on CPUs, at half their speed), sparse, lowrank, residual "
+        "(quant and low-rank repair) or all. Repeat. Default: quant, or sparse under --sparsity.",
     ),
 ]
 Out = Annotated[str, typer.Option("--out", "-o", help="Folder to write.")]

@@ -26,7 +26,7 @@ SPARSITY_SPAN = 4  # steps to either side of the sparsity asked for
 RATIOS = tuple(n / 10 for n in range(3, 10))  # of the weight's values, kept in factors
 
 # A trellis code has no groups: whole bits, and the search mixes them. From 6 bits on scalar codes
-# lose as little, and decode faster.
+# lose as little, and decode faster. Values that are computed make CPUs faster than dense weights.
 TRELLIS_BITS = (1, 2, 3, 4, 5, 6)
 
 # Types of GGUF files that ggml makes fast: of 32 weights per block, and of 256 where rows are
@@ -93,7 +93,7 @@ def family_menu(shape: Shape, families: Sequence[str], sparsity: float | None) -
         if family in ("quant", "residual"):
             words += _quant(group)
         if family == "trellis":
-            words += [f"trellis:bits={b}" for b in TRELLIS_BITS]
+            words += [f"trellis:bits={b},codebook=weyl" for b in TRELLIS_BITS]
         if family == "gguf":
             words += [f"gguf:type={t}" for t in (*GGUF_NARROW, *GGUF_WIDE)]
         if family == "exl3" and not any(n % 128 for n in shape):

@@ -47,7 +47,8 @@ def test_families_add_up_and_residuals_share_their_first_terms() -> None:
 
 def test_the_trellis_family_has_whole_bits_and_fits_any_shape() -> None:
     found = menus({"a": (64, 128), "b": (7, 30)}, families=["trellis"])
-    assert [str(x) for x in found["a"]] == [f"trellis:bits={b}" for b in (1, 2, 3, 4, 5, 6)]
+    words = [f"trellis:bits={b},codebook=weyl" for b in (1, 2, 3, 4, 5, 6)]
+    assert [str(x) for x in found["a"]] == words
     assert found["b"] == found["a"]
     with pytest.raises(ValueError, match="family trellis removes no weights"):
         menus({"a": (64, 128)}, families=["trellis"], sparsity=0.5)

@@ -18,7 +18,9 @@ from .matrix import Matrix, Tensors
 from .rotated import Rotated
 from .stacked import Stacked
 
-FORMULAS = ("mul1", "mcg", "3inst", "weyl")  # codebooks that are computed
+# Codebooks that are computed here. Values of weyl are looked up: computing one takes about 20
+# operations on integers, more than a GPU has for each weight that its memory brings.
+FORMULAS = ("mul1", "mcg", "3inst")
 
 
 class Codes(OnGPU):

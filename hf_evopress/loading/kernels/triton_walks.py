@@ -22,32 +22,7 @@ def half_of(bits):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def times(x, y):  # type: ignore[no-untyped-def]
-    """Return the product of fractions of 2^15 as one, rounded, int32."""
-    return (x * y + 0x4000) >> 15
-
-
-@triton.jit
-def weyl_of(state, K: tl.constexpr, L: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the value float32 of each state uint32 in the codebook `weyl`: all is exact."""
-    FACTOR: tl.constexpr = (0x50E42 >> (16 + K - L)) % (1 << L) | 1
-    HALF: tl.constexpr = (1 << (16 - L)) // 2 if L < 16 else 1
-    t = (((state * FACTOR) << (16 - L)) & 0xFFFF) | HALF
-    t = t.to(tl.int32)
-    t = t - ((t & 0x8000) << 1)
-    fourth = times(t, t)
-    fourth = times(fourth, fourth)
-    power = times(fourth, fourth)
-    power = times(power, power)
-    power = times(power, power)
-    value = times(t, 666 + times(fourth, 381 + times(power, 489)))
-    return value.to(tl.float32) * 0.001953125  # 1 / 512
-
-
-@triton.jit
-def value_of(  # type: ignore[no-untyped-def]
-    state, table, is_there, K: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr
-):
+def value_of(state, table, is_there, BOOK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the value float32 of each state uint32; every step is exact but the one rounding."""
     if BOOK == "mul1":
         x = state * 0x83DCD12D
@@ -62,8 +37,6 @@ def value_of(  # type: ignore[no-untyped-def]
             x = state * 89226354 + 64248484
         x = (x & 0x8FFF8FFF) ^ 0x3B603B60
         value = (half_of(x & 0xFFFF) + half_of(x >> 16)).to(tl.float16).to(tl.float32)
-    elif BOOK == "weyl":
-        value = weyl_of(state, K, L)
     else:
         value = tl.load(table + state, mask=is_there, other=0.0).to(tl.float32)
     return value
@@ -144,7 +117,7 @@ def weights_of(  # type: ignore[no-untyped-def]
         if K * (J + 1) < L:
             # bits of this and of earlier weights of the run alone, then those of the past
             state = (state & ((1 << (K * (J + 1))) - 1)) | (past << (K * (J + 1)))
-    return value_of(state & ((1 << L) - 1), table, is_there, K, L, BOOK)
+    return value_of(state & ((1 << L) - 1), table, is_there, BOOK)
 
 
 @triton.jit

@@ -13,9 +13,9 @@ mul1, mcg, 3inst   computed from the state s by integers modulo 2^32, for kernel
         mcg     the same with x = 0xCBAC1FED s;
         mul1    x = 0x83DCD12D s, half(0x6400 + the sum of x's bytes) * half(0x1EEE)
                 + half(0xC931).
-weyl    computed as well, in integers of 16 bits, for vectors of any processor, and as near to
-        Gaussian weights as strata: the multiples of a fraction a / 2^L modulo 1 (Weyl's sequence),
-        through an odd polynomial near Phi^-1. With t = the signed 16 bits of
+weyl    computed as well, in integers of 16 bits, for vectors of CPUs, and nearer to Gaussian
+        weights than strata at 2 to 4 bits: the multiples of a fraction a / 2^L modulo 1 (Weyl's
+        sequence), through an odd polynomial near Phi^-1. With t = the signed 16 bits of
         (a s 2^(16 - L)) + half a step, a = 0x50E42 2^(L - 16 - k) mod 2^L, made odd, and
         x * y = (x y + 2^14) >> 15:
         value = t * (666 + t^4 * (381 + 489 * t^32)) / 512, t^32 by squaring five times.
