@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria
+from transformers.cache_utils import DynamicLayer
 
 from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint
 from ..base.placement import dtype_of
 from ..base.progress import Progress
 from ..base.reading import ANEW, reading
 from ..base.resources import atomic_path
+from ..models.kv_cache import cache_argument
 from ..models.stream import BlockStream
 from .input_moments import check_tokens
 from .text import CHAT, RAW, SELF, bos_of
@@ -198,7 +200,44 @@ def _continued(
             do_sample=True,
             top_k=0,  # the default is 50
             stopping_criteria=[_Never(tell)],
+            **{cache_argument(model): _cache(model, seq_len)},
         )
+
+
+def _cache(model: Any, length: int) -> DynamicCache | None:
+    """Return a cache that has room for `length` positions, None where a model's is of its own."""
+    if model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():
+        return None
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache.layers = [
+        _Roomy(length) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache
+
+
+class _Roomy(DynamicLayer):
+    """Keys and values written into memory taken once: grown, all are copied at each token."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.rooms = [_room(t, self.length) for t in (key_states, value_states)]
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room[..., start:end, :] = states
+        self.keys, self.values = (room[..., :end, :] for room in self.rooms)
+        return self.keys, self.values
+
+
+def _room(states: Tensor, length: int) -> Tensor:
+    return states.new_empty(*states.shape[:-2], length, states.shape[-1])
 
 
 class _Never(StoppingCriteria):

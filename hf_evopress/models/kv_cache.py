@@ -290,3 +290,8 @@ def _argument(module: nn.Module, config: Any) -> str:
             "context out"
         )
     return found
+
+
+def cache_argument(model: Any) -> str:
+    """Return what forward calls its cache: `cache` from transformers 5.20 or so on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -6,13 +6,13 @@ before it as the cache gives them back, so that perplexity and KL show what comp
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..models.kv_cache import cache_argument
 from .evaluate import Logits
 
 STEP = 64  # tokens read at once
@@ -35,8 +35,3 @@ def through_cache(model: Any, make_cache: Callable[[], Any], *, step: int = STEP
         return torch.cat(pieces, 1)
 
     return logits
-
-
-def cache_argument(model: Any) -> str:
-    """Return what forward calls its cache: `cache` from transformers 5.20 or so on."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

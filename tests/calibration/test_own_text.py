@@ -167,3 +167,25 @@ def test_own_text_and_a_file_share_the_windows(byte_tokenizer: Any, tmp_path: An
     sources = [str(tmp_path / "text.txt"), "self"]
     made = load_tokens(sources, byte_tokenizer, n_sequences=5, seq_len=8, writers={"self": write})
     assert asked == [2] and int((made == 7).all(dim=1).sum()) == 2 and made.shape == (5, 8)
+
+
+def test_text_is_the_same_as_with_a_cache_that_grows(
+    trained_llama: Any, text_tokens: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = text_tokens(3, 48)
+    made = write_sequences(trained_llama, tokens, 4, tmp_path / "room")
+    monkeypatch.setattr(written_module, "_cache", lambda model, length: None)
+    assert torch.equal(made, write_sequences(trained_llama, tokens, 4, tmp_path / "grown"))
+
+
+def test_memory_is_taken_once(trained_llama: Any) -> None:
+    cache = written_module._cache(trained_llama, 8)
+    assert cache is not None
+    states = torch.randn(2, 1, 3, 4)
+    places = set()
+    for step in range(2):
+        keys, values = cache.update(states + step, states - step, 0)
+        places |= {(keys.data_ptr(), values.data_ptr())}
+    assert len(places) == 1 and cache.get_seq_length() == 6
+    assert torch.equal(keys, torch.cat([states, states + 1], 2))
+    assert torch.equal(values, torch.cat([states, states - 1], 2))

@@ -18,9 +18,10 @@ from hf_evopress.jobs.measure import FULL_CACHE
 from hf_evopress.jobs.pipeline import compress
 from hf_evopress.jobs.refine_existing_plan import refine_plan
 from hf_evopress.loading.kv_cache.cache import GearLayer
+from hf_evopress.models.kv_cache import cache_argument
 from hf_evopress.models.size import stored_bytes
 from hf_evopress.recipes.recipe import Recipe
-from hf_evopress.scoring.cached import cache_argument, through_cache
+from hf_evopress.scoring.cached import through_cache
 from hf_evopress.sharing.report import cache_lines
 
 from .. import second_device  # noqa: F401  registers the device

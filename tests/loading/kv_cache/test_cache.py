@@ -14,6 +14,7 @@ import hf_evopress
 from hf_evopress import GearCache
 from hf_evopress.loading.kv_cache.cache import GearLayer
 from hf_evopress.models.dropped import replace_dropped
+from hf_evopress.models.kv_cache import cache_argument
 from hf_evopress.plans.level import Level
 
 SMALL = {"group_size": 8, "buffer": 8, "rank": 2}
@@ -28,12 +29,6 @@ def logits(model: Any, cache: Any, ids: Tensor = IDS, step: int = 20) -> Tensor:
         for piece in ids.split(step, dim=1):
             pieces.append(model(input_ids=piece, use_cache=True, **{name: cache}).logits[0])
     return torch.cat(pieces)
-
-
-def cache_argument(model: Any) -> str:
-    import inspect
-
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @pytest.fixture
