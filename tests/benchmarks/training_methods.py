@@ -111,7 +111,8 @@ def prune(bench: Bench) -> dict[str, Any]:
         "gradual, PQ-index": (steps, {"end": ramp, "every": max(1, ramp // 6), "stop": PQStop()}),
     }
     found: dict[str, Any] = {}
-    for name, (n, options) in arms.items():
+    for name in bench.words.arms or arms:
+        n, options = arms[name]
         model, pruning = bench.model(trained=True), GradualPruning(0.6, **options)
         bench.train(model, steps=n, rate=rate, callbacks=[pruning], schedule="constant")
         zeros = pruning.sparsities.values()
@@ -333,6 +334,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", default=list(PARTS)[:5], choices=list(PARTS))
     parser.add_argument("--level", action="extend", nargs="+", default=[], help="of levels")
+    parser.add_argument("--arms", nargs="+", help="of prune; default: all four")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5], help="of heal")
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--batch", type=int, default=1)
