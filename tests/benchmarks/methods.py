@@ -172,7 +172,7 @@ def statistics(words: argparse.Namespace) -> None:
                 "sources": [words.data],
                 "seq_len": words.seq_len,
                 "calibration": words.calibration,
-                "search": 4,
+                "search": words.search,
                 "heldout": 2,
                 "test": 0,
             },
@@ -239,6 +239,7 @@ if __name__ == "__main__":
     parser.add_argument("--blocks", type=int, nargs="+")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--calibration", type=int, default=56)
+    parser.add_argument("--search", type=int, default=4, help="as the work folder has it")
     parser.add_argument("--sensitivity-tokens", type=int, default=40960)
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=2)
