@@ -64,6 +64,8 @@ logger = logging.getLogger(__name__)
 LEAST = 2**17  # multiplications that are worth another thread
 Task = ctypes.c_int64 * SIZE
 _FAST = ("dot_floats",)  # sums in any order
+# Put into their one caller: else LLVM optimises all that they call once more for each.
+_INLINE = ("take_rows", "part", "sum_strip", "turn", "multiply")
 _OWNERS = (rows, walk_rows, inputs, blocks, native, computed, strips)
 _FUNCTIONS = (  # callees first
     *("to_float", "round_bfloat16", "to_bfloat16", "unpack_range", "unpack_row", "read_mask"),
@@ -163,7 +165,9 @@ def compiled() -> Kernels:
         _put(name, value)
     for name in _FUNCTIONS:
         plain = next(f for owner in _OWNERS if (f := vars(owner).get(name)) is not None)
-        _put(name, numba.njit(plain, fastmath=name in _FAST, error_model="numpy"))
+        inline = "always" if name in _INLINE else "never"
+        options = {"fastmath": name in _FAST, "error_model": "numpy", "inline": inline}
+        _put(name, numba.njit(plain, **options))
     entries = {name: _entry(numba, *how) for name, how in _ENTRIES.items()}
     return Kernels(entries)
 
