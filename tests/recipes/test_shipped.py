@@ -16,7 +16,7 @@ from hf_evopress.recipes.schema import recipe_schema, write_schema
 FILES = sorted(bundled("recipes").glob("*.yaml"))
 RUN = {f"smollm2-135m-{bits}bit" for bits in (2.8, 3.3, 3.8, 4.3)} | {
     f"smollm2-135m-{task}"
-    for task in ("90mb", "sparse50", "joint-2.8bit", "joint-3.3bit", "drop25", "lowrank80")
+    for task in ("30mb", "90mb", "sparse50", "joint-2.8bit", "joint-3.3bit", "drop25", "lowrank80")
 }
 every_recipe = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
