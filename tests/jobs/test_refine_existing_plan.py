@@ -70,7 +70,7 @@ def test_one_command_refines_block_by_block_and_end_to_end(
     wanted = recipe(home, "both", "fast+end-to-end")
     wanted = replace(
         wanted,
-        distil=Distil(steps=30, learning_rate=3e-4),
+        distil=Distil(steps=90, learning_rate=2e-4),
         data=replace(wanted.data, written=8),
     )
     result = pipeline.compress(wanted)
@@ -82,7 +82,7 @@ def test_one_command_refines_block_by_block_and_end_to_end(
     (kept,) = (home / "work").glob("written-*/written_*.safetensors")
     assert load_file(kept)["input_ids"].shape == (8, DATA["seq_len"])
     kl = [{row.name: row.report.kl_nats for row in r.rows} for r in (refined, result)]
-    assert kl[1]["searched"] < 1.1 * kl[0]["searched"]  # other text than what judged the steps
+    assert kl[1]["searched"] < kl[0]["searched"]
     assert kl[1][measure.UNREFINED] == kl[0][measure.UNREFINED]
     files = [r.folder / "model.safetensors" for r in (refined, result)]
     assert files[0].stat().st_size == files[1].stat().st_size
