@@ -75,7 +75,7 @@ _FUNCTIONS = (  # callees first
     *("read_weights", "count_kept", "prepare", "place", "share", "write", "spread"),
     *("dot_row", "dot", "dots", "add_rest", "write_sums", "multiply_block", "multiply_codes"),
     *("dot_floats", "multiply_row", "expand_row", "is_in_strips", "run", "multiply"),
-    *("half_of", "words_of", "sum_chunks", "sum_computed", "decode", "sum_strip"),
+    *("weyl_half", "words_of", "sum_chunks", "sum_computed", "decode", "sum_strip"),
     *("multiply_strip", "expand_strip", "take_rows", "part", "hadamard", "mix", "turn"),
 )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...methods.maths.codebook import weyl_half
 from .task import (
     BITS,
     CHUNK,
@@ -37,11 +38,6 @@ sum_weyl_5: Any = None
 sum_weyl_6: Any = None
 sum_weyl_7: Any = None
 sum_weyl_8: Any = None
-
-
-def half_of(size):  # type: ignore[no-untyped-def]
-    """Return half of the step between computed states of `size` bits, at least 1."""
-    return 1 << max(0, 15 - size)
 
 
 def words_of(bits, tile, past, tiles, multiplier, half, target):  # type: ignore[no-untyped-def]
@@ -90,7 +86,7 @@ def sum_computed(task, walk, first, tokens, sums, words):  # type: ignore[no-unt
     words: memory for the values of a chunk of tiles.
     """
     bits, multiplier, chunk = get(task, BITS), get(task, MULTIPLIER), get(task, CHUNK)
-    chunks, tiles, half = get(task, N) // chunk, chunk // 16, half_of(get(task, NUMBER_BITS))
+    chunks, tiles, half = get(task, N) // chunk, chunk // 16, weyl_half(get(task, NUMBER_BITS))
     tile = get(task, CODES) + walk * 32 * bits
     past = tile + 32 * bits - 8
     x, scales = get(task, X_INT) + 2 * first * chunks * chunk, get(task, X_SCALES)

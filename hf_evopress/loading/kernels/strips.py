@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .computed import half_of, sum_computed, words_of
+from ...methods.maths.codebook import weyl_half
+from .computed import sum_computed, words_of
 from .task import (
     BFLOAT16,
     BITS,
@@ -74,7 +75,7 @@ def decode(task, walk, past, s):  # type: ignore[no-untyped-def]
         set_u8(past + 6, start >> 8)
         set_u8(past + 7, start)
     if get(task, MULTIPLIER):
-        words_of(bits, tile, before, 1, get(task, MULTIPLIER), half_of(size), s + WORDS)
+        words_of(bits, tile, before, 1, get(task, MULTIPLIER), weyl_half(size), s + WORDS)
         float_words(s + WORDS, target, 32)
     elif bits == 3:
         decode_3(tile, before, table, size, target)
