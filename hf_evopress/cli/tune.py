@@ -45,11 +45,12 @@ Beside = Annotated[str | None, typer.Option(help="Keep this adapter active and f
 Teacher = Annotated[
     str | None, typer.Option(help="The dense model: learn from it, to heal compression.")
 ]
+Every = Annotated[int, typer.Option(help="Training steps between two changes of codes.")]
 MaxChange = Annotated[
-    float, typer.Option(help="Share of a layer's codes (trellis: tiles) that a step changes.")
+    float, typer.Option(help="Share of a layer's codes (trellis: tiles) that one of them changes.")
 ]
 Trust = Annotated[
-    float, typer.Option(help="Most that a step of codes changes a weight, relative to it.")
+    float, typer.Option(help="Most that one changes what a layer computes, relative to it.")
 ]
 Checkpointing = Annotated[bool, typer.Option(help="Less memory, a third more time.")]
 
@@ -135,8 +136,9 @@ def tune(
     written: Annotated[
         int, typer.Option(help="Sequences that the teacher writes itself, to learn from as well.")
     ] = 0,
+    every: Every = 8,
     max_change: MaxChange = 0.01,
-    trust: Trust = 0.01,
+    trust: Trust = 0.02,
     test: Annotated[
         list[str] | None, typer.Option(help="Text file: perplexity before and after. Repeat.")
     ] = None,

@@ -8,19 +8,24 @@
 
 Malinovskii et al. 2024 (arXiv:2405.14852), algorithm 1, for scalar grids W = s (q - z). A step is
 
-    V   scales (norms, biases) by AdamW, codes fixed: s <- s - lr Adam(dL/ds)
-    P   u = Adam(dL/dW); of each layer the weights with the largest |u| change their code by one
-        against the sign of u, where the range allows: at most a share `max_change` of them, and
-        as long as |dW| <= trust |W|; all others keep theirs.
+    V   at every step: scales (norms, biases) by AdamW, codes fixed: s <- s - lr Adam(dL/ds)
+    P   at every `every`th: of each layer some weights change their code by one against the sign of
+        their gradient g = dL/dW, summed since the last P-step, where the range allows: at most a
+        share `max_change` of them, those of the largest |g| / (v s) first, as long as |dW|_x <=
+        trust |W|_x; all others keep theirs.
 
-The paper's proposal is W - eta u, rounded, with at least one code of change (`force_update`); eta
-then falls out, since only the order of |u| is left. No buffer of unrounded weights is kept
-(`delta_decay=1`), and a weight that moved starts its momentum anew. dL/dW is taken at the layer's
-output and needs as much memory as float32 weights, Adam's moments twice as much again.
+v is the mean square of a step's gradient, as in Adam, which stands for the curvature: g s is what a
+change by s promises, v s^2 / 2 what it costs. |.|_x weighs each column with its mean squared
+inputs, so it is what the layer's outputs change by. The paper takes the largest |u|, u Adam's
+direction, at each step, and measures |dW|: with few tokens in a step those are weights whose
+gradient is noise, and in columns of large inputs a thousand of them can double the loss. No buffer
+of unrounded weights is kept (`delta_decay=1`). dL/dW is taken at the layer's output and needs as
+much memory as float32 weights, its sum and v twice as much again.
 
 Of `trellis` levels the codes are walks through tiles of 256 rotated weights. There u is the mean
-gradient in the rotated basis over the layer's root mean square one, and max_change a share of the
-tiles: those with the longest u are coded again, towards Y - eta u (`walk_steps.py`).
+summed gradient in the rotated basis, and max_change a share of the
+tiles: those with the longest u are coded again, towards Y - eta u (`walk_steps.py`). |.|_x is |.|
+there, rotated inputs being much alike.
 
 Codes that are kept are those of the last step; `load_best_model_at_end` of Trainer, with an
 evaluation set, keeps those of the best held-out loss instead. Layers whose first term is `rtn`,
@@ -43,15 +48,17 @@ from ..methods.maths.packing import pack, unpack
 from ..methods.trellis import Trellis
 from ..plans.level import Level
 from .tunable import make_tunable
-from .walk_steps import move_walks, rotated_gradient, spread_tiles
+from .walk_steps import move_walks, rotated_gradient
+
+DAMPING = 1e-3  # of second moments, in their mean
 
 
 class PVTuning(torch.optim.AdamW):
     """AdamW on the floats of a compressed model, and the P-step on its codes.
 
     kinds: the floats to train, as `make_tunable` takes them, which this calls. lr, betas, eps,
-    weight_decay: AdamW's, for the floats. max_change, trust: of each layer and step, see the
-    module; both shrink as the schedule shrinks lr. every: steps between two P-steps.
+    weight_decay: AdamW's, for the floats. every: steps between two P-steps. max_change, trust: of
+    each layer and P-step, see the module; both shrink as the schedule shrinks lr.
 
     >>> PVTuning(model, lr=1e-4)                                    # doctest: +SKIP
     """
@@ -63,8 +70,8 @@ class PVTuning(torch.optim.AdamW):
         lr: float = 1e-4,
         kinds: Sequence[str] = ("scales", "norms"),
         max_change: float = 1e-2,
-        trust: float = 1e-2,
-        every: int = 1,
+        trust: float = 2e-2,
+        every: int = 8,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -88,7 +95,7 @@ class PVTuning(torch.optim.AdamW):
         self.full_rate, self.trust = lr, trust
         self.max_change, self.every = max_change, every
         self.n_changed = 0  # codes changed, counted at every change
-        self._gradients: dict[str, Tensor] = {}
+        self._seen: dict[str, tuple[Tensor, Tensor]] = {}  # of this step: dL/dW, squared inputs
         for name, layer in self.layers.items():
             layer.register_forward_hook(_Watch(self, name))
 
@@ -98,54 +105,57 @@ class PVTuning(torch.optim.AdamW):
         loss = super().step(closure)  # codes have no .grad: they are left alone
         group = self.param_groups[1]
         for name, layer in self.layers.items():
-            gradient = self._gradients.pop(name, None)
-            if gradient is None:
+            seen = self._seen.pop(name, None)
+            if seen is None:
                 continue
+            gradient, inputs = seen
             state = self.state[layer.get_parameter("codes")]
             is_scalar = isinstance(_method(layer.level), CodedMethod)
             if not is_scalar:
                 _, params, own, _ = next(compose.terms(layer.level, layer.state))
                 gradient = rotated_gradient(gradient, params, own)
-            u = _adam(state, gradient, group["betas"], group["eps"], by_weight=is_scalar)
+            _note(state, gradient, inputs, group["betas"][1], by_weight=is_scalar)
             if state["step"] % self.every == 0:
                 change = self._change if is_scalar else self._code_again
-                change(layer, u, state["m"], group["lr"] / self.full_rate)
+                change(layer, _direction(state), state, group["lr"] / self.full_rate)
+                state["sum"].zero_()
         return loss
 
-    def _change(self, layer: CompressedLinear, u: Tensor, momentum: Tensor, pace: float) -> None:
+    def _change(
+        self, layer: CompressedLinear, u: Tensor, seen: dict[str, Any], pace: float
+    ) -> None:
         """Change the codes of the largest |u| by one, as far as `max_change` and `trust` allow."""
         _, params, state, _ = next(compose.terms(layer.level, layer.state))
         shape = layer.shape
         grouped = (shape[0], n_groups(shape, params["group_size"]), -1)
         scale, zero = unpack_grid(state, shape, **params)
         q = unpack(state["codes"], params["bits"], shape[1]).to(torch.int16)
+        s = scale.expand((*grouped[:2], shape[1] // grouped[1])).reshape(shape)
         move = -u.sign().to(torch.int16)
         able = (q + move >= 0) & (q + move < 2 ** params["bits"]) & (move != 0)
         most = int(self.max_change * pace * q.numel())
-        order = torch.where(able, u.abs(), 0.0).flatten().topk(min(most, int(able.sum()))).indices
-        W = (q.view(grouped) - zero) * scale
-        sizes = scale.expand(grouped[:2] + W.shape[2:]).flatten()
+        worth = torch.where(able, (u / s).abs(), 0.0).flatten()
+        order = worth.topk(min(most, int(able.sum()))).indices
+        W = ((q.view(grouped) - zero) * scale).view(shape)
         # |dW|^2 of the first k, which must stay within (trust |W|)^2
-        within = sizes[order].double().square().cumsum(0)
-        limit = (self.trust * pace * W.double().norm()).square()
+        within = (s.square() * seen["inputs"]).flatten()[order].double().cumsum(0)
+        limit = (self.trust * pace) ** 2 * (W.double().square() * seen["inputs"]).sum()
         order = order[: int((within <= limit).sum())]
         if not len(order):
             return
         q.view(-1)[order] += move.view(-1)[order]
-        momentum.view(-1)[order] = 0.0
         packed = pack(q.to(torch.uint8), params["bits"])
         layer.get_parameter("codes").copy_(packed.view_as(state["codes"]))
         self.n_changed += len(order)
 
     def _code_again(
-        self, layer: CompressedLinear, u: Tensor, momentum: Tensor, pace: float
+        self, layer: CompressedLinear, u: Tensor, seen: dict[str, Any], pace: float
     ) -> None:
         """Code the tiles of the longest u again, as far as `max_change` and `trust` allow."""
         _, params, state, _ = next(compose.terms(layer.level, layer.state))
-        moved, n_changed = move_walks(
+        _, n_changed = move_walks(
             state, u, params, max_change=self.max_change * pace, trust=self.trust * pace
         )
-        momentum[spread_tiles(moved, layer.shape)] = 0.0
         self.n_changed += n_changed
 
 
@@ -165,9 +175,11 @@ class _Watch:
         optimizer = self._optimizer()
         if optimizer is None:
             return
-        G = gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
-        found = optimizer._gradients.get(self.name)
-        optimizer._gradients[self.name] = G if found is None else found.add_(G)
+        x = x.flatten(0, -2).float()
+        G, inputs = gradient.flatten(0, -2).float().T @ x, x.square().sum(0)
+        if (found := optimizer._seen.get(self.name)) is not None:
+            G, inputs = found[0].add_(G), found[1].add_(inputs)
+        optimizer._seen[self.name] = G, inputs
 
 
 class _Passed(torch.autograd.Function):
@@ -217,20 +229,23 @@ def _method(level: Level) -> Any:
     return compose.method(level.terms[0].method)
 
 
-def _adam(
-    state: Any, g: Tensor, betas: tuple[float, float], eps: float, *, by_weight: bool
-) -> Tensor:
-    """Return Adam's direction for gradient g, and advance its moments.
+def _note(seen: dict[str, Any], g: Tensor, inputs: Tensor, beta: float, *, by_weight: bool) -> None:
+    """Add a batch's gradient and squared inputs to what has been seen of a layer.
 
     by_weight: each weight has its own second moment, else all have their mean.
     """
-    if not state:
+    if not seen:
         v = torch.zeros_like(g) if by_weight else g.new_zeros(())
-        state.update(step=0, m=torch.zeros_like(g), v=v)
-    state["step"] += 1
-    state["m"].lerp_(g, 1 - betas[0])
+        seen.update(step=0, sum=torch.zeros_like(g), v=v, inputs=torch.zeros_like(inputs))
+    seen["step"] += 1
+    seen["sum"].add_(g)
     square = g.square() if by_weight else g.square().mean()
-    state["v"].mul_(betas[1]).add_(square, alpha=1 - betas[1])
-    m = state["m"] / (1 - betas[0] ** state["step"])
-    root = (state["v"] / (1 - betas[1] ** state["step"])).sqrt_()
-    return m.div_(root.add_(eps))
+    seen["v"].mul_(beta).add_(square, alpha=1 - beta)
+    seen["inputs"].mul_(beta).add_(inputs, alpha=1 - beta)
+
+
+def _direction(seen: dict[str, Any]) -> Tensor:
+    """Return the gradient since the last P-step over its second moment, which is its curvature."""
+    damped = seen["v"] + DAMPING * seen["v"].mean()
+    direction: Tensor = seen["sum"] / damped.clamp_min_(torch.finfo(torch.float32).tiny)
+    return direction

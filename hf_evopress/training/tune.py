@@ -97,8 +97,9 @@ class Tuning:
     sequences: int = 256
     column: str = "text"  # of tables and datasets, where their text is
     written: int = 0
-    max_change: float = 1e-2  # share of a layer's codes, or tiles of a trellis, that a step changes
-    trust: float = 1e-2  # most that a step of codes changes a weight, |dW| / |W|
+    every: int = 8  # steps between two changes of codes
+    max_change: float = 1e-2  # share of a layer's codes, or tiles of a trellis, that one changes
+    trust: float = 2e-2  # most that one changes what the layer computes, relative to it
     heldout: int = 4
     seed: int = 0
     save_steps: int = 50
@@ -106,7 +107,8 @@ class Tuning:
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("rank", "steps", "batch", "accumulate", "sequences", "heldout", "save_steps"):
+        counts = ("rank", "steps", "batch", "accumulate", "sequences", "heldout", "save_steps")
+        for key in (*counts, "every"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be 1 or more, got {getattr(self, key)}")
         if self.written < 0 or (self.written and self.teacher is None):
@@ -389,6 +391,7 @@ def _trainer(model: Any, settings: Tuning, dataset: Any, work: Path) -> Trainer:
             kinds=settings.floats,
             max_change=settings.max_change,
             trust=settings.trust,
+            every=settings.every,
         )
         words["optimizers"] = (optimizer, None)
     if settings.teacher is not None:

@@ -8,7 +8,8 @@ same schedule; KL from the dense model in nats per token on windows of the test 
 
 prune: gradual magnitude pruning to 60 %, with and without the PQ-index's limit, against pruning at
 once with the same steps, and after as many healing steps.
-pv: codes and scales of 2-bit GPTQ (V-step and P-step) against scales alone.
+pv: codes and scales of 2-bit GPTQ (V-step and P-step) against scales alone, and against codes that
+are the rounding of a float weight (straight-through).
 ordered: ordered low-rank training, its checkpoint cut to three sizes, against a whitened SVD
 of each.
 quest: 3 bits trained by QuEST against GPTQ at the same bytes, with and without trained scales.
@@ -33,14 +34,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hf_evopress.adapters.repair import load
+from hf_evopress.base.fingerprint import tensor_fingerprint, text_fingerprint
 from hf_evopress.calibration.data import load_tokens, tokenize_file
 from hf_evopress.loading.layers import compressed_linears
 from hf_evopress.loading.quantizer import attach
 from hf_evopress.loading.stitch import compress_model
 from hf_evopress.methods import compose
+from hf_evopress.methods.maths.codes import unpack_grid
+from hf_evopress.methods.maths.packing import pack, unpack
 from hf_evopress.models.units import find_units
 from hf_evopress.plans.plan import Plan
 from hf_evopress.refine.distillation import Targets, precompute_targets
@@ -126,29 +130,75 @@ def pv(bench: Bench) -> dict[str, Any]:
     from hf_evopress.training.pv_tuning import PVTuning
     from hf_evopress.training.tunable import make_tunable, settle
 
-    def scales_alone(model: Any) -> Any:
-        make_tunable(model)
-        floats = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(floats, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    class ScalesAlone(torch.optim.AdamW):
+        def __init__(self, model: Any) -> None:
+            make_tunable(model)
+            floats = [p for p in model.parameters() if p.requires_grad]
+            super().__init__(floats, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
-    start = packed(bench, "gptq:bits=2,group_size=64")
+    class StraightThrough(ScalesAlone):
+        """A float weight beside the codes, which are its rounding; its gradient is theirs."""
+
+        def __init__(self, model: Any) -> None:
+            super().__init__(model)
+            self.layers = [Rounded(layer) for layer in compressed_linears(model).values()]
+            weights = [layer.weight for layer in self.layers]
+            self.add_param_group({"params": weights, "lr": bench.words.latent_rate})
+
+        @property
+        def n_changed(self) -> int:
+            return sum(layer.write_codes() for layer in self.layers)
+
+    start = packed(bench, bench.words.start)
     found: dict[str, Any] = {"before": bench.kl(start)}
     print(found, flush=True)
     arms: dict[str, Callable[[Any], Any]] = {
-        "V: scales and norms": scales_alone,
-        "P and V, trust 0.01": lambda model: PVTuning(model, lr=1e-4),
-        "P and V, trust 0.001": lambda model: PVTuning(model, lr=1e-4, trust=0.001),
+        "V: scales and norms": ScalesAlone,
+        "P and V": PVTuning,
+        "straight-through": StraightThrough,
     }
-
-    for name, make in arms.items():
+    for name in bench.words.arms or arms:
         model = copy.deepcopy(start)
-        optimizer = make(model)
+        optimizer = arms[name](model)
         bench.train(model, rate=1e-4, optimizers=(optimizer, None))
-        settle(model)
         changed = getattr(optimizer, "n_changed", 0)
-        found[name] = [*bench.kl(model), f"{changed} changes of codes"]
+        settle(model)
+        found[name] = [*bench.kl(model), f"{changed} codes changed"]
         print(name, found[name], flush=True)
     return found
+
+
+class Rounded:
+    """Gives a layer of scalar codes a float weight, which it rounds to its grid as it computes."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        _, self.params, self.state, _ = next(compose.terms(layer.level, layer.state))
+        self.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Tensor).clone())
+        layer.forward = self.forward
+
+    def codes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes of the weight, scales and zero points, all (out, groups, in a group)."""
+        scale, zero = unpack_grid(self.layer.state, self.layer.shape, **self.params)
+        W = self.weight.detach().view(*scale.shape[:2], -1)
+        q = (W / scale.detach() + zero).round_().clamp_(0, 2 ** self.params["bits"] - 1)
+        return q, scale, zero
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, scale, zero = self.codes()
+        W = ((q - zero) * scale).view(self.layer.shape)
+        W = W + (self.weight - self.weight.detach())
+        return torch.nn.functional.linear(x, W, self.layer.bias)
+
+    @torch.no_grad()
+    def write_codes(self) -> int:
+        """Write the codes of the weight into the layer; return how many are new."""
+        q = self.codes()[0].view(self.layer.shape).to(torch.uint8)
+        old = unpack(self.state["codes"], self.params["bits"], self.layer.shape[1])
+        packed = pack(q, self.params["bits"])
+        self.layer.get_parameter("codes").copy_(packed.view_as(self.state["codes"]))
+        self.layer.__dict__.pop("forward", None)
+        return int((q != old).sum())
 
 
 def ordered(bench: Bench) -> dict[str, Any]:
@@ -251,14 +301,21 @@ def channel_sizes(bench: Bench) -> Tensor:
 
 
 def packed(bench: Bench, level: str | Callable[[Any], str]) -> Any:
-    """Return the dense model with every decoder layer at `level`, by default calibration."""
-    model = bench.model()
-    units = find_units(model)
+    """Return the dense model with every decoder layer at `level`, by default calibration.
+
+    It is kept in --work for other runs.
+    """
+    units = find_units(bench.dense)
     levels: dict[str, Any] = {u.name: level if isinstance(level, str) else level(u) for u in units}
-    plan = Plan(levels, shapes={u.name: u.shape for u in units})
-    compress_model(model, plan, bench.tokens)
-    attach(model, plan)
-    return model
+    tokens = bench.tokens[: bench.words.calibration]
+    name = text_fingerprint(str(levels), tensor_fingerprint(tokens))
+    folder = bench.words.work / "packed" / name
+    if not (folder / "config.json").is_file():
+        model, plan = bench.model(), Plan(levels, shapes={u.name: u.shape for u in units})
+        compress_model(model, plan, tokens)
+        attach(model, plan)
+        model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def levels(bench: Bench) -> dict[str, Any]:
@@ -334,12 +391,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", default=list(PARTS)[:5], choices=list(PARTS))
     parser.add_argument("--level", action="extend", nargs="+", default=[], help="of levels")
-    parser.add_argument("--arms", nargs="+", help="of prune; default: all four")
+    parser.add_argument("--arms", nargs="+", help="of prune and pv; default: all")
+    parser.add_argument("--start", default="gptq:bits=2,group_size=64", help="level, of pv")
+    parser.add_argument("--latent-rate", type=float, default=1e-3, help="of pv, straight-through")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5], help="of heal")
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--calibration", type=int, help="of the sequences; default: all")
     parser.add_argument("--rate", type=float, default=5e-5, help="of dense weights")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=6)

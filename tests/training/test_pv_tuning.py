@@ -59,20 +59,20 @@ def codes(model: Any) -> dict[str, Tensor]:
 def test_codes_and_scales_together_beat_scales_alone(
     trained_llama: Any, folder: Path, tokens: Tensor, text_tokens: Any, tmp_path: Path
 ) -> None:
-    losses, data = {}, Sequences(tokens)
+    losses, data = {}, Sequences(text_tokens(128, 48, seed=1))
     unseen = Sequences(text_tokens(8, 48, seed=9))
     for name in ("scales", "codes"):
         made = AutoModelForCausalLM.from_pretrained(folder)
         before = codes(made)
         if name == "codes":
-            optimizer: Any = PVTuning(made, lr=1e-3, trust=0.03)
+            optimizer: Any = PVTuning(made, lr=1e-3, every=2, trust=0.05)
         else:
             make_tunable(made)
             trained = [p for p in made.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
         DistillationTrainer(
             made,
-            arguments(tmp_path),
+            arguments(tmp_path, max_steps=60, per_device_train_batch_size=16),
             train_dataset=data,
             teacher=trained_llama,
             optimizers=(optimizer, None),
@@ -114,14 +114,14 @@ def test_the_gradient_of_a_weight_is_that_of_the_dense_layer(model: Any, tokens:
     for made in (model, stock):
         for part in tokens[:4].split(2):  # two batches add up
             made(input_ids=part, labels=part, use_cache=False).loss.backward()
-    assert torch.allclose(optimizer._gradients[name], linear.weight.grad, atol=1e-6)
+    assert torch.allclose(optimizer._seen[name][0], linear.weight.grad, atol=1e-6)
 
 
 def test_a_step_changes_few_codes_by_one_and_downhill(model: Any, tokens: Tensor) -> None:
-    optimizer = PVTuning(model, max_change=0.02, trust=10.0)
+    optimizer = PVTuning(model, max_change=0.02, trust=10.0, every=1)
     name, layer = next(iter(compressed_linears(model).items()))
     model(input_ids=tokens[:4], labels=tokens[:4], use_cache=False).loss.backward()
-    gradient = optimizer._gradients[name].clone()
+    gradient = optimizer._seen[name][0].clone()
     before, scales = layer.weight.clone(), layer.scales.detach().clone()
     optimizer.step()
     with torch.no_grad():
@@ -134,15 +134,27 @@ def test_a_step_changes_few_codes_by_one_and_downhill(model: Any, tokens: Tensor
     assert bool((moved * gradient <= 0).all())
 
 
-def test_the_trust_ratio_bounds_what_a_step_changes(model: Any, tokens: Tensor) -> None:
-    optimizer = PVTuning(model, lr=1e-9, max_change=1.0, trust=0.05)
+def test_the_trust_ratio_bounds_what_a_step_changes_of_outputs(model: Any, tokens: Tensor) -> None:
+    optimizer = PVTuning(model, lr=1e-9, max_change=1.0, trust=0.05, every=1)
     layers = compressed_linears(model)
     before = {n: m.weight.detach().clone() for n, m in layers.items()}
     model(input_ids=tokens[:4], labels=tokens[:4], use_cache=False).loss.backward()
+    inputs = {n: optimizer._seen[n][1].sqrt() for n in layers}
     optimizer.step()
     for name, layer in layers.items():
-        change = layer.weight.detach() - before[name]
-        assert 0.035 < float(change.norm() / before[name].norm()) <= 0.0501
+        change = (layer.weight.detach() - before[name]) * inputs[name]
+        assert 0.035 < float(change.norm() / (before[name] * inputs[name]).norm()) <= 0.0501
+
+
+def test_codes_change_every_so_many_steps_and_start_anew(model: Any, tokens: Tensor) -> None:
+    optimizer = PVTuning(model, every=3)
+    changes = []
+    for batch in tokens[:12].split(2):
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        changes.append(optimizer.n_changed)
+    assert changes[:2] == [0, 0] and 0 < changes[2] == changes[4] < changes[5]
 
 
 def test_a_resumed_run_equals_a_straight_one(folder: Path, tokens: Tensor, tmp_path: Path) -> None:
@@ -150,7 +162,7 @@ def test_a_resumed_run_equals_a_straight_one(folder: Path, tokens: Tensor, tmp_p
     for resume in (None, str(tmp_path / "checkpoint-3")):
         made = AutoModelForCausalLM.from_pretrained(folder)
         args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=3)
-        optimizers = (PVTuning(made, lr=1e-3), None)
+        optimizers = (PVTuning(made, lr=1e-3, every=2), None)  # stopped between two P-steps
         trainer = Trainer(made, args, train_dataset=Sequences(tokens), optimizers=optimizers)
         trainer.train(resume_from_checkpoint=resume)
         results.append(made.state_dict())
@@ -169,7 +181,7 @@ def test_the_best_step_on_held_out_text_can_be_kept(
         eval_steps=2,
         load_best_model_at_end=True,
     )
-    wild = PVTuning(model, lr=1e-3, max_change=0.2, trust=10.0)  # gets worse at once
+    wild = PVTuning(model, lr=1e-3, max_change=0.2, trust=10.0, every=1)  # gets worse at once
     before = codes(model)
     data = Sequences(tokens)
     trainer = Trainer(model, args, train_dataset=data, eval_dataset=data, optimizers=(wild, None))
