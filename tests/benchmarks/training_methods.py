@@ -100,7 +100,11 @@ class Bench:
             window=words.window,
             max_windows=words.windows,
         )
-        return [f"{r.kl_nats:.4f} +- {r.kl_standard_error:.4f}" for r in reports.values()]
+        found = []
+        for report in reports.values():
+            error = report.kl_standard_error  # None where there is one window
+            found.append(f"{report.kl_nats:.4f}" + (f" +- {error:.4f}" if error else ""))
+        return found
 
 
 def prune(bench: Bench) -> dict[str, Any]:
