@@ -20,7 +20,7 @@ from pathlib import Path
 _FOLDERS = {
     "methods": ("methods", {"base", "compose", "menu"}),
     "fitness": ("scoring/fitness", {"base"}),
-    "export": ("export", {"base", "source_files", "vllm_limits"}),
+    "export": ("export", {"base", "linears", "source_files", "vllm_limits"}),
 }
 _PACKAGE = Path(__file__).parent.parent
 
@@ -56,6 +56,16 @@ def describe(group: str, name: str) -> str:
         path = Path(spec.origin) if spec and spec.origin else None
     else:
         path = _PACKAGE / _FOLDERS[group][0] / f"{name}.py"
+    return _docstring(path)
+
+
+def describe_module(module: str) -> str:
+    """Return the docstring of a module of the package, such as "training.quest", without a run."""
+    path = _PACKAGE.joinpath(*module.split("."))
+    return _docstring(path / "__init__.py" if path.is_dir() else path.with_suffix(".py"))
+
+
+def _docstring(path: Path | None) -> str:
     doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path else None
     return doc or ""
 

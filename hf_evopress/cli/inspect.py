@@ -7,11 +7,23 @@ from typing import Annotated
 
 import typer
 
+from .. import _PUBLIC
 from ..base import plugins
 from ..jobs.search_log import ENDING, read_log
 from ..plans.plan import Plan
 from ..plans.repo import FILE_NAME, INDEX_NAME, list_plans
 from .console import console, table
+
+# What is neither a plug-in nor a name to import, and the module that describes it.
+_BESIDE = {
+    "beside levels": {
+        "GearCache": "loading.kv_cache",
+        "kick": "scoring.kick",
+        "share": "jobs.shared_levels",
+        "stack": "jobs.stack",
+        "tune": "training.tune",
+    }
+}
 
 
 def show(
@@ -137,22 +149,33 @@ def diff(
 
 def list_plugins(
     name: Annotated[
-        str | None, typer.Argument(help="A method, fitness or export to describe at length.")
+        str | None, typer.Argument(help="What to describe at length: any name of the list.")
     ] = None,
 ) -> None:
-    """List the methods, fitnesses and export formats, or describe one."""
+    """List the methods, fitnesses, export formats and what else there is, or describe one."""
     groups = {"methods": "methods (levels)", "fitness": "fitnesses", "export": "export formats"}
+    listed = {
+        title: {n: plugins.describe(group, n) for n in plugins.names(group)}
+        for group, title in groups.items()
+    }
+    for title, modules in {**_BESIDE, "training, from Python": _training()}.items():
+        listed[title] = {n: plugins.describe_module(module) for n, module in modules.items()}
     if name is not None:
-        for group in groups:
-            if name in plugins.names(group):
-                console.print(plugins.describe(group, name), markup=False, soft_wrap=True)
-                return
-        known = [n for group in groups for n in plugins.names(group)]
-        raise ValueError(f"nothing is called {name!r}{plugins.did_you_mean(name, known)}")
-    for group, title in groups.items():
-        rows = [(n, plugins.describe(group, n).partition("\n")[0]) for n in plugins.names(group)]
+        known = {n: text for texts in reversed(listed.values()) for n, text in texts.items()}
+        if name not in known:
+            near = plugins.did_you_mean(name, sorted(known))
+            raise ValueError(f"nothing is called {name!r}{near}")
+        console.print(known[name], markup=False, soft_wrap=True)
+        return
+    for title, texts in listed.items():
+        rows = [(n, text.partition("\n")[0]) for n, text in texts.items()]
         console.print(table((title, ""), rows, is_text=True))
         console.print()
+
+
+def _training() -> dict[str, str]:
+    """Return what of the package's public names belongs to training, and its module."""
+    return {name: module for name, module in _PUBLIC.items() if module.startswith("training.")}
 
 
 COMMANDS = {"show": show, "diff": diff, "list": list_plugins}

@@ -89,6 +89,10 @@ def test_help_teaches_every_command(run: Run, command: str) -> None:
 def test_list_describes_methods(run: Run) -> None:
     assert "gptq" in run("list")[1]
     assert "arXiv" in run("list", "gptq")[1]
+    for name in ("PVTuning", "make_quest", "GradualPruning", "GearCache", "kick", "stack"):
+        assert name in run("list")[1]
+        assert run("list", name)[1].count("\n") > 3
+    assert "linears" not in run("list")[1]  # what formats have in common is none
     code, _, err = run("list", "gtpq")
     assert code == 2 and "did you mean 'gptq'" in err
 
