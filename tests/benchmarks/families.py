@@ -22,11 +22,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hf_evopress.calibration.data import tokenize_file
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.levels import build_levels
 from hf_evopress.jobs.measure import best_uniform
 from hf_evopress.jobs.plan_search import run_search, tables
+from hf_evopress.methods import compose
 from hf_evopress.plans.level import DROP, Level
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.scoring.evaluate import compare_many
@@ -121,9 +125,28 @@ def sparsity(bench: Bench) -> Iterator[Found]:
         job = bench.job({"sparsity": share})
         store = build_levels(job)
         yield from uniform(f"sparsity {share}", job, store)
-        for strategy in ("owl", "layer_error", "knapsack"):
-            yield bench.found(f"sparsity {share}: {strategy}", job, store, strategy)
-        yield bench.found(f"sparsity {share}: searched", job, store)
+        rivals = [
+            bench.found(f"sparsity {share}: {strategy}", job, store, strategy)
+            for strategy in ("owl", "pq_index", "layer_error", "knapsack")
+        ]
+        yield from rivals
+        searched = bench.found(f"sparsity {share}: searched", job, store)
+        for rival in rivals:
+            rank = spearman(sparsities(rival), sparsities(searched))
+            print(f"{rival.name}: rank correlation with what was searched {rank:.2f}", flush=True)
+        yield searched
+
+
+def sparsities(found: Found) -> Tensor:
+    """Return the sparsity of each layer (units,), in the order of their names."""
+    first = [next(compose.parts(level))[1] for _, level in sorted(found.levels.items())]
+    return torch.tensor([float(params.get("sparsity", 0.0)) for params in first])
+
+
+def spearman(x: Tensor, y: Tensor) -> float:
+    """Return Spearman's rank correlation of x and y (n,), equal values sharing a mean rank."""
+    ranks = [torch.stack([(v < z).sum() + (v == z).sum() / 2 for z in v]) for v in (x, y)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
 def lowrank(bench: Bench) -> Iterator[Found]:
