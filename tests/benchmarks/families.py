@@ -161,7 +161,7 @@ def lowrank(bench: Bench) -> Iterator[Found]:
 
 def joint(bench: Bench) -> Iterator[Found]:
     everything = bench.job({"ratio": 1.0}, **FAMILIES["everything"])
-    everything.build()  # the stores of the parts are served from it
+    build_levels(everything)  # the stores of the parts are served from it
     for bits in bench.words.at:
         parts: list[Found] = []
         for name in bench.words.parts:
