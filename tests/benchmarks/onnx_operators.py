@@ -27,11 +27,11 @@ def session_of(bits: int, rows: int, columns: int) -> onnxruntime.InferenceSessi
     node = helper.make_node(
         "MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", **figures
     )
-    ends = [
+    inputs, outputs = (
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", n])]
         for name, n in (("x", columns), ("y", rows))
-    ]
-    graph = helper.make_graph([node], "product", *ends, tensors)
+    )
+    graph = helper.make_graph([node], "product", inputs, outputs, tensors)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()

@@ -51,19 +51,20 @@ def make_shared(level: Level, rank: int, dense: Any, work: str, first: int) -> M
         known = [part[name] for part, name in zip(stats, names, strict=True)]
         grams = [part.hessian() for part in known]
         S, shape = shared(*Ws, *grams), (Ws[0].shape[0], Ws[0].shape[1])
-        base = decompress(level, compress(level, S, Stats(sum(grams) / 2)), shape, torch.float32)
-        made.bits += cost_bits(level, shape)
+        state = compress(level, S, Stats(torch.stack(grams).mean(0)))
+        base = decompress(level, state, shape, torch.float32)
+        made.costs |= {names[0]: cost_bits(level, shape), names[1]: 0}
         for name, W, part in zip(names, Ws, known, strict=True):
             own = base
             if rank:
                 term = normalize(f"lowrank:rank={rank},factors=int8")
                 state = compress(term, W - base, part)
                 own = base + decompress(term, state, shape, torch.float32)
-                made.bits += cost_bits(term, shape)
+                made.costs[name] += cost_bits(term, shape)
             H = part.gram if part.heldout is None else part.heldout
             d = W - own
             made.errors.append(float(((d @ H) * d).sum() / ((W @ H) * W).sum()))
-            made.weights[name], made.numel = own, made.numel + W.numel()
+            made.weights[name] = own
     return made
 
 
@@ -73,7 +74,7 @@ def joined(parts: list[Made]) -> Made:
     for part in parts:
         total.weights |= part.weights
         total.errors += part.errors
-        total.bits, total.numel = total.bits + part.bits, total.numel + part.numel
+        total.costs |= part.costs
     return total
 
 
@@ -95,7 +96,7 @@ def main(words: argparse.Namespace) -> None:
     if not words.windows:
         print("| layers of the pairs | stored bits | held-out error |\n|---|---|---|")
         for name, made in rows.items():
-            print(f"| {name} | {made.bits / made.numel:.3f} | {mean(made.errors):.4f} |")
+            print(f"| {name} | {made.bits:.3f} | {mean(made.errors):.4f} |")
         return
     functions = {
         name: lambda ids, made=made: logits(rival, made.weights, ids) for name, made in rows.items()
@@ -107,8 +108,7 @@ def main(words: argparse.Namespace) -> None:
         error = report.kl_standard_error  # None of a single window
         noise = "" if error is None else f" ± {error:.4f}"
         print(
-            f"| {name} | {made.bits / made.numel:.3f} | {mean(made.errors):.4f} "
-            f"| {report.kl_nats:.4f}{noise} |"
+            f"| {name} | {made.bits:.3f} | {mean(made.errors):.4f} | {report.kl_nats:.4f}{noise} |"
         )
 
 
