@@ -84,7 +84,7 @@ def _beside(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         # mkstemp files are private (0600); a shared folder needs the usual permissions.
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~umask())
         fsync(temporary)
         os.replace(temporary, target)
         fsync(target.parent)
@@ -117,7 +117,8 @@ def bundled(folder: str) -> Path:
     raise FileNotFoundError(f"the folder {folder!r} is not part of this installation of {package}")
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Return the permissions that this process takes from new files."""
     current = os.umask(0o022)
     os.umask(current)
     return current

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from .full_disk import space_for
 from .lock import locked
-from .resources import atomic_write, fsync
+from .resources import atomic_write, fsync, umask
 
 FILES = "evopress_files.json"  # what was written to a result folder
 _NAMED = re.compile(
@@ -149,6 +149,9 @@ def whole_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             yield temporary
             os.chmod(temporary, 0o755)
+            for path in temporary.rglob("*"):
+                if path.is_file():  # safetensors from 0.8 on lets only the owner read
+                    os.chmod(path, path.stat().st_mode | (0o666 & ~umask()))
             put(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -160,3 +160,16 @@ def test_a_file_is_replaced_only_where_it_bears_our_mark(tmp_path: Path) -> None
     check_file(file, b"mark", overwrite=True)
     with pytest.raises(ValueError, match="is a folder"):
         check_file(tmp_path, b"mark")
+
+
+def test_files_of_a_result_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with whole_folder(tmp_path / "out") as folder:
+            for name, mode in (("weights", 0o600), ("tool", 0o700)):
+                (folder / name).write_text("x")
+                (folder / name).chmod(mode)
+    finally:
+        os.umask(before)
+    modes = {n: (tmp_path / "out" / n).stat().st_mode & 0o777 for n in ("weights", "tool")}
+    assert modes == {"weights": 0o640, "tool": 0o740}
