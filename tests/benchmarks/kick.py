@@ -1,0 +1,118 @@
+"""Two compressed models of one perplexity: what flips, agreement and KL see that it does not.
+
+    python tests/benchmarks/kick.py MODEL --data calibration.txt --test wiki.test.raw --work w
+
+LLM-KICK's claim (Jaiswal et al. 2024, arXiv:2310.01382) put to the test: a sparse level for all
+layers, and the knapsack's plan of codes whose perplexity is within `--within` of its own, found by
+halving the range of stored bits. Then both by the probes of `evaluate --kick` on the built-in
+questions. Checkpoints are left in --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from quality import share
+
+from hf_evopress.calibration.data import tokenize_file
+from hf_evopress.export.evopress import EvoPressExport
+from hf_evopress.jobs.evaluate import evaluate_model, kick_questions
+from hf_evopress.jobs.job import Job
+from hf_evopress.jobs.levels import build_levels
+from hf_evopress.jobs.plan_search import find_plan
+from hf_evopress.methods.compose import normalize
+from hf_evopress.plans.plan import Plan
+from hf_evopress.recipes.recipe import Recipe
+from hf_evopress.scoring.evaluate import Report, compare_many
+
+
+def main() -> None:
+    words = arguments()
+    job = job_of(words, words.bits[1])
+    store = build_levels(job)
+    tokens = tokenize_file(words.test, job.tokenizer)
+
+    def measured(plan: Plan) -> Report:
+        functions = {"": lambda ids: job.evaluator(store).logits(dict(plan.levels), ids)}
+        on = {"window": words.window, "max_windows": words.windows}
+        return compare_many(functions, job.model, tokens, **on)[""]
+
+    sparse = job.plan({unit: normalize(words.sparse) for unit in store.units})
+    reports = {"sparse": measured(sparse)}
+    wanted = reports["sparse"].perplexity
+    low, high = words.bits
+    while True:
+        bits = (low + high) / 2
+        coded = find_plan(share(job_of(words, bits, words.codes), job), store)
+        reports["coded"] = measured(coded)
+        ratio = reports["coded"].perplexity / wanted
+        print(f"{bits:.3f} bits: {ratio:.3f} of the perplexity of {words.sparse}", flush=True)
+        if abs(ratio - 1) <= words.within:
+            break
+        if high - low < 1e-3:
+            raise SystemExit(f"no plan of these codes comes within {words.within:.0%}")
+        low, high = (bits, high) if ratio > 1 else (low, bits)
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for name, plan in (("sparse", sparse), ("coded", coded)):
+        folder = Path(words.work) / name
+        EvoPressExport().save(job.load_model(), plan, store.state, folder, tokenizer=job.tokenizer)
+        probes = evaluate_model(
+            str(folder), against=words.model, questions=kick_questions([], limit=words.limit)
+        )["kick"]
+        rows.append((name, probes))
+    print("| model | stored bits | perplexity | KL (nats) | same top-1 |\n|---|---|---|---|---|")
+    for name, report in reports.items():
+        stored = {"sparse": sparse, "coded": coded}[name].budget["bits_per_weight"]
+        print(
+            f"| {name} | {stored:.2f} | {report.perplexity:.2f} | {report.kl_nats:.3f} ± "
+            f"{report.kl_standard_error or 0:.3f} | {report.top1_agreement:.1%} |"
+        )
+    for name, probes in rows:
+        for probe, figures in probes.items():
+            print(name, probe, figures)
+
+
+def job_of(words: argparse.Namespace, bits: float, levels: list[str] | None = None) -> Job:
+    counts = {"calibration": words.calibration, "search": 4, "heldout": 2, "test": 0}
+    return Job(
+        Recipe.from_dict(
+            {
+                "model": words.model,
+                "work": words.work,
+                "budget": {"bits": bits},
+                "ends": "dense",
+                "levels": levels or [words.sparse, *words.codes],
+                "data": {"sources": [words.data], **counts},
+                "search": {"strategy": "knapsack"},
+            }
+        )
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True, help="calibration text")
+    parser.add_argument("--test", required=True, help="evaluation text")
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--sparse", default="sparsegpt:sparsity=0.5,pattern=2:4")
+    parser.add_argument(
+        "--codes",
+        nargs="+",
+        default=[f"gptq:bits={bits},group_size=64" for bits in (2, 3, 4)],
+    )
+    parser.add_argument("--bits", type=float, nargs=2, default=[2.3, 4.3], help="to look between")
+    parser.add_argument("--within", type=float, default=0.01, help="of the perplexity")
+    parser.add_argument("--calibration", type=int, default=24)
+    parser.add_argument("--limit", type=int, help="questions and documents of each kind")
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=6)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
