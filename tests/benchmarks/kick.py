@@ -99,7 +99,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="calibration text")
     parser.add_argument("--test", required=True, help="evaluation text")
     parser.add_argument("--work", required=True)
-    parser.add_argument("--sparse", default="sparsegpt:sparsity=0.5,pattern=2:4")
+    parser.add_argument("--sparse", default="sparsegpt:pattern=2:4")
     parser.add_argument(
         "--codes",
         nargs="+",
