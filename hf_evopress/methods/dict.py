@@ -12,8 +12,9 @@ mask of one bit per coefficient and the kept values; rows of both factors have a
 products of k columns.
 
 When to use it: in place of `lowrank`. At the same bytes its error is a quarter to two fifths
-smaller (tests/benchmarks/README.md), and its atoms and values train. It does not reach scalar or
-trellis codes of the same bytes.
+smaller (tests/benchmarks/README.md), and it trains as that does: float atoms and values as
+factors (`tune --train factors`), of coded ones the scales. It does not reach scalar or trellis
+codes of the same bytes.
 """
 
 from __future__ import annotations

@@ -112,8 +112,10 @@ class GradualPruning(TrainerCallback):
             self.end = max(self.begin, state.max_steps * 3 // 4)
         if self.begin > state.max_steps:
             raise ValueError(f"pruning begins at step {self.begin} of {state.max_steps}")
-        if state.global_step > self.begin:  # resumed
+        if state.global_step and state.global_step >= self.begin:  # resumed
             self.masks = {n: m.weight.detach() != 0 for n, m in self._layers.items()}
+            if not all(bool(mask.all()) for mask in self.masks.values()):
+                return  # an update due at this step was done before the checkpoint
         self._maybe_update(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

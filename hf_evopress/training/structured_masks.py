@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..models.units import find_blocks
+from .callback_state import read_tensors, write_tensors
 
 A, B, TAU = -0.1, 1.1, 2 / 3
 _START = 2.5  # log alpha: nearly open
@@ -83,6 +84,24 @@ class Gates:
         best = alpha.topk(self.keep, dim=1).indices
         self.mask = torch.zeros_like(alpha).scatter_(1, best, 1.0)
 
+    def state(self) -> dict[str, Tensor]:
+        """Return all that the next step depends on but the noise, which is drawn for each."""
+        found = {"log_alpha": self.log_alpha.detach(), "multipliers": self.multipliers}
+        if self.mask is not None:
+            found["mask"] = self.mask
+        adam = self.optimizer.state_dict()["state"].get(0, {})  # empty before the first step
+        return found | {f"adam.{name}": tensor for name, tensor in adam.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned, on any device."""
+        device = self.log_alpha.device
+        self.log_alpha.data.copy_(state["log_alpha"])
+        self.multipliers = state["multipliers"].to(device)
+        self.mask = state["mask"].to(device) if "mask" in state else None
+        adam = {n.removeprefix("adam."): t for n, t in state.items() if n.startswith("adam.")}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": {0: adam} if adam else {}, "param_groups": groups})
+
 
 class StructuredPruning(TrainerCallback):
     """Learn which KV groups and intermediate channels of each block stay, while Trainer trains.
@@ -91,7 +110,7 @@ class StructuredPruning(TrainerCallback):
     from which the gates are fixed, by default three quarters of the run; warmup: the share of the
     steps before it in which the target grows. rate: Adam's, for log alpha; ascent: the
     multipliers'. For blocks of q, k, v, o and gate, up, down projections (Llama, Mistral, Qwen).
-    Gates are not in Trainer's checkpoints, so a run cannot be resumed.
+    Trainer's checkpoints hold the gates too: a resumed run equals a straight one.
     """
 
     def __init__(
@@ -118,15 +137,27 @@ class StructuredPruning(TrainerCallback):
                 f"ascent={ascent}"
             )
         self.end, self.warmup, self.rate, self.ascent = end, warmup, rate, ascent
+        self.seed = seed
         self.gates: dict[str, Gates] = {}
         self._generator = torch.Generator().manual_seed(seed)
         self._hooks: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step:
-            raise ValueError("gates are in no checkpoint: start the run anew to prune structures")
         self.end = state.max_steps * 3 // 4 if self.end is None else self.end
+        self._generator.manual_seed(self.seed)
         self.install(kwargs["model"])
+        if state.global_step:  # resumed
+            saved = read_tensors(args, state, self._file, self.wanted)
+            self._generator.set_state(saved.pop("generator"))
+            for kind, gates in self.gates.items():
+                own = {n.removeprefix(f"{kind}/"): t for n, t in saved.items() if f"{kind}/" in n}
+                gates.load(own)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        tensors = {"generator": self._generator.get_state()}
+        for kind, gates in self.gates.items():
+            tensors |= {f"{kind}/{name}": tensor for name, tensor in gates.state().items()}
+        write_tensors(args, state, self._file, tensors, self.wanted)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for gates in self.gates.values():
@@ -150,8 +181,14 @@ class StructuredPruning(TrainerCallback):
         assert self.end is not None  # training has begun
         return self.end
 
+    @property
+    def _file(self) -> str:
+        # kinds in the name: one callback may prune groups, another channels
+        return "_".join(["structured_pruning", *self.wanted])
+
     def install(self, model: Any) -> None:
-        """Put the gates before the output projections of `model`; what Trainer's start does."""
+        """Put new gates before the output projections of `model`; what Trainer's start does."""
+        self.remove()  # of an earlier training with this callback
         base = _base(model)
         blocks = find_blocks(base)[1]
         widths = _widths(base, blocks)

@@ -19,13 +19,15 @@ from ..methods import compose
 
 KINDS = ("scales", "factors", "norms", "biases")
 _FACTORS = ("A", "B", "P", "Q")  # lowrank, mpo
+_OF_DICT = ("atoms", "values")  # sparse levels have values too, which are no factors
 
 
 def make_tunable(model: nn.Module, kinds: Sequence[str] = ("scales", "norms")) -> list[str]:
     """Return the names of the parameters that are trained from now on, all others are frozen.
 
-    kinds: any of scales (of codes), factors (of low-rank and Kronecker terms), norms, biases. Call
-    `settle` before the model is saved for use.
+    kinds: any of scales (of codes), factors (of low-rank and Kronecker terms, atoms and values of
+    dictionaries, where they are floats), norms, biases. Call `settle` before the model is saved
+    for use.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -79,8 +81,10 @@ def _packed_floats(
     model: nn.Module, kinds: Sequence[str]
 ) -> Iterator[tuple[str, CompressedLinear, str]]:
     for layer_name, layer in compressed_linears(model).items():
-        for name, tensor in layer.state.items():
-            own = name.rpartition("_")[0] if name[-1].isdigit() else name
-            kind = "scales" if own.endswith("scales") else "factors" if own in _FACTORS else None
-            if kind in kinds and tensor.is_floating_point():
-                yield layer_name, layer, name
+        for part, _, state, suffix in compose.terms(layer.level, layer.state):
+            factors = (*_FACTORS, *_OF_DICT) if part.name == "dict" else _FACTORS
+            for name, tensor in state.items():
+                kind = "scales" if name.endswith("scales") else "factors"
+                is_one = kind == "scales" or name in factors
+                if is_one and kind in kinds and tensor.is_floating_point():
+                    yield layer_name, layer, f"{name}{suffix}"

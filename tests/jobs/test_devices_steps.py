@@ -20,11 +20,14 @@ from hf_evopress.jobs.levels import build_levels
 from hf_evopress.jobs.plan_search import find_plan
 from hf_evopress.jobs.refine_existing_model import refine_end_to_end
 from hf_evopress.jobs.refine_existing_plan import refine_plan
+from hf_evopress.jobs.stack import menu, sizes_of, stack
 from hf_evopress.loading.config import EvoPressConfig
+from hf_evopress.loading.layers import compressed_linears
 from hf_evopress.plans.plan import Plan
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.refine.block_tuning import Tuning as BlockTuning
 from hf_evopress.refine.blockwise import Settings
+from hf_evopress.scoring.kick.questions import KickSet, Question
 from hf_evopress.training.tune import Tuning, tune
 
 from .. import second_device
@@ -174,6 +177,51 @@ def test_export_and_evaluation(home: Path, made: pipeline.Result) -> None:
         str(made.folder), str(home / "text.txt"), against=str(folder), window=64, max_windows=2
     )
     assert report["kl_nats"] < 1e-2
+
+
+def test_one_file_of_many_sizes_is_made_and_loaded_there(home: Path) -> None:
+    words = recipe(home, "sizes", levels=menu(3, 1), budget={"bits": 32.0})
+    before = second_device.live_bytes()
+    folder, plan = stack(words)
+    assert second_device.live_bytes() == before
+    assert {str(plan[unit]) for unit in plan if ".layers." in unit} == {"bitstack:blocks=3"}
+    least, most = sizes_of(folder)
+    ids = torch.arange(12)[None] + 97
+    logits = []
+    for where in ("cpu", "sim"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=EvoPressConfig(size=(2 * least + most) // 3),
+            dtype=torch.float32,
+            device_map={"": where},
+        )
+        held = {str(m.level) for name, m in compressed_linears(model).items() if "_proj" in name}
+        assert len(held) > 1  # some layers have more of their blocks than others
+        with torch.no_grad():
+            logits.append(model(input_ids=ids.to(where), use_cache=False).logits.cpu())
+    assert torch.allclose(*logits, atol=1e-4)
+
+
+def test_the_probes_of_kick_find_there_what_they_find_on_the_cpu(
+    tmp_path: Path, tiny_model: Callable[..., Any], write_model: Callable[..., Path]
+) -> None:
+    long = tiny_model(max_position_embeddings=2048)  # holds the prompts, 1 byte a token
+    folder = write_model(tmp_path, long, "rtn:bits=4,group_size=32")
+    questions = KickSet(
+        (Question("1 and 1 is?", ("2",), ("2", "fox"), "1 and 1 is 2."),), ("the fox sees.",)
+    )
+    before = second_device.live_bytes()
+    found = []
+    for device in ("cpu", "sim"):
+        with using(device):
+            dense = str(folder / "dense")
+            report = evaluate_model(str(folder / "small"), against=dense, questions=questions)
+            found.append(report["kick"])
+    assert {"closed book", "choices", "in context", "answer tokens", "summaries"} <= set(found[0])
+    assert list(found[0]) == list(found[1])
+    for probe, figures in found[0].items():
+        assert found[1][probe] == pytest.approx(figures, abs=1e-4)
+    assert second_device.live_bytes() == before
 
 
 MAPS: dict[str, Any] = {

@@ -119,6 +119,20 @@ def test_conjugate_gradients_find_what_the_normal_equations_do() -> None:
         assert torch.allclose(row[own], expected, atol=1e-4) and not row[~own].any()
 
 
+@pytest.mark.parametrize("apart", [0.0, 1e-5, 1e-4, 1e-3])
+def test_coefficients_of_two_atoms_that_are_nearly_one_stay_finite(apart: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    A, W = torch.randn(8, 24, generator=g), torch.randn(4000, 24, generator=g)
+    twins = torch.cat([A, A[:1] + apart * torch.randn(1, 24, generator=g)])
+    X = torch.randn(24, 24, generator=g) * torch.logspace(0, -3, 24)
+    stats, losses = Stats(X @ X.T), []
+    for atoms in (twins, A):
+        places, z = pursue(*seen(W, stats.gram, atoms), len(atoms))
+        assert bool(z.isfinite().all())
+        losses.append(loss(W, stats, atoms, places, z))
+    assert losses[0] <= losses[1] * (1 + 1e-5)  # one atom more is no worse
+
+
 def test_unused_atoms_stay_as_they_were() -> None:
     W, _ = make()
     A, Z = torch.randn(6, 64), torch.randn(48, 6)

@@ -137,19 +137,28 @@ def test_after_equal_healing_gradual_pruning_is_nearer_than_pruning_at_once(
     assert found[0] < 0.9 * found[1]
 
 
-def test_a_resumed_run_has_the_masks_of_a_straight_one(
-    trained_llama: Any, tokens: Tensor, tmp_path: Path
+@pytest.mark.parametrize("step", [6, 8])  # between two updates, and right after one
+@pytest.mark.parametrize("stop", [None, PQStop(gamma=0.5)])
+def test_a_resumed_run_has_the_weights_and_masks_of_a_straight_one(
+    trained_llama: Any, tokens: Tensor, tmp_path: Path, step: int, stop: PQStop | None
 ) -> None:
     results = []
-    for resume in (None, str(tmp_path / "checkpoint-6")):
-        pruning = GradualPruning(0.5, every=4)
+    for resume in (None, str(tmp_path / f"checkpoint-{step}")):
+        pruning = GradualPruning(0.5, every=4, stop=stop)
         model = student(trained_llama)
-        args = arguments(tmp_path, save_strategy="steps", save_steps=6)
+        args = arguments(tmp_path, save_strategy="steps", save_steps=step, weight_decay=0.1)
         Trainer(model, args, train_dataset=Sequences(tokens), callbacks=[pruning]).train(
             resume_from_checkpoint=resume
         )
-        results.append(pruning.masks)
-    assert results[0] and all(torch.equal(m, results[1][n]) for n, m in results[0].items())
+        results.append((pruning.masks, model.state_dict()))
+    (masks, weights), (again, resumed) = results
+    assert masks and all(torch.equal(m, again[n]) for n, m in masks.items())
+    assert all(torch.equal(t, resumed[n]) for n, t in weights.items())
+    assert all(bool((weights[f"{n}.weight"] != 0).eq(m).all()) for n, m in masks.items())
+    before = trained_llama.state_dict()
+    assert all(
+        not torch.equal(weights[f"{n}.weight"], before[f"{n}.weight"] * masks[n]) for n in masks
+    )
 
 
 def test_the_pq_index_stops_a_layer_of_equal_weights(

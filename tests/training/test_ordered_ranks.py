@@ -199,6 +199,38 @@ def test_truncation_keeps_the_best_ranks_in_order(
     assert all(1 <= kept < 17 for kept in pruning.ranks.values()) and len(pruning.ranks) == 21
 
 
+CALLBACKS = {
+    "ordered": lambda: OrderedRanks(lasso=1e-3, seed=2),
+    "truncated": lambda: RankTruncation(every=2, error=0.02, nuclear=0.01),
+}
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+@pytest.mark.parametrize("step", [3, 4])  # between two truncations, and right after one
+def test_a_resumed_run_equals_a_straight_one(
+    trained_llama: Any, start: Any, tokens: Tensor, tmp_path: Path, kind: str, step: int
+) -> None:
+    results = []
+    for resume in (None, str(tmp_path / f"checkpoint-{step}")):
+        model = copy.deepcopy(start)
+        names = make_ordered(model)
+        DistillationTrainer(
+            model,
+            arguments(tmp_path, max_steps=7, save_strategy="steps", save_steps=step),
+            train_dataset=Sequences(tokens),
+            teacher=trained_llama,
+            callbacks=[CALLBACKS[kind]()],
+        ).train(resume_from_checkpoint=resume)
+        results.append(model.state_dict())
+    straight, resumed = results
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(t, resumed[name]) for name, t in straight.items())
+    before = start.state_dict()
+    for name in names:
+        assert straight[f"{name}.A"].dtype == torch.float32  # as trained, not as stored
+        assert not torch.equal(straight[f"{name}.A"], before[f"{name}.A"].float())
+
+
 def test_bad_requests_say_what_to_change(trained_llama: Any, start: Any) -> None:
     with pytest.raises(ValueError, match="the model's are all dense"):
         make_ordered(copy.deepcopy(trained_llama))

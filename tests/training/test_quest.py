@@ -25,7 +25,9 @@ from hf_evopress.training.quest import QuESTLinear, to_rotated
 from hf_evopress.training.trainer import DistillationTrainer
 
 
-def train(model: Any, dense: Any, tokens: Tensor, out: Path, **changes: Any) -> list[float]:
+def train(
+    model: Any, dense: Any, tokens: Tensor, out: Path, resume: str | None = None, **changes: Any
+) -> list[float]:
     settings: dict[str, Any] = {
         "max_steps": 40,
         "per_device_train_batch_size": 4,
@@ -40,7 +42,7 @@ def train(model: Any, dense: Any, tokens: Tensor, out: Path, **changes: Any) -> 
     args = TrainingArguments(output_dir=str(out), **{**settings, **changes})
     data = Sequences(tokens)
     trainer = DistillationTrainer(model, args, train_dataset=data, teacher=dense)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
@@ -94,6 +96,26 @@ def test_four_bit_weights_and_activations_train(
     losses = train(model, trained_llama, tokens, tmp_path, max_steps=20)
     assert all(loss == loss for loss in losses)
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("activation_bits", [None, 4])
+def test_a_resumed_run_equals_a_straight_one(
+    trained_llama: Any, tokens: Tensor, tmp_path: Path, activation_bits: int | None
+) -> None:
+    results = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        model = student(trained_llama)
+        make_quest(model, bits=3, activation_bits=activation_bits)
+        settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+        train(model, trained_llama, tokens, tmp_path, resume, **settings)
+        results.append({n: t.clone() for n, t in model.state_dict().items()})
+        to_rotated(model)  # codes
+        results[-1] |= {f"{n}, packed": t for n, t in model.state_dict().items()}
+    start = trained_llama.state_dict()
+    straight, resumed = results
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(t, resumed[name]) for name, t in straight.items())
+    assert all(not torch.equal(t, straight[n]) for n, t in start.items() if "_proj" in n)
 
 
 class StraightThrough(nn.Linear):

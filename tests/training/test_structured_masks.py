@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 
 from hf_evopress import StructuredPruning
 from hf_evopress.refine.distillation import Sequences
@@ -97,6 +98,88 @@ def test_learned_masks_are_better_to_train_with_than_random_ones_and_their_oppos
     assert losses[0] < losses[1] < losses[2]
 
 
+def saving_run(
+    dense: Any, tokens: Tensor, out: Path, stopped: str | None = None
+) -> tuple[StructuredPruning, Any]:
+    """A run of 16 steps that saves every fifth; its callback and model. stopped: go on there."""
+    model, pruning = with_lora(dense), StructuredPruning(kv_groups=1, channels=96, end=10)
+    settings = {"max_steps": 16, "save_strategy": "steps", "save_steps": 5, "logging_steps": 1}
+    trainer = trainer_of(model, dense, tokens, out, [pruning], **settings)
+    trainer.train(resume_from_checkpoint=stopped and str(out / stopped))
+    return pruning, model
+
+
+@pytest.fixture(scope="module")
+def straight(trained_llama: Any, tokens: Tensor, tmp_path_factory: Any) -> Any:
+    """A straight run: its folder, callback and model."""
+    out = tmp_path_factory.mktemp("straight")
+    return out, *saving_run(trained_llama, tokens, out)
+
+
+@pytest.mark.parametrize("step", [5, 10, 15])  # gates that learn, are about to be fixed, are fixed
+def test_a_resumed_run_equals_a_straight_one(
+    trained_llama: Any, tokens: Tensor, tmp_path: Path, straight: Any, step: int
+) -> None:
+    folder, pruning, model = straight
+    shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    other, again = saving_run(trained_llama, tokens, tmp_path, f"checkpoint-{step}")
+    weights = again.state_dict()
+    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+    for kind, gates in pruning.gates.items():
+        state = other.gates[kind].state()
+        assert {"mask", "adam.exp_avg_sq"} <= state.keys()
+        assert all(torch.equal(t, state[name]) for name, t in gates.state().items())
+        assert gates.mask is not None and 0 < float(gates.mask.mean()) < 1
+    start = with_lora(trained_llama).state_dict()
+    assert any(not torch.equal(t, start[name]) for name, t in weights.items())
+
+
+def test_only_the_gates_of_the_run_that_is_resumed_are_read(
+    trained_llama: Any, tokens: Tensor, tmp_path: Path, straight: Any
+) -> None:
+    file = straight[0] / "checkpoint-5" / "structured_pruning_kv_channels.safetensors"
+    state = TrainerState.load_from_json(str(file.parent / "trainer_state.json"))
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(
+        ValueError, match="of step 5 of this run is not in .*resume_from_checkpoint"
+    ):
+        pruning_at(args, state, trained_llama)
+    args.resume_from_checkpoint = str(file.parent)
+    resumed = pruning_at(args, state, trained_llama)
+    adam = {name: gates.state()["adam.step"] for name, gates in resumed.gates.items()}
+    assert adam == {"kv": 5.0, "channels": 5.0}
+    with pytest.raises(ValueError, match="'channels': 96}, this run has .*'channels': 64}"):
+        pruning_at(args, state, trained_llama, channels=64)
+    state.log_history[0]["loss"] += 1.0  # of a run with other losses
+    with pytest.raises(ValueError, match="of step 5 of this run is not in"):
+        pruning_at(args, state, trained_llama)
+    state.log_history[0]["loss"] -= 1.0
+    damaged = tmp_path / "checkpoint-5" / file.name
+    damaged.parent.mkdir()
+    damaged.write_bytes(file.read_bytes()[:200])
+    args.resume_from_checkpoint = None
+    with pytest.raises(ValueError, match="damaged .*resume from an earlier checkpoint"):
+        pruning_at(args, state, trained_llama)
+
+
+def pruning_at(args: Any, state: Any, dense: Any, channels: int = 96) -> StructuredPruning:
+    pruning = StructuredPruning(kv_groups=1, channels=channels)
+    pruning.on_train_begin(args, state, None, model=with_lora(dense))
+    return pruning
+
+
+def test_a_second_training_with_the_same_callback_gates_once(
+    trained_llama: Any, tokens: Tensor, tmp_path: Path
+) -> None:
+    pruning, weights = StructuredPruning(channels=96), []
+    for _ in range(2):
+        model = with_lora(trained_llama)
+        trainer_of(model, trained_llama, tokens, tmp_path, [pruning], max_steps=4).train()
+        weights.append(model.state_dict())
+    assert len(pruning._hooks) == 3
+    assert all(torch.equal(t, weights[1][name]) for name, t in weights[0].items())
+
+
 def test_the_penalty_brings_the_expected_sparsity_to_its_target() -> None:
     gates = Gates(2, 40, 25, 0.1, "cpu")
     push = torch.linspace(-0.02, 0.02, 40)
@@ -130,6 +213,3 @@ def test_bad_requests_say_what_to_change(
     pruning.gates["kv"].harden()
     with pytest.raises(ValueError, match="merge_and_unload"):
         slice_model(model, pruning)
-    state: Any = type("State", (), {"max_steps": 12, "global_step": 3})
-    with pytest.raises(ValueError, match="start the run anew"):
-        pruning.on_train_begin(None, state, None, model=model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from hf_evopress.loading.stitch import compress_model
@@ -15,7 +16,7 @@ from hf_evopress.training.tunable import make_tunable, settle
 LEVEL = "trellis:bits=2,state_bits=6,scales=channels,feedback=none"
 
 
-def train(model: Any, dense: Any, ids: torch.Tensor) -> tuple[float, float]:
+def train(model: Any, dense: Any, ids: torch.Tensor, rate: float = 2e-3) -> tuple[float, float]:
     """Return the squared error of the logits before and after some steps, settled."""
     with torch.no_grad():
         wanted = dense(ids).logits
@@ -23,7 +24,7 @@ def train(model: Any, dense: Any, ids: torch.Tensor) -> tuple[float, float]:
     def loss() -> torch.Tensor:
         return (model(ids).logits - wanted).square().mean()
 
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     before = float(loss().detach())
     for _ in range(15):
         optimizer.zero_grad()
@@ -61,3 +62,45 @@ def test_the_tensors_of_networks_are_factors_which_training_heals(
     before, after = train(model, dense, ids)
     assert {model.get_parameter(name).dtype for name in names} == {torch.bfloat16}
     assert after < 0.7 * before
+
+
+@pytest.mark.parametrize(
+    "level, kinds, trained",
+    [
+        ("dict:bits=8,atoms=bfloat16,values=float16", ["factors"], {"atoms", "values"}),
+        ("dict:bits=8,atoms=bfloat16", ["factors", "scales"], {"atoms", "values_scales"}),
+        ("dict:bits=4", ["scales"], {"atoms_scales", "values_scales"}),
+        (
+            "rtn:bits=2,group_size=32 + dict:bits=6,atoms=float16,values=bfloat16",
+            ["factors"],
+            {"atoms_1", "values_1"},
+        ),
+    ],
+)
+def test_floats_of_dictionaries_are_trained_and_rounded_back(
+    tiny_model: Callable[..., Any], level: str, kinds: list[str], trained: set[str]
+) -> None:
+    dense, model = tiny_model("llama"), tiny_model("llama")
+    ids = torch.arange(64).view(2, 32)
+    shapes = {u.name: u.shape for u in find_units(model)}
+    compress_model(model, Plan(dict.fromkeys(shapes, level), shapes), ids)
+    stored = {n: t.clone() for n, t in model.state_dict().items()}
+    names = make_tunable(model, kinds)
+    assert set(names) == {f"{unit}.{name}" for unit in shapes for name in trained}
+    before, after = train(model, dense, ids, rate=2e-4)
+    assert after < 0.9 * before
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == stored[name].dtype
+        assert torch.equal(tensor, stored[name]) != (name in names)  # nothing else has moved
+
+
+def test_codes_of_dictionaries_and_values_of_sparse_levels_are_no_factors(
+    tiny_model: Callable[..., Any],
+) -> None:
+    for level in ("dict:bits=4", "magnitude:sparsity=0.5"):
+        model = tiny_model("llama")
+        shapes = {u.name: u.shape for u in find_units(model)}
+        ids = torch.arange(64).view(2, 32)
+        compress_model(model, Plan(dict.fromkeys(shapes, level), shapes), ids)
+        with pytest.raises(ValueError, match=f"no factors to train; its levels are {level[:9]}"):
+            make_tunable(model, ["factors"])

@@ -16,6 +16,7 @@ from hf_evopress.adapters.folder import load_adapter, read_adapter
 from hf_evopress.adapters.repair import adapt, merge
 from hf_evopress.cli import main
 from hf_evopress.loading.layers import compressed_linears
+from hf_evopress.methods import compose
 from hf_evopress.plans.plan import Plan
 from hf_evopress.refine.distillation import Targets
 from hf_evopress.training.tune import Tuning, tune
@@ -138,6 +139,40 @@ def test_healing_saves_an_ordinary_checkpoint_with_the_same_plan(
     assert all(torch.equal(m.codes, after[n].codes) for n, m in before.items())
     assert any(not torch.equal(m.scales, after[n].scales) for n, m in before.items())
     sizes = [(Path(f) / "model.safetensors").stat().st_size for f in ("small", healed.folder)]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+    "level, trained",
+    [
+        ("mpo:bits=8,factors=bfloat16", {"P", "Q"}),
+        ("dict:bits=8,atoms=bfloat16,values=float16", {"atoms", "values"}),
+    ],
+)
+def test_factors_of_tensor_networks_and_dictionaries_are_trained(
+    trained_llama: Any, write_model: Any, text_tokens: Any, there: Path, tmp_path: Path,
+    level: str, trained: set[str],
+) -> None:  # fmt: skip
+    write_model(tmp_path, trained_llama, level, tokens=text_tokens(8, 32))
+    small, teacher = str(tmp_path / "small"), str(tmp_path / "dense")
+    settings = Tuning(
+        **{**QUICK, "steps": 20}, train="factors", teacher=teacher, learning_rate=5e-4
+    )
+    healed = tune(small, tmp_path / "healed", settings, data=["text.txt"])
+    assert healed.is_kept and healed.kl is not None and healed.kl[1] < healed.kl[0]
+    old, new = (AutoModelForCausalLM.from_pretrained(f) for f in (small, healed.folder))
+    before, after = old.state_dict(), new.state_dict()
+    assert before.keys() == after.keys()
+    assert {str(x.level) for x in compressed_linears(new).values()} == {
+        str(compose.normalize(level))
+    }
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        is_trained = name.rpartition(".")[2] in trained
+        assert torch.equal(tensor, after[name]) != is_trained, name
+    stored = sum(t.numel() for n, t in before.items() if n.rpartition(".")[2] in trained)
+    assert healed.n_trained == stored
+    sizes = [(Path(f) / "model.safetensors").stat().st_size for f in (small, healed.folder)]
     assert sizes[0] == sizes[1]
 
 

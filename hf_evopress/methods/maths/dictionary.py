@@ -19,6 +19,7 @@ ROUNDS = 6  # of the pursuit
 STEPS, LAST_STEPS = 6, 16  # of conjugate gradients in a round, and in the last one
 MAX_VALUES = 2**24  # of the systems that are solved at once
 DAMP = 1e-5  # of normalised atoms: twins would make a system singular
+FLAT = 1e-6  # curvature below which float32 knows no length of a step: the difference of twins
 
 
 def learn(W: Tensor, H: Tensor, A: Tensor, n: int, sweeps: int) -> Tensor:
@@ -74,7 +75,9 @@ def fit(B: Tensor, G: Tensor, mask: Tensor, Z: Tensor, steps: int) -> Tensor:
     step, power = left, left.square().sum(1, keepdim=True)
     for _ in range(steps):
         applied = (step @ G) * mask
-        length = power / (step * applied).sum(1, keepdim=True).clamp(min=tiny)
+        curvature = (step * applied).sum(1, keepdim=True)
+        is_known = curvature > FLAT * step.square().sum(1, keepdim=True)
+        length = torch.where(is_known, power / curvature.clamp(min=tiny), 0.0)
         Z, left = Z + length * step, left - length * applied
         before, power = power, left.square().sum(1, keepdim=True)
         step = left + power / before.clamp(min=tiny) * step
