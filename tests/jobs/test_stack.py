@@ -163,6 +163,27 @@ def test_only_the_prefix_of_a_model_on_the_hub_is_downloaded(
     assert hub.sent["model.safetensors"] == header + data
 
 
+def test_a_model_on_the_hub_is_loaded_from_the_bytes_of_its_size(
+    hub: Any, folder: Path, tmp_path: Path
+) -> None:
+    push_folder(folder, "me/sizes")
+    size = middle(folder)
+    cut = hf_evopress.download("me/sizes", size=size)
+    model = load(cut)
+    whole = entries_of(folder / "model.safetensors")
+    data = sum(e.n_bytes for e in entries_of(cut / "model.safetensors"))
+    assert hub.sent["model.safetensors"] == min(e.start for e in whole) + data
+    assert torch.equal(logits(model), logits(load(folder, size=n_bytes(model))))
+    hub.sent.clear()
+    assert hf_evopress.download("me/sizes", size=size) == cut
+    assert not hub.sent
+    with pytest.raises(ValueError, match="is a folder of this machine"):
+        hf_evopress.download(str(folder), size=size)
+    # why there is download(): transformers asks for the files before it asks the quantizer
+    assert n_bytes(load("me/sizes", size=size)) <= size
+    assert hub.sent["model.safetensors"] == (folder / "model.safetensors").stat().st_size
+
+
 def test_sizes_that_there_are_not_are_refused(folder: Path, tmp_path: Path) -> None:
     for call in (
         lambda: load(folder, size="1kB"),
