@@ -49,10 +49,9 @@ def main() -> None:
         print(f"{time.process_time():.0f} s", name, rows[name], flush=True)
 
     work = Path(words.work)
-    job = Job(recipe(words, out=str(work / "sizes"), levels=menu(words.blocks, 1)))
     folder = work / "sizes"
-    if not folder.exists():
-        stack(job.recipe)
+    job = Job(recipe(words, out=str(folder), levels=menu(words.blocks, 1)))
+    stack(job.recipe)
     store = build_levels(job)
     print("layers whose error falls with each block:", falling(store), flush=True)
     for size in words.sizes:
