@@ -39,6 +39,7 @@ from .base.after_import import after_import
 from .base.version import __version__
 
 if TYPE_CHECKING:
+    from .jobs.stack import download as download
     from .loading.blocks import resize as resize
     from .loading.config import EvoPressConfig as EvoPressConfig
     from .loading.kv_cache.cache import GearCache as GearCache
@@ -65,6 +66,7 @@ _PUBLIC = {  # name -> module that defines it
     "Plan": "plans.plan",
     "RankTruncation": "training.ordered_ranks",
     "StructuredPruning": "training.structured_masks",
+    "download": "jobs.stack",
     "make_quest": "training.quest",
     "resize": "loading.blocks",
 }

@@ -14,7 +14,7 @@ from typing import Any
 from ..base.devices import using
 from ..base.reading import reading
 from ..base.resources import atomic_write, format_size, parse_size
-from ..base.target import claimed, whole_folder, work_beside, writes_out
+from ..base.target import FILES, claimed, whole_folder, work_beside, writes_out
 from ..loading.blocks import block_bytes, n_fitting
 from ..loading.config import EvoPressConfig
 from ..methods.bitstack import MOST_BLOCKS
@@ -25,7 +25,7 @@ from ..plans.repo import FILE_NAME
 from ..recipes.recipe import Recipe
 from ..search.block_order import order_blocks
 from ..sharing.cards import write_card
-from ..sharing.checkpoint_source import open_source
+from ..sharing.checkpoint_source import LocalSource, open_source
 from ..store.block_layout import NAME, arrange, arranged, file_bytes
 from ..store.checksums import verify_files
 from ..store.level_store import LevelStore
@@ -121,6 +121,33 @@ def resize_checkpoint(
         for name in _others(checkpoint.sizes):
             shutil.copyfile(checkpoint.file(name), folder / name)
     return Path(out)
+
+
+def download(repo_id: str, *, size: str | int, revision: str | None = None) -> Path:
+    """Return a folder with the blocks of a model of many sizes on the Hub that fit into `size`.
+
+    Only their bytes are downloaded, once: the folder stays in the assets of Hugging Face's cache,
+    until the Hub, which is asked at each call, has another commit. `from_pretrained` of the name
+    itself downloads the file whole before it asks for a size.
+
+    >>> folder = hf_evopress.download("me/stack", size="80MB")          # doctest: +SKIP
+    >>> model = AutoModelForCausalLM.from_pretrained(folder)            # doctest: +SKIP
+    """
+    from huggingface_hub import cached_assets_path
+    from huggingface_hub.utils import WeakFileLock
+
+    source = open_source(repo_id, revision=revision)
+    if isinstance(source, LocalSource):
+        raise ValueError(
+            f"{repo_id} is a folder of this machine: from_pretrained reads no more of it than "
+            "EvoPressConfig(size=...) says"
+        )
+    name = f"{source.commit}-{parse_size(size)}"
+    folder = cached_assets_path("hf_evopress", repo_id, name)
+    with WeakFileLock(folder.with_name(f"{name}.lock")):  # other processes wait
+        if not (folder / FILES).is_file():
+            resize_checkpoint(repo_id, folder, size=size, revision=source.commit)
+    return folder
 
 
 def sizes_of(folder: Path) -> tuple[int, int]:

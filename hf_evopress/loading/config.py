@@ -56,7 +56,9 @@ class EvoPressConfig(QuantizationConfigMixin):
         runtimes.py says more. What save_pretrained writes is the same. Where none is given, the
         environment variable HF_EVOPRESS_RUNTIME names one, else it is "auto".
     size: of a model of many sizes (`hf-evopress stack`), how many bytes its tensors may take, such
-        as "80MB"; what is beyond that is not read. `hf_evopress.resize` changes it later.
+        as "80MB"; of a folder's file no other block is read. transformers downloads a model on the
+        Hub whole before this is looked at: `hf_evopress.download(name, size="80MB")` fetches no
+        other block, into a folder to load. `hf_evopress.resize` changes the size later.
 
     It is not frozen, because transformers sets loading attributes on it.
 

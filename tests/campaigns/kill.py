@@ -46,6 +46,7 @@ COMMANDS = {
     "export": "export given --format dense --out out",
     "merge": "merge given adapter --exact --out out",
     "push": "push given me/small",
+    "stack": f"stack dense --blocks 3 --ends rtn:bits=6,group_size=32 {QUICK} --out out",
 }
 
 

@@ -33,6 +33,11 @@ def test_five_killed_commands_end_in_the_same_bytes() -> None:
 
 
 @pytest.mark.slow
+def test_a_stack_that_is_killed_ends_in_the_same_bytes() -> None:
+    assert run("kill", "--kills", "3", "--command", "stack")[::2] == [3, 0]
+
+
+@pytest.mark.slow
 def test_300_changed_files_are_read_right_or_refused_in_a_sentence() -> None:
     assert run("mutate", "--inputs", "300") == [300, 0]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import hf_evopress
 from hf_evopress import EvoPressConfig, Plan
 from hf_evopress.jobs.stack import menu, resize_checkpoint, sizes_of, stack
+from hf_evopress.loading.blocks import block_bytes
 from hf_evopress.models.size import stored_bytes
 from hf_evopress.plans.block_order import order_of
 from hf_evopress.recipes.recipe import Recipe
@@ -25,10 +29,14 @@ TOKENS = torch.arange(40).view(2, 20)
 
 @pytest.fixture(scope="module")
 def folder(home: Path) -> Path:
+    return stack(recipe(home, "sizes"))[0]
+
+
+def recipe(home: Path, out: str) -> Recipe:
     values = {
         "model": str(home / "dense"),
-        "out": str(home / "sizes"),
-        "work": str(home / "sizes.work"),
+        "out": str(home / out),
+        "work": str(home / f"{out}.work"),
         "budget": {"bits": 32.0},
         "levels": menu(4, 1),
         "ends": "rtn:bits=6,group_size=32",
@@ -42,7 +50,37 @@ def folder(home: Path) -> Path:
         },
         "search": {"sensitivity_tokens": 512},
     }
-    return stack(Recipe.from_dict(values))[0]
+    return Recipe.from_dict(values)
+
+
+class Killed(BaseException):
+    """The process was killed here."""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    home: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(kind: str, done: int, total: int) -> None:
+        if (kind, done) == ("levels", 9):
+            raise Killed
+
+    def kill_in(*args: Any) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        stack(recipe(home, "killed"), progress=kill)
+    units = sorted((home / "killed.work" / "store").glob("*.safetensors"))
+    made = {path: path.stat().st_mtime_ns for path in units}
+    assert made
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("hf_evopress.jobs.stack.arrange", kill_in)  # the model is written by then
+        stack(recipe(home, "killed"))
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+    again = stack(recipe(home, "killed"))[0]
+    names = {path.name for path in folder.iterdir()}
+    assert {path.name for path in again.iterdir()} == names
+    for name in names - {"evopress_recipe.yaml", "README.md"}:  # which name the folders
+        assert (again / name).read_bytes() == (folder / name).read_bytes(), name
 
 
 def load(folder: Path | str, **options: Any) -> Any:
@@ -130,6 +168,61 @@ def test_a_model_that_was_loaded_small_grows(folder: Path) -> None:
     assert torch.equal(logits(model), logits(whole))
 
 
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deep", "pickle"],
+)
+def test_a_copy_is_resized_alone(folder: Path, copied: Callable[[Any], Any]) -> None:
+    model, whole = load(folder, size=middle(folder)), load(folder)
+    before, other = logits(model), copied(model)
+    hf_evopress.resize(other, n_bytes(whole))
+    assert torch.equal(logits(other), logits(whole))
+    assert torch.equal(logits(model), before)
+    assert (
+        model.hf_quantizer.quantization_config.plan != other.hf_quantizer.quantization_config.plan
+    )
+
+
+def test_one_block_more_reads_the_bytes_of_that_block(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan.from_pretrained(folder)
+    model = load(folder, size=middle(folder))
+    had, size = set(model.state_dict()), n_bytes(model)
+    order = order_of(plan)
+    n = len(order_of(model.hf_quantizer.quantization_config.plan))
+    read: list[str] = []
+
+    class Counting:
+        """A safetensors file of which every way to tensors is counted, or not there."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.file = safe_open(*args, **kwargs)
+
+        def __enter__(self) -> Counting:
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.file.__exit__(*error)
+
+        def keys(self) -> list[str]:
+            return self.file.keys()
+
+        def get_tensor(self, key: str) -> torch.Tensor:
+            read.append(key)
+            return self.file.get_tensor(key)
+
+    monkeypatch.setattr("safetensors.safe_open", Counting)
+    hf_evopress.resize(model, size + block_bytes(plan, order[n]))
+    assert order_of(model.hf_quantizer.quantization_config.plan) == order[: n + 1]
+    assert sorted(read) == sorted(set(model.state_dict()) - had)
+    there = {e.name: e for e in entries_of(folder / "model.safetensors")}
+    assert sum(there[key].n_bytes for key in read) == block_bytes(plan, order[n])
+    assert {key.rpartition(".")[0] for key in read} == {order[n]}
+
+
 def test_what_a_smaller_model_saves_is_a_model_of_its_size(folder: Path, tmp_path: Path) -> None:
     model = load(folder, size=middle(folder))
     model.save_pretrained(tmp_path / "small")
@@ -161,6 +254,27 @@ def test_only_the_prefix_of_a_model_on_the_hub_is_downloaded(
     header = min(e.start for e in whole)
     data = sum(e.n_bytes for e in entries_of(out / "model.safetensors"))
     assert hub.sent["model.safetensors"] == header + data
+
+
+def test_a_model_on_the_hub_is_loaded_from_the_bytes_of_its_size(
+    hub: Any, folder: Path, tmp_path: Path
+) -> None:
+    push_folder(folder, "me/sizes")
+    size = middle(folder)
+    cut = hf_evopress.download("me/sizes", size=size)
+    model = load(cut)
+    whole = entries_of(folder / "model.safetensors")
+    data = sum(e.n_bytes for e in entries_of(cut / "model.safetensors"))
+    assert hub.sent["model.safetensors"] == min(e.start for e in whole) + data
+    assert torch.equal(logits(model), logits(load(folder, size=n_bytes(model))))
+    hub.sent.clear()
+    assert hf_evopress.download("me/sizes", size=size) == cut
+    assert not hub.sent
+    with pytest.raises(ValueError, match="is a folder of this machine"):
+        hf_evopress.download(str(folder), size=size)
+    # why there is download(): transformers asks for the files before it asks the quantizer
+    assert n_bytes(load("me/sizes", size=size)) <= size
+    assert hub.sent["model.safetensors"] == (folder / "model.safetensors").stat().st_size
 
 
 def test_sizes_that_there_are_not_are_refused(folder: Path, tmp_path: Path) -> None:
