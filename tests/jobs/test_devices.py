@@ -132,6 +132,7 @@ SLOW = ["model.layers.[02].*", "*.[kvo]_proj", "*.gate_proj", "*.up_proj"]
         "dict:bits=4",
         "bitstack:blocks=3",
         "mpo:bits=4",
+        "folded:share=0.5",
     ],
 )
 @pytest.mark.parametrize("offload", ["none", "cpu"])

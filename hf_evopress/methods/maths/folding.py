@@ -108,8 +108,9 @@ def _offsets(n: int, m: int, seed: int) -> list[int]:
 @lru_cache(maxsize=16)
 def _signs(n: int, seed: int, device: torch.device) -> Tensor:
     """Return the signs of n indices, (n,) int8: a byte per weight, once for all layers of n."""
-    made = torch.empty(n, dtype=torch.int8)
+    cpu = torch.device("cpu")  # whatever device tensors are made on by default
+    made = torch.empty(n, dtype=torch.int8, device=cpu)
     for start in range(0, n, _PIECE):
         size = min(_PIECE, n - start)
-        made[start : start + size] = signs(size, seed, start=start).to(torch.int8)
+        made[start : start + size] = signs(size, seed, start=start, device=cpu).to(torch.int8)
     return made.to(device)
