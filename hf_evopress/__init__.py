@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .training.ordered_ranks import RankTruncation as RankTruncation
     from .training.pv_tuning import PVTuning as PVTuning
     from .training.quest import make_quest as make_quest
+    from .training.random_fold import make_folded as make_folded
     from .training.structured_masks import StructuredPruning as StructuredPruning
 
 _PUBLIC = {  # name -> module that defines it
@@ -67,6 +68,7 @@ _PUBLIC = {  # name -> module that defines it
     "RankTruncation": "training.ordered_ranks",
     "StructuredPruning": "training.structured_masks",
     "download": "jobs.stack",
+    "make_folded": "training.random_fold",
     "make_quest": "training.quest",
     "resize": "loading.blocks",
 }

@@ -26,7 +26,7 @@ from .repo import (
 
 logger = logging.getLogger(__name__)
 
-_WITHOUT_DATA = frozenset({"dense", "drop", "zero", "rtn", "hadamard", "magnitude"})
+_WITHOUT_DATA = frozenset({"dense", "drop", "zero", "rtn", "hadamard", "magnitude", "folded"})
 
 
 class PlanLike(Protocol):

@@ -18,16 +18,16 @@ from ..loading.layers import CompressedLinear, compressed_linears
 from ..methods import compose
 
 KINDS = ("scales", "factors", "norms", "biases")
-_FACTORS = ("A", "B", "P", "Q")  # lowrank, mpo
+_FACTORS = ("A", "B", "P", "Q", "psi")  # lowrank, mpo, folded
 _OF_DICT = ("atoms", "values")  # sparse levels have values too, which are no factors
 
 
 def make_tunable(model: nn.Module, kinds: Sequence[str] = ("scales", "norms")) -> list[str]:
     """Return the names of the parameters that are trained from now on, all others are frozen.
 
-    kinds: any of scales (of codes), factors (of low-rank and Kronecker terms, atoms and values of
-    dictionaries, where they are floats), norms, biases. Call `settle` before the model is saved
-    for use.
+    kinds: any of scales (of codes), factors (of low-rank and Kronecker terms, shared values, atoms
+    and values of dictionaries, where they are floats), norms, biases. Call `settle` before the
+    model is saved for use.
     """
     for kind in kinds:
         if kind not in KINDS:

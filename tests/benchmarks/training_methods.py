@@ -19,6 +19,9 @@ levels: every layer at one level, calibrated on the same sequences, not trained 
 bytes of the others are worth elsewhere.
 heal: tensor networks of shares of the parameters (--shares), their factors and the norms trained
 (CompactifAI), against whitened SVDs of as many bytes, trained alike.
+fold: MLPs of half the values at random places (STABLE-RPS), of the dense ones or random, against
+MLPs of half the channels, random or those of the largest output; all weights trained, at --rate
+and at --random-rate, since random ones want larger steps.
 """
 
 from __future__ import annotations
@@ -50,6 +53,8 @@ from hf_evopress.plans.plan import Plan
 from hf_evopress.refine.distillation import Targets, precompute_targets
 from hf_evopress.scoring.evaluate import compare_many
 from hf_evopress.training.trainer import DistillationTrainer
+
+ATTENTION = "*self_attn*"
 
 
 class Bench:
@@ -356,6 +361,56 @@ def heal(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def fold(bench: Bench) -> dict[str, Any]:
+    from hf_evopress.training.random_fold import make_folded, to_folded
+
+    def folded(model: Any) -> Any:
+        make_folded(model, share=0.5, skip=[ATTENTION])
+        return model
+
+    words = bench.words
+    starts: dict[str, Callable[[Any], Any]] = {
+        "folded": folded,
+        "folded, random values": lambda model: folded(random_mlps(model)),
+        "small dense, random": lambda model: random_mlps(small_mlps(bench, model)),
+        "small dense, largest outputs": partial(small_mlps, bench),
+    }
+    arms = {f"{n}, {r}": (m, r) for n, m in starts.items() for r in (words.rate, words.random_rate)}
+    found: dict[str, Any] = {}
+    for name in words.arms or arms:
+        make, rate = arms[name]
+        torch.manual_seed(0)
+        model = make(bench.model(trained=True))
+        before, n_trained = bench.kl(model), sum(p.numel() for p in model.parameters())
+        bench.train(model, rate=rate)
+        if "folded" in name:
+            to_folded(model)
+        found[name] = {"before": before, "trained": bench.kl(model), "numbers": n_trained}
+        print(name, found[name], flush=True)
+    return found
+
+
+def random_mlps(model: Any) -> Any:
+    """Return `model` with MLPs as its config starts them."""
+    for block in model.model.layers:
+        for linear in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj):
+            torch.nn.init.normal_(linear.weight, std=model.config.initializer_range)
+    return model
+
+
+@torch.no_grad()
+def small_mlps(bench: Bench, model: Any) -> Any:
+    """Return `model` with those half of each MLP's channels that add most to a block's output."""
+    for block, sizes in zip(model.model.layers, channel_sizes(bench), strict=True):
+        mlp, some = block.mlp, sizes.topk(len(sizes) // 2).indices.sort().values
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight = torch.nn.Parameter(linear.weight[some].clone())
+            linear.out_features = len(some)
+        mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, some].clone())
+        mlp.down_proj.in_features = len(some)
+    return model
+
+
 def low_rank(unit: Any, share: float) -> str:
     """Return the low-rank level of a share of the weight's parameters."""
     return f"lowrank:rank={round(share * unit.n_weights / sum(unit.shape))}"
@@ -369,6 +424,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "structured": structured,
     "levels": levels,
     "heal": heal,
+    "fold": fold,
 }
 
 
@@ -395,7 +451,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", default=list(PARTS)[:5], choices=list(PARTS))
     parser.add_argument("--level", action="extend", nargs="+", default=[], help="of levels")
-    parser.add_argument("--arms", nargs="+", help="of prune and pv; default: all")
+    parser.add_argument("--arms", nargs="+", help="of prune, pv and fold; default: all")
     parser.add_argument("--start", default="gptq:bits=2,group_size=64", help="level, of pv")
     parser.add_argument("--latent-rate", type=float, default=1e-3, help="of pv, straight-through")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5], help="of heal")
@@ -405,6 +461,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--calibration", type=int, help="of the sequences; default: all")
     parser.add_argument("--rate", type=float, default=5e-5, help="of dense weights")
+    parser.add_argument("--random-rate", type=float, default=5e-4, help="of fold")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=6)
     return parser.parse_args()

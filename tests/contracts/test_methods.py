@@ -26,7 +26,7 @@ COMPOSITIONS = [
     "bitstack:blocks=2 + dict:bits=3",
 ]
 EVERY = LEVELS + COMPOSITIONS
-FACTORED = ("dict", "lowrank", "mpo")  # what is kept are entries of factors
+FACTORED = ("dict", "folded", "lowrank", "mpo")  # what is kept are entries, not weights
 CASES = [(level, shape) for level in EVERY for shape in SHAPES]
 
 

@@ -133,6 +133,7 @@ SLOW = ["model.layers.[02].*", "*.[kvo]_proj", "*.gate_proj", "*.up_proj"]
         "bitstack:blocks=3",
         "mpo:bits=4",
         "hadamard:bits=3",
+        "folded:share=0.5",
     ],
 )
 @pytest.mark.parametrize("offload", ["none", "cpu"])

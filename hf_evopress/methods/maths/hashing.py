@@ -23,11 +23,16 @@ def hash32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def signs(n: int, seed: int, *, device: torch.device | None = None) -> Tensor:
+def hashes(index: Tensor, seed: int) -> Tensor:
+    """Return hash32(index + 0x9E3779B9 * (seed + 1)), integers below 2^32 as int64."""
+    return hash32(index + (_GOLDEN * (seed + 1) & _MASK))
+
+
+def signs(n: int, seed: int, *, start: int = 0, device: torch.device | None = None) -> Tensor:
     """Return n signs, +1 or -1 float32: that of index i is the top bit of
-    hash32(i + 0x9E3779B9 * (seed + 1))."""
-    index = torch.arange(n, dtype=torch.int64, device=device)
-    return 1.0 - 2.0 * (hash32(index + _GOLDEN * (seed + 1)) >> 31).float()
+    hash32(i + 0x9E3779B9 * (seed + 1)), i from `start` on."""
+    index = torch.arange(start, start + n, dtype=torch.int64, device=device)
+    return 1.0 - 2.0 * (hashes(index, seed) >> 31).float()
 
 
 def permutation(n: int) -> Tensor:
