@@ -35,7 +35,8 @@ def main() -> None:
     tokens = tokenize_file(words.test, job.tokenizer)
 
     def measured(plan: Plan) -> Report:
-        functions = {"": lambda ids: job.evaluator(store).logits(dict(plan.levels), ids)}
+        evaluator = job.evaluator(store)
+        functions = {"": lambda ids: evaluator.logits(dict(plan.levels), ids)}
         on = {"window": words.window, "max_windows": words.windows}
         return compare_many(functions, job.model, tokens, **on)[""]
 
