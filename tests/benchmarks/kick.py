@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from quality import share
 
@@ -55,24 +54,22 @@ def main() -> None:
         if high - low < 1e-3:
             raise SystemExit(f"no plan of these codes comes within {words.within:.0%}")
         low, high = (bits, high) if ratio > 1 else (low, bits)
-    rows: list[tuple[str, dict[str, Any]]] = []
+    print("| model | stored bits | perplexity | KL (nats) | same top-1 |\n|---|---|---|---|---|")
+    for name, report in reports.items():
+        stored = {"sparse": sparse, "coded": coded}[name].budget["bits_per_weight"]
+        print(
+            f"| {name} | {stored:.2f} | {report.perplexity:.2f} | {report.kl_nats:.3f} ± "
+            f"{report.kl_standard_error or 0:.3f} | {report.top1_agreement:.1%} |",
+            flush=True,
+        )
     for name, plan in (("sparse", sparse), ("coded", coded)):
         folder = Path(words.work) / name
         EvoPressExport().save(job.load_model(), plan, store.state, folder, tokenizer=job.tokenizer)
         probes = evaluate_model(
             str(folder), against=words.model, questions=kick_questions([], limit=words.limit)
         )["kick"]
-        rows.append((name, probes))
-    print("| model | stored bits | perplexity | KL (nats) | same top-1 |\n|---|---|---|---|---|")
-    for name, report in reports.items():
-        stored = {"sparse": sparse, "coded": coded}[name].budget["bits_per_weight"]
-        print(
-            f"| {name} | {stored:.2f} | {report.perplexity:.2f} | {report.kl_nats:.3f} ± "
-            f"{report.kl_standard_error or 0:.3f} | {report.top1_agreement:.1%} |"
-        )
-    for name, probes in rows:
         for probe, figures in probes.items():
-            print(name, probe, figures)
+            print(name, probe, figures, flush=True)
 
 
 def job_of(words: argparse.Namespace, bits: float, levels: list[str] | None = None) -> Job:
