@@ -149,9 +149,10 @@ def whole_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             yield temporary
             os.chmod(temporary, 0o755)
+            usual = 0o666 & ~umask()
             for path in temporary.rglob("*"):
                 if path.is_file():  # safetensors from 0.8 on lets only the owner read
-                    os.chmod(path, path.stat().st_mode | (0o666 & ~umask()))
+                    os.chmod(path, path.stat().st_mode | usual)
             put(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

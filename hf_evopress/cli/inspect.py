@@ -16,13 +16,11 @@ from .console import console, table
 
 # What is neither a plug-in nor a name to import, and the module that describes it.
 _BESIDE = {
-    "beside levels": {
-        "GearCache": "loading.kv_cache",
-        "kick": "scoring.kick",
-        "share": "jobs.shared_levels",
-        "stack": "jobs.stack",
-        "tune": "training.tune",
-    }
+    "GearCache": "loading.kv_cache",
+    "kick": "scoring.kick",
+    "share": "jobs.shared_levels",
+    "stack": "jobs.stack",
+    "tune": "training.tune",
 }
 
 
@@ -158,7 +156,8 @@ def list_plugins(
         title: {n: plugins.describe(group, n) for n in plugins.names(group)}
         for group, title in groups.items()
     }
-    for title, modules in {**_BESIDE, "training, from Python": _training()}.items():
+    others = {"beside levels": _BESIDE, "training, from Python": _training()}
+    for title, modules in others.items():
         listed[title] = {n: plugins.describe_module(module) for n, module in modules.items()}
     if name is not None:
         known = {n: text for texts in reversed(listed.values()) for n, text in texts.items()}

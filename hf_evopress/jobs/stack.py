@@ -136,13 +136,14 @@ def download(repo_id: str, *, size: str | int, revision: str | None = None) -> P
     from huggingface_hub import cached_assets_path
     from huggingface_hub.utils import WeakFileLock
 
+    n_bytes = parse_size(size)
     source = open_source(repo_id, revision=revision)
     if isinstance(source, LocalSource):
         raise ValueError(
             f"{repo_id} is a folder of this machine: from_pretrained reads no more of it than "
             "EvoPressConfig(size=...) says"
         )
-    name = f"{source.commit}-{parse_size(size)}"
+    name = f"{source.commit}-{n_bytes}"
     folder = cached_assets_path("hf_evopress", repo_id, name)
     with WeakFileLock(folder.with_name(f"{name}.lock")):  # other processes wait
         if not (folder / FILES).is_file():

@@ -18,14 +18,14 @@ v is the mean square of a step's gradient, as in Adam, which stands for the curv
 change by s promises, v s^2 / 2 what it costs. |.|_x weighs each column with its mean squared
 inputs, so it is what the layer's outputs change by. The paper takes the largest |u|, u Adam's
 direction, at each step, and measures |dW|: with few tokens in a step those are weights whose
-gradient is noise, and in columns of large inputs a thousand of them can double the loss. No buffer
-of unrounded weights is kept (`delta_decay=1`). dL/dW is taken at the layer's output and needs as
+gradient is noise, and in columns of large inputs a few of them do much harm. No buffer of
+unrounded weights is kept (`delta_decay=1`). dL/dW is taken at the layer's output and needs as
 much memory as float32 weights, its sum and v twice as much again.
 
-Of `trellis` levels the codes are walks through tiles of 256 rotated weights. There u is the mean
-summed gradient in the rotated basis, and max_change a share of the
-tiles: those with the longest u are coded again, towards Y - eta u (`walk_steps.py`). |.|_x is |.|
-there, rotated inputs being much alike.
+Of `trellis` levels the codes are walks through tiles of 256 rotated weights. There u is the summed
+gradient in the rotated basis, and max_change a share of the tiles: those with the longest u are
+coded again, towards Y - eta u (`walk_steps.py`). |.|_x is |.| there, rotated inputs being much
+alike.
 
 Codes that are kept are those of the last step; `load_best_model_at_end` of Trainer, with an
 evaluation set, keeps those of the best held-out loss instead. Layers whose first term is `rtn`,
@@ -124,14 +124,14 @@ class PVTuning(torch.optim.AdamW):
     def _change(
         self, layer: CompressedLinear, u: Tensor, seen: dict[str, Any], pace: float
     ) -> None:
-        """Change the codes of the largest |u| by one, as far as `max_change` and `trust` allow."""
+        """Change the codes of the largest |u| / s by one, within `max_change` and `trust`."""
         _, params, state, _ = next(compose.terms(layer.level, layer.state))
         shape = layer.shape
         grouped = (shape[0], n_groups(shape, params["group_size"]), -1)
         scale, zero = unpack_grid(state, shape, **params)
         q = unpack(state["codes"], params["bits"], shape[1]).to(torch.int16)
         s = scale.expand((*grouped[:2], shape[1] // grouped[1])).reshape(shape)
-        move = -u.sign().to(torch.int16)
+        move = -(u * s).sign().to(torch.int16)  # a scale may have been trained across 0
         able = (q + move >= 0) & (q + move < 2 ** params["bits"]) & (move != 0)
         most = int(self.max_change * pace * q.numel())
         worth = torch.where(able, (u / s).abs(), 0.0).flatten()

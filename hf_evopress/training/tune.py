@@ -120,6 +120,11 @@ class Tuning:
                 "max_change is in (0, 1] and trust above 0; got "
                 f"max_change={self.max_change}, trust={self.trust}"
             )
+        if CODES in (self.kinds or ()) and self.every >= self.steps:
+            raise ValueError(
+                f"codes change every {self.every} steps, and the run has {self.steps}: give more "
+                "steps, or a smaller --every"
+            )
         for word in self.kinds or ():
             known = [*ADAPTERS, CODES, *KINDS]
             if word not in known[len(ADAPTERS) :]:

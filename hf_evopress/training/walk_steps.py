@@ -88,12 +88,6 @@ def move_walks(
     return moved.view(rows, columns), int((change[best] != 0).sum())
 
 
-def spread_tiles(moved: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return which weights (out, in) lie in tiles (rows, columns) that moved."""
-    wide = moved.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
-    return wide[: shape[0], : shape[1]]
-
-
 def _tiles(u: Tensor, rows: int, columns: int) -> Tensor:
     """Return u (out, in), padded with zeros, as its tiles (rows * columns, 256)."""
     u = torch.nn.functional.pad(u, (0, columns * TILE - u.shape[1], 0, rows * TILE - u.shape[0]))

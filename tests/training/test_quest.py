@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from hf_evopress import make_quest
 from hf_evopress.loading.quantizer import attach
@@ -19,35 +19,10 @@ from hf_evopress.methods import compose
 from hf_evopress.methods.maths.quest import RotatedRows, Trusted, step_of_rows
 from hf_evopress.models.units import find_units
 from hf_evopress.plans.plan import Plan
-from hf_evopress.refine.distillation import Sequences
 from hf_evopress.scoring.evaluate import compare_many
 from hf_evopress.training.quest import QuESTLinear, to_rotated
-from hf_evopress.training.trainer import DistillationTrainer
 
-
-def train(
-    model: Any, dense: Any, tokens: Tensor, out: Path, resume: str | None = None, **changes: Any
-) -> list[float]:
-    settings: dict[str, Any] = {
-        "max_steps": 40,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "report_to": "none",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    args = TrainingArguments(output_dir=str(out), **{**settings, **changes})
-    data = Sequences(tokens)
-    trainer = DistillationTrainer(model, args, train_dataset=data, teacher=dense)
-    trainer.train(resume_from_checkpoint=resume)
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-
-def student(dense: Any) -> Any:
-    return copy.deepcopy(dense).requires_grad_(True)
+from .short_runs import student, train
 
 
 @pytest.fixture(scope="module")

@@ -9,47 +9,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_evopress import make_folded
 from hf_evopress.methods import compose
 from hf_evopress.methods.maths.folding import unfold, uses
 from hf_evopress.models.units import find_units
-from hf_evopress.refine.distillation import Sequences
 from hf_evopress.scoring.evaluate import compare_many
 from hf_evopress.training.random_fold import FoldedLinear, to_folded
-from hf_evopress.training.trainer import DistillationTrainer
 from hf_evopress.training.tunable import make_tunable, settle
 
 from .. import second_device  # noqa: F401  registers the device, before any gradient is taken
+from .short_runs import student, train
 
 ATTENTION = "*self_attn*"
-
-
-def train(
-    model: Any, dense: Any, tokens: Tensor, out: Path, resume: str | None = None, **changes: Any
-) -> list[float]:
-    settings: dict[str, Any] = {
-        "max_steps": 40,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 2e-3,
-        "report_to": "none",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    args = TrainingArguments(output_dir=str(out), **{**settings, **changes})
-    data = Sequences(tokens)
-    trainer = DistillationTrainer(model, args, train_dataset=data, teacher=dense)
-    trainer.train(resume_from_checkpoint=resume)
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-
-def student(dense: Any) -> Any:
-    return copy.deepcopy(dense).requires_grad_(True)
 
 
 @torch.no_grad()
@@ -79,7 +53,7 @@ def test_a_model_in_half_the_values_stores_half_and_is_loaded_as_it_was_saved(
 ) -> None:
     model = student(trained_llama)
     names = make_folded(model, share=0.3, scale=0.7, seed=5)
-    losses = train(model, trained_llama, tokens, tmp_path, max_steps=12)
+    losses = train(model, trained_llama, tokens, tmp_path, max_steps=12, learning_rate=2e-3)
     assert sum(losses[-3:]) < sum(losses[:3])
     trained = logits(model, tokens[:2])
     psi = {n: (m.psi.detach() * m.scale).half() for n, m in folded_layers(model).items()}
@@ -148,7 +122,7 @@ def test_a_resumed_run_equals_a_straight_one(
         make_folded(model, share=0.5)
         saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
         out = tmp_path / ("stopped" if resume else "straight")
-        train(model, trained_llama, tokens, out, resume, **saving)
+        train(model, trained_llama, tokens, out, resume, learning_rate=2e-3, **saving)
         models.append(model.state_dict())
     assert any(name.endswith("psi") for name in models[0])
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())

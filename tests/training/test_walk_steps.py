@@ -188,6 +188,10 @@ def test_levels_without_a_p_step_are_refused_by_name_before_any_text_is_read(
         tune(str(folder / "small"), tmp_path / "out", Tuning(**QUICK), data=["missing.txt"])
     with pytest.raises(ValueError, match="got max_change=0.01, trust=0"):
         Tuning(train="codes", trust=0)
+    with pytest.raises(
+        ValueError, match="codes change every 8 steps, and the run has 5: .*--every"
+    ):
+        Tuning(train="codes", steps=5)
     with pytest.raises(ValueError, match="cannot train 'code'.*did you mean 'codes'"):
         Tuning(train="code")
     settings = json.loads((there / "small/config.json").read_text())["quantization_config"]
