@@ -163,7 +163,7 @@ def tune(
     Stopped runs go on from their last checkpoint, in OUT.work.
     """
     words = dict(locals())
-    from ..training.tune import Tuning
+    from ..training.settings import Tuning
     from ..training.tune import tune as run
 
     settings = Tuning(**{k: words[k] for k in Tuning.__dataclass_fields__ if k in words})

@@ -12,7 +12,8 @@ from ..base.resources import parse_size
 from ..base.target import check_target
 from ..calibration.text import OWN
 from ..recipes.recipe import Recipe
-from ..training.tune import Tuning, tune
+from ..training.settings import Tuning
+from ..training.tune import tune
 
 
 def check_follow_up(recipe: Recipe, *, overwrite: bool = False) -> None:

@@ -33,7 +33,8 @@ from ..refine.distillation import Targets, precompute_targets
 from ..refine.levels import refine_levels
 from ..scoring.evaluator import Evaluator
 from ..store.level_store import LevelStore
-from ..training.tune import Tuned, Tuning, trained
+from ..training.settings import Tuning
+from ..training.tune import Tuned, trained
 from .job import Job
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,8 @@ from hf_evopress.adapters.folder import WEIGHTS
 from hf_evopress.adapters.foreign import check_package, check_readable, dense_weight
 from hf_evopress.adapters.repair import adapt, load
 from hf_evopress.models.units import find_units
-from hf_evopress.training.tune import Tuning, tune
+from hf_evopress.training.settings import Tuning
+from hf_evopress.training.tune import tune
 
 from .. import foreign_formats
 from ..versions import needs_version

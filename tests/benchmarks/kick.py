@@ -3,14 +3,16 @@
     python tests/benchmarks/kick.py MODEL --data calibration.txt --test wiki.test.raw --work w
 
 LLM-KICK's claim (Jaiswal et al. 2024, arXiv:2310.01382) put to the test: a sparse level for all
-layers, and the knapsack's plan of codes whose perplexity is within `--within` of its own, found by
-halving the range of stored bits. Then both by the probes of `evaluate --kick` on the built-in
-questions. Checkpoints are left in --work.
+layers, and a plan of codes whose perplexity is within `--within` of its own: the knapsack's of
+some budget, found by halving the range of stored bits, or, where perplexity jumps from one budget
+to the next, a plan on the way between two of the knapsack's, one layer at a time. Then both by the
+probes of `evaluate --kick` on the built-in questions. Checkpoints are left in --work.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from quality import share
@@ -42,18 +44,18 @@ def main() -> None:
     sparse = job.plan({unit: normalize(words.sparse) for unit in store.units})
     reports = {"sparse": measured(sparse)}
     wanted = reports["sparse"].perplexity
-    low, high = words.bits
-    while True:
-        bits = (low + high) / 2
-        coded = find_plan(share(job_of(words, bits, words.codes), job), store)
-        reports["coded"] = measured(coded)
-        ratio = reports["coded"].perplexity / wanted
-        print(f"{bits:.3f} bits: {ratio:.3f} of the perplexity of {words.sparse}", flush=True)
-        if abs(ratio - 1) <= words.within:
-            break
-        if high - low < 1e-3:
-            raise SystemExit(f"no plan of these codes comes within {words.within:.0%}")
-        low, high = (bits, high) if ratio > 1 else (low, bits)
+
+    def ratio(plan: Plan) -> float:
+        reports["coded"] = measured(plan)
+        found = reports["coded"].perplexity / wanted
+        bits = plan.budget["bits_per_weight"]
+        print(f"{bits:.4f} bits: {found:.3f} of the perplexity of {words.sparse}", flush=True)
+        return found
+
+    def of_bits(bits: float) -> Plan:
+        return find_plan(share(job_of(words, bits, words.codes), job), store)
+
+    coded = equal(of_bits, ratio, job, words)
     print("| model | stored bits | perplexity | KL (nats) | same top-1 |\n|---|---|---|---|---|")
     for name, report in reports.items():
         stored = {"sparse": sparse, "coded": coded}[name].budget["bits_per_weight"]
@@ -70,6 +72,38 @@ def main() -> None:
         )["kick"]
         for probe, figures in probes.items():
             print(name, probe, figures, flush=True)
+
+
+def equal(
+    of_bits: Callable[[float], Plan],
+    ratio: Callable[[Plan], float],
+    job: Job,
+    words: argparse.Namespace,
+) -> Plan:
+    """Return a plan of codes whose `ratio` is within `words.within` of 1, the last one measured."""
+    low, high = words.bits
+    ends: dict[bool, Plan] = {}  # the last plan that is worse (True) and better than wanted
+    while high - low > 5e-3:
+        bits = (low + high) / 2
+        plan = of_bits(bits)
+        found = ratio(plan)
+        if abs(found - 1) <= words.within:
+            return plan
+        ends[found > 1] = plan
+        low, high = (bits, high) if found > 1 else (low, bits)
+    if len(ends) < 2:
+        raise SystemExit(f"all plans tried are on one side of it: look beyond --bits {words.bits}")
+    bad, good = dict(ends[True].levels), dict(ends[False].levels)
+    differ = [unit for unit in good if good[unit] != bad[unit]]
+    few, many = 0, len(differ)
+    while many - few > 1:  # of the first `middle` units the good plan's level, else the bad one's
+        middle = (few + many) // 2
+        plan = job.plan(bad | {unit: good[unit] for unit in differ[:middle]})
+        found = ratio(plan)
+        if abs(found - 1) <= words.within:
+            return plan
+        few, many = (middle, many) if found > 1 else (few, middle)
+    raise SystemExit(f"no plan of these codes comes within {words.within:.0%}")
 
 
 def job_of(words: argparse.Namespace, bits: float, levels: list[str] | None = None) -> Job:

@@ -36,7 +36,8 @@ from hf_evopress.scoring.evaluate import compare_many
 from hf_evopress.search import knapsack
 from hf_evopress.search.space import SearchSpace
 from hf_evopress.store.level_store import LevelStore
-from hf_evopress.training.tune import Tuning, tune
+from hf_evopress.training.settings import Tuning
+from hf_evopress.training.tune import tune
 
 
 def main() -> None:

@@ -33,7 +33,8 @@ from hf_evopress.models.source import sees_ahead
 from hf_evopress.models.units import find_blocks
 from hf_evopress.plans.plan import Plan
 from hf_evopress.recipes.recipe import Recipe
-from hf_evopress.training.tune import Tuning, tune
+from hf_evopress.training.settings import Tuning
+from hf_evopress.training.tune import tune
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.arange(2, 34).view(2, 16)

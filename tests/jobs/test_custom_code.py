@@ -18,7 +18,8 @@ from hf_evopress.jobs.evaluate import evaluate_model
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.pipeline import compress
 from hf_evopress.recipes.recipe import Recipe
-from hf_evopress.training.tune import Tuning, tune
+from hf_evopress.training.settings import Tuning
+from hf_evopress.training.tune import tune
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

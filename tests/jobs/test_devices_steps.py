@@ -28,7 +28,8 @@ from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.refine.block_tuning import Tuning as BlockTuning
 from hf_evopress.refine.blockwise import Settings
 from hf_evopress.scoring.kick.questions import KickSet, Question
-from hf_evopress.training.tune import Tuning, tune
+from hf_evopress.training.settings import Tuning
+from hf_evopress.training.tune import tune
 
 from .. import second_device
 

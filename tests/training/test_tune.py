@@ -19,7 +19,8 @@ from hf_evopress.loading.layers import compressed_linears
 from hf_evopress.methods import compose
 from hf_evopress.plans.plan import Plan
 from hf_evopress.refine.distillation import Targets
-from hf_evopress.training.tune import Tuning, tune
+from hf_evopress.training.settings import Tuning
+from hf_evopress.training.tune import tune
 
 
 @pytest.fixture(scope="module")
