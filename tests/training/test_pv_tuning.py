@@ -15,9 +15,9 @@ from hf_evopress import PVTuning
 from hf_evopress.loading.layers import compressed_linears
 from hf_evopress.methods import compose
 from hf_evopress.refine.distillation import Sequences
+from hf_evopress.training.settings import Tuning
 from hf_evopress.training.trainer import DistillationTrainer
 from hf_evopress.training.tunable import make_tunable, settle
-from hf_evopress.training.settings import Tuning
 from hf_evopress.training.tune import tune
 
 LEVEL = "rtn:bits=2,group_size=32"

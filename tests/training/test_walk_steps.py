@@ -18,8 +18,8 @@ from hf_evopress.loading.layers import compressed_linears
 from hf_evopress.methods import compose
 from hf_evopress.refine.distillation import distillation_loss, teacher_targets
 from hf_evopress.training.checkpoints import train
-from hf_evopress.training.tunable import settle
 from hf_evopress.training.settings import Tuning
+from hf_evopress.training.tunable import settle
 from hf_evopress.training.tune import tune
 from hf_evopress.training.walk_steps import move_walks, rotated_gradient
 
