@@ -60,6 +60,7 @@ _HELDOUT = "held-out text"
 
 _TEXT = ("teacher", "sequences", "heldout", "written", "seq_len", "seed", "column")
 
+
 @dataclass(frozen=True)
 class Tuned:
     """The adapter or checkpoint that was written, the loss of each step, and what it changed.

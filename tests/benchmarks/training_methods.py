@@ -12,9 +12,13 @@ pv: codes and scales of 2-bit GPTQ (V-step and P-step) against scales alone, and
 are the rounding of a float weight (straight-through).
 ordered: ordered low-rank training, its checkpoint cut to three sizes, against a whitened SVD
 of each.
-quest: 3 bits trained by QuEST against GPTQ at the same bytes, with and without trained scales.
+truncate: low-rank factors cut by Trained Rank Pruning as they are trained, against a whitened SVD
+of the same ranks, trained as long and not trained.
+quest: --bits trained by QuEST against GPTQ at the same bytes, with and without trained scales; with
+--activation-bits inputs are rounded as well, in training and in a row of its own.
 structured: three quarters of each MLP's channels, learned by gates while LoRA is trained, against
 those of the largest output in the dense model with LoRA trained as long, and not trained at all.
+groups: the same of key-value groups, all but one of each block's.
 levels: every layer at one level, calibrated on the same sequences, not trained (--level): what the
 bytes of the others are worth elsewhere.
 heal: tensor networks of shares of the parameters (--shares), their factors and the norms trained
@@ -228,44 +232,76 @@ def ordered(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def truncate(bench: Bench) -> dict[str, Any]:
+    from hf_evopress.training.ordered_ranks import RankTruncation, cut_ranks
+    from hf_evopress.training.tunable import make_tunable, settle
+
+    words = bench.words
+
+    def trained(model: Any, *callbacks: Any) -> Any:
+        make_tunable(model, ["factors", "norms"])
+        bench.train(model, rate=words.rate, callbacks=list(callbacks))
+        settle(model)
+        return model
+
+    truncation = RankTruncation(every=words.steps // 4, error=words.error)
+    model = trained(packed(bench, partial(low_rank, share=0.8)), truncation)
+    cut_ranks(model, truncation.ranks)
+    svd = packed(bench, lambda unit: f"lowrank:rank={truncation.ranks[unit.name]}")
+    healed = trained(copy.deepcopy(svd))
+    names = ("truncated as it trains", "whitened SVD", "whitened SVD, trained")
+    found: dict[str, Any] = dict(zip(names, bench.kl(model, svd, healed), strict=True))
+    return found | {"bits": round(stored_bits(model), 3)}
+
+
 def quest(bench: Bench) -> dict[str, Any]:
     from hf_evopress.training.quest import make_quest, to_rotated
     from hf_evopress.training.tunable import make_tunable, settle
 
+    bits, inputs = bench.words.bits, bench.words.activation_bits
     model = bench.model(trained=True)
-    make_quest(model, bits=3)
-    bench.train(model, rate=bench.words.rate)
+    make_quest(model, bits=bits, activation_bits=inputs)
+    found: dict[str, Any] = {}
+    if inputs is not None:
+        found[f"inputs at {inputs} bits, before"] = bench.kl(model)
+    losses = bench.train(model, rate=bench.words.rate).state.log_history
+    if inputs is not None:
+        found[f"inputs at {inputs} bits, after"] = bench.kl(model)
+    found["losses"] = [round(row["loss"], 3) for row in losses if "loss" in row]
+    print(found, flush=True)
     to_rotated(model)
-    untrained = packed(bench, "hadamard:bits=3")
-    gptq = packed(bench, "gptq:bits=3,group_size=-1")
+    untrained = packed(bench, f"hadamard:bits={bits}")
+    gptq = packed(bench, f"gptq:bits={bits},group_size=-1")
     tuned = copy.deepcopy(gptq)
     make_tunable(tuned)
     bench.train(tuned, rate=1e-4)
     settle(tuned)
     names = ("QuEST", "hadamard, untrained", "GPTQ", "GPTQ, scales and norms trained")
-    return dict(zip(names, bench.kl(model, untrained, gptq, tuned), strict=True))
+    return found | dict(zip(names, bench.kl(model, untrained, gptq, tuned), strict=True))
 
 
-def structured(bench: Bench) -> dict[str, Any]:
+def structured(bench: Bench, kind: str = "channels") -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
 
     from hf_evopress.training.structured_masks import StructuredPruning, slice_model
 
     class Fixed(StructuredPruning):
-        """Keeps the channels of the largest scores from the first step."""
+        """Keeps what has the largest scores from the first step."""
 
         def install(self, model: Any) -> None:
             super().install(model)
-            self.gates["channels"].log_alpha.data.copy_(scores)
-            self.gates["channels"].harden()
+            (gates,) = self.gates.values()
+            gates.log_alpha.data.copy_(scores)
+            gates.harden()
 
-    scores = channel_sizes(bench)
+    scores = output_sizes(bench, kind)
     keep = scores.shape[1] * 3 // 4
+    target = {"kv_groups" if kind == "kv" else kind: keep}
     largest = torch.zeros_like(scores).scatter_(1, scores.topk(keep).indices, 1.0)
     arms: dict[str, tuple[StructuredPruning, int]] = {
-        "largest outputs, not trained": (Fixed(channels=keep, end=0), 0),
-        "largest outputs": (Fixed(channels=keep, end=0), bench.words.steps),
-        "learned": (StructuredPruning(channels=keep), bench.words.steps),
+        "largest outputs, not trained": (Fixed(**target, end=0), 0),
+        "largest outputs": (Fixed(**target, end=0), bench.words.steps),
+        "learned": (StructuredPruning(**target), bench.words.steps),
     }
     found: dict[str, Any] = {}
     for name, (pruning, steps) in arms.items():
@@ -276,7 +312,7 @@ def structured(bench: Bench) -> dict[str, Any]:
             bench.train(model, rate=5e-4, callbacks=[pruning])
         else:
             pruning.install(model)
-        kept = pruning.gates["channels"].mask
+        kept = pruning.gates[kind].mask
         assert kept is not None  # training has ended
         small = slice_model(model.merge_and_unload(), pruning)
         n_weights = sum(p.numel() for p in small.parameters())
@@ -287,10 +323,12 @@ def structured(bench: Bench) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def channel_sizes(bench: Bench) -> Tensor:
-    """Return (blocks, channels): the mean square of what each channel adds to a block's output."""
-    projections = [block.mlp.down_proj for block in bench.dense.model.layers]
-    sums = [torch.zeros(p.in_features) for p in projections]
+def output_sizes(bench: Bench, kind: str = "channels") -> Tensor:
+    """Return (blocks, n): the mean square of what each channel, or key-value group, adds to a
+    block's output."""
+    blocks = bench.dense.model.layers
+    linears = [b.mlp.down_proj if kind == "channels" else b.self_attn.o_proj for b in blocks]
+    sums = [torch.zeros(p.in_features) for p in linears]
 
     def adds_to(total: Tensor) -> Callable[..., None]:
         def note(module: Any, args: tuple[Tensor, ...]) -> None:
@@ -298,15 +336,15 @@ def channel_sizes(bench: Bench) -> Tensor:
 
         return note
 
-    hooks = [
-        p.register_forward_pre_hook(adds_to(s)) for p, s in zip(projections, sums, strict=True)
-    ]
+    hooks = [p.register_forward_pre_hook(adds_to(s)) for p, s in zip(linears, sums, strict=True)]
     for ids in bench.tokens[:8]:
         bench.dense(input_ids=ids[None], use_cache=False)
     for hook in hooks:
         hook.remove()
-    columns = [p.weight.square().sum(0) for p in projections]
-    return torch.stack([s * c for s, c in zip(sums, columns, strict=True)])
+    columns = [p.weight.square().sum(0) for p in linears]
+    sizes = torch.stack([s * c for s, c in zip(sums, columns, strict=True)])
+    n_groups = bench.dense.config.num_key_value_heads
+    return sizes if kind == "channels" else sizes.unflatten(1, (n_groups, -1)).sum(2)
 
 
 def packed(bench: Bench, level: str | Callable[[Any], str]) -> Any:
@@ -401,7 +439,7 @@ def random_mlps(model: Any) -> Any:
 @torch.no_grad()
 def small_mlps(bench: Bench, model: Any) -> Any:
     """Return `model` with those half of each MLP's channels that add most to a block's output."""
-    for block, sizes in zip(model.model.layers, channel_sizes(bench), strict=True):
+    for block, sizes in zip(model.model.layers, output_sizes(bench), strict=True):
         mlp, some = block.mlp, sizes.topk(len(sizes) // 2).indices.sort().values
         for linear in (mlp.gate_proj, mlp.up_proj):
             linear.weight = torch.nn.Parameter(linear.weight[some].clone())
@@ -422,6 +460,8 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "ordered": ordered,
     "quest": quest,
     "structured": structured,
+    "truncate": truncate,
+    "groups": partial(structured, kind="kv"),
     "levels": levels,
     "heal": heal,
     "fold": fold,
@@ -454,6 +494,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", help="of prune, pv and fold; default: all")
     parser.add_argument("--start", default="gptq:bits=2,group_size=64", help="level, of pv")
     parser.add_argument("--latent-rate", type=float, default=1e-3, help="of pv, straight-through")
+    parser.add_argument("--bits", type=int, default=3, help="of quest")
+    parser.add_argument("--activation-bits", type=int, help="of quest; default: not rounded")
+    parser.add_argument("--error", type=float, default=1e-2, help="of truncate, at each cut")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5], help="of heal")
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--batch", type=int, default=1)
