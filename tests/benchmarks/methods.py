@@ -14,6 +14,8 @@ text that is held out, the KL that they are expected to add, the KL from the den
 runtime auto, by turns with the dense layers.
 --joint: also the knapsack's choice among all levels per layer at these stored bits, by the KL that
 each is expected to add, how often it takes which level, and the KL of the plan.
+--share: also low rank at this share of each layer's parameters, and in how many layers a level's
+error on the text that is held out is smaller.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -52,7 +56,7 @@ class Made:
     def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}
         self.layers: list[nn.Linear] = []
-        self.errors: list[float] = []
+        self.errors: dict[str, float] = {}
         self.costs: dict[str, int] = {}
         self.losses: dict[str, float] = {}
         self.seconds = 0.0
@@ -68,15 +72,17 @@ class Made:
         return sum(self.losses.values())
 
 
-def make(level: Level, dense: Any, work: str, blocks: Sequence[int]) -> Made:
-    """Return the layers of some blocks at `level`, those that share an input made together."""
+def make(level_of: Callable[[Shape], Level], dense: Any, work: str, blocks: Sequence[int]) -> Made:
+    """Return the layers of some blocks at their levels, those of one level that share an input
+    made together."""
     made = Made()
     for number in blocks:
         stats, G = load_stats(work, number), load_moments(work, number)
-        inputs: dict[int, list[str]] = {}
+        inputs: dict[tuple[int, Level], list[str]] = {}
         for name in stats:
-            inputs.setdefault(id(stats[name]), []).append(name)
-        for names in inputs.values():
+            level = level_of(tuple(dense.get_submodule(name).weight.shape))
+            inputs.setdefault((id(stats[name]), level), []).append(name)
+        for (_, level), names in inputs.items():
             Ws = [dense.get_submodule(name).weight.detach() for name in names]
             known = stats[names[0]].with_outputs(map(G.get, names))
             start = time.process_time()
@@ -88,7 +94,7 @@ def make(level: Level, dense: Any, work: str, blocks: Sequence[int]) -> Made:
                 made.weights[name] = decompress(level, state, shape, torch.float32)
                 d = W - made.weights[name]
                 made.losses[name] = kfac_loss(d, known.hessian(), G[name])
-                made.errors.append(float(((d @ H) * d).sum() / ((W @ H) * W).sum()))
+                made.errors[name] = float(((d @ H) * d).sum() / ((W @ H) * W).sum())
                 made.weights[name] = made.weights[name].bfloat16()
                 made.costs[name] = cost_bits(level, shape)
                 if number == blocks[-1]:
@@ -100,6 +106,11 @@ def _layer(level: Level, state: State, shape: Shape) -> nn.Linear:
     layer = CompressedLinear.from_state(level, state, None, shape, dtype=torch.bfloat16)
     layer.prepare("auto")
     return layer
+
+
+def low_rank(shape: Shape, share: float) -> Level:
+    """Return low rank, in 16 bits, of a share of the weight's parameters."""
+    return normalize(f"lowrank:rank={round(share * shape[0] * shape[1] / sum(shape))}")
 
 
 def decoded(rows: Mapping[str, Made], dense: Any, repeats: int) -> dict[str, float]:
@@ -190,21 +201,28 @@ def main(words: argparse.Namespace) -> None:
     blocks = words.blocks or range(dense.config.num_hidden_layers)
     tokens = tokenize_file(Path(words.test), AutoTokenizer.from_pretrained(words.model))
     rows: dict[str, Made] = {}
-    for text in words.level:
-        level = normalize(text)
-        rows[str(level)] = made = make(level, dense, words.work, blocks)
+    levels = [normalize(text) for text in words.level]
+    makers = {str(level): lambda shape, level=level: level for level in levels}
+    if words.share:
+        makers["low rank"] = partial(low_rank, share=words.share)
+    for name, level_of in makers.items():
+        rows[name] = made = make(level_of, dense, words.work, blocks)
         print(
-            f"{level}: {made.bits:.3f} bits, held-out error "
-            f"{sum(made.errors) / len(made.errors):.5f}, predicted KL {made.nats:.4f}, "
+            f"{name}: {made.bits:.3f} bits, held-out error "
+            f"{fmean(made.errors.values()):.5f}, predicted KL {made.nats:.4f}, "
             f"{made.seconds:.0f} CPU s",
             flush=True,
         )
+    for name, made in rows.items() if words.share else ():
+        smaller = sum(e < rows["low rank"].errors[layer] for layer, e in made.errors.items())
+        print(f"{name}: smaller error than low rank in {smaller} of {len(made.errors)} layers")
     times = decoded(rows, dense, words.repeats) if words.decode else {}
     for name, seconds in times.items():
         print(f"{name}: {1e6 * seconds:.0f} us, {times['dense'] / seconds:.2f}x", flush=True)
     for made in rows.values():
         made.layers.clear()
-    joint = {f"joint {bits}": chosen(rows, bits) for bits in words.joint}
+    menu = {str(level): rows[str(level)] for level in levels}
+    joint = {f"joint {bits}": chosen(menu, bits) for bits in words.joint}
     if not words.windows:
         return
     functions = {
@@ -215,8 +233,8 @@ def main(words: argparse.Namespace) -> None:
     print("| level | stored bits | held-out error | predicted KL | KL (nats) | CPU s | us | |")
     print("|---|---|---|---|---|---|---|---|")
     for name, made in {**rows, **joint}.items():
-        report, errors = reports[name], made.errors
-        error = f"{sum(errors) / len(errors):.4f}" if errors else ""
+        report, errors = reports[name], made.errors.values()
+        error = f"{fmean(errors):.4f}" if errors else ""
         speed = " | "
         if name in times:
             speed = f"{1e6 * times[name]:.0f} | {times['dense'] / times[name]:.2f}x"
@@ -246,5 +264,6 @@ if __name__ == "__main__":
     parser.add_argument("--decode", action="store_true")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--joint", type=float, nargs="+", default=[])
+    parser.add_argument("--share", type=float, help="of the parameters, of low rank")
     parser.add_argument("--threads", type=int, default=1)
     main(parser.parse_args())
