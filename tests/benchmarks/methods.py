@@ -67,6 +67,11 @@ class Made:
         return sum(self.costs.values()) / sum(W.numel() for W in self.weights.values())
 
     @property
+    def error(self) -> float:
+        """The layers' mean relative output error on text that is held out."""
+        return fmean(self.errors.values())
+
+    @property
     def nats(self) -> float:
         """The KL that all are expected to add."""
         return sum(self.losses.values())
@@ -106,6 +111,12 @@ def _layer(level: Level, state: State, shape: Shape) -> nn.Linear:
     layer = CompressedLinear.from_state(level, state, None, shape, dtype=torch.bfloat16)
     layer.prepare("auto")
     return layer
+
+
+def for_all(level: str) -> Callable[[Shape], Level]:
+    """Return what gives every layer the same level."""
+    found = normalize(level)
+    return lambda shape: found
 
 
 def low_rank(shape: Shape, share: float) -> Level:
@@ -201,15 +212,15 @@ def main(words: argparse.Namespace) -> None:
     blocks = words.blocks or range(dense.config.num_hidden_layers)
     tokens = tokenize_file(Path(words.test), AutoTokenizer.from_pretrained(words.model))
     rows: dict[str, Made] = {}
-    levels = [normalize(text) for text in words.level]
-    makers = {str(level): lambda shape, level=level: level for level in levels}
+    levels = [str(normalize(text)) for text in words.level]
+    makers = {level: for_all(level) for level in levels}
     if words.share:
         makers["low rank"] = partial(low_rank, share=words.share)
     for name, level_of in makers.items():
         rows[name] = made = make(level_of, dense, words.work, blocks)
         print(
             f"{name}: {made.bits:.3f} bits, held-out error "
-            f"{fmean(made.errors.values()):.5f}, predicted KL {made.nats:.4f}, "
+            f"{made.error:.5f}, predicted KL {made.nats:.4f}, "
             f"{made.seconds:.0f} CPU s",
             flush=True,
         )
@@ -221,7 +232,7 @@ def main(words: argparse.Namespace) -> None:
         print(f"{name}: {1e6 * seconds:.0f} us, {times['dense'] / seconds:.2f}x", flush=True)
     for made in rows.values():
         made.layers.clear()
-    menu = {str(level): rows[str(level)] for level in levels}
+    menu = {level: rows[level] for level in levels}
     joint = {f"joint {bits}": chosen(menu, bits) for bits in words.joint}
     if not words.windows:
         return
@@ -233,8 +244,8 @@ def main(words: argparse.Namespace) -> None:
     print("| level | stored bits | held-out error | predicted KL | KL (nats) | CPU s | us | |")
     print("|---|---|---|---|---|---|---|---|")
     for name, made in {**rows, **joint}.items():
-        report, errors = reports[name], made.errors.values()
-        error = f"{fmean(errors):.4f}" if errors else ""
+        report = reports[name]
+        error = f"{made.error:.4f}" if made.errors else ""
         speed = " | "
         if name in times:
             speed = f"{1e6 * times[name]:.0f} | {times['dense'] / times[name]:.2f}x"

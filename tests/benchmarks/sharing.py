@@ -17,11 +17,10 @@ from __future__ import annotations
 import argparse
 import copy
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
-from methods import Made, logits, make
+from methods import Made, for_all, logits, make
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -63,7 +62,7 @@ def make_shared(level: Level, rank: int, dense: Any, work: str, first: int) -> M
                 made.costs[name] += cost_bits(term, shape)
             H = part.gram if part.heldout is None else part.heldout
             d = W - own
-            made.errors.append(float(((d @ H) * d).sum() / ((W @ H) * W).sum()))
+            made.errors[name] = float(((d @ H) * d).sum() / ((W @ H) * W).sum())
             made.weights[name] = own
     return made
 
@@ -73,7 +72,7 @@ def joined(parts: list[Made]) -> Made:
     total = Made()
     for part in parts:
         total.weights |= part.weights
-        total.errors += part.errors
+        total.errors |= part.errors
         total.costs |= part.costs
     return total
 
@@ -92,11 +91,11 @@ def main(words: argparse.Namespace) -> None:
         ]
         rows[f"shared {words.level}, rank {rank} each"] = joined(pairs)
     for text in words.against:
-        rows[text] = make(normalize(text), dense, words.work, blocks)
+        rows[text] = make(for_all(text), dense, words.work, blocks)
     if not words.windows:
         print("| layers of the pairs | stored bits | held-out error |\n|---|---|---|")
         for name, made in rows.items():
-            print(f"| {name} | {made.bits:.3f} | {mean(made.errors):.4f} |")
+            print(f"| {name} | {made.bits:.3f} | {made.error:.4f} |")
         return
     functions = {
         name: lambda ids, made=made: logits(rival, made.weights, ids) for name, made in rows.items()
@@ -107,9 +106,7 @@ def main(words: argparse.Namespace) -> None:
         report = reports[name]
         error = report.kl_standard_error  # None of a single window
         noise = "" if error is None else f" ± {error:.4f}"
-        print(
-            f"| {name} | {made.bits:.3f} | {mean(made.errors):.4f} | {report.kl_nats:.4f}{noise} |"
-        )
+        print(f"| {name} | {made.bits:.3f} | {made.error:.4f} | {report.kl_nats:.4f}{noise} |")
 
 
 if __name__ == "__main__":
