@@ -6,6 +6,7 @@ python tests/benchmarks/cache_budget.py MODEL --data calibration.txt --test wiki
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,15 @@ def job_of(
                 "search": search or {"strategy": "knapsack"},
                 "pin": pin,
             }
-        )
+        ),
+        progress=show_progress,
     )
+
+
+def show_progress(what: str, done: int, total: int) -> None:
+    """Print a line for each generation, and the last of everything else."""
+    if what.startswith("search") or done == total:
+        print(f"{time.process_time():.0f} CPU s: {what} {done}/{total}", flush=True)
 
 
 def main(words: argparse.Namespace) -> None:
