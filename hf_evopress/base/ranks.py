@@ -101,6 +101,15 @@ def is_in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def mean_over_group(tensor: Tensor) -> Tensor:
+    """Return `tensor`, in place the mean over the processes that train together, as DDP's
+    gradients are; what it was where there is one process."""
+    if is_in_group() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
 def start() -> Ranks:
     """Return this process among those of its launcher; alone where there is none.
 

@@ -53,13 +53,7 @@ def read_tensors(
     for path in (folder / f"{name}.safetensors" for folder in folders):
         if not path.is_file():
             continue
-        with (
-            reading(path, way_out="resume from an earlier checkpoint, or start the run anew"),
-            safe_open(path, framework="pt") as file,
-        ):
-            about = read_about(file)
-            run, found = about["run"], about["settings"]
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        run, found, tensors = _read(path, "resume from an earlier checkpoint, or start anew")
         if run != _run(state):
             continue
         if found != dict(settings):
@@ -70,6 +64,21 @@ def read_tensors(
         f"{' or '.join(map(str, folders))}: resume from a checkpoint in output_dir, or name "
         "another one in TrainingArguments(resume_from_checkpoint=...) as well"
     )
+
+
+def read_best(state: Any, name: str) -> dict[str, Tensor]:
+    """Return what `write_tensors` wrote into the checkpoint of which Trainer has loaded the
+    model, the best one."""
+    path = Path(state.best_model_checkpoint) / f"{name}.safetensors"
+    return _read(path, "load a checkpoint that has it, or train without load_best_model_at_end")[2]
+
+
+def _read(path: Path, way_out: str) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Return which run wrote a file, its settings and its tensors."""
+    with reading(path, way_out=way_out), safe_open(path, framework="pt") as file:
+        about = read_about(file)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return about["run"], about["settings"], tensors
 
 
 def _checkpoint(output_dir: str, state: Any) -> Path:

@@ -27,6 +27,8 @@ gradient in the rotated basis, and max_change a share of the tiles: those with t
 coded again, towards Y - eta u (`walk_steps.py`). |.|_x is |.| there, rotated inputs being much
 alike.
 
+Of several processes (DDP) each moves the same codes: what they saw is averaged at every step.
+
 Codes that are kept are those of the last step; `load_best_model_at_end` of Trainer, with an
 evaluation set, keeps those of the best held-out loss instead. Layers whose first term is `rtn`,
 `gptq` or `trellis` take part; others, and later terms, are trained by the V-step alone.
@@ -41,6 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.ranks import is_in_group, mean_over_group
 from ..loading.layers import CompressedLinear, compressed_linears
 from ..methods import compose
 from ..methods.maths.codes import CodedMethod, n_groups, unpack_grid
@@ -106,9 +109,9 @@ class PVTuning(torch.optim.AdamW):
         group = self.param_groups[1]
         for name, layer in self.layers.items():
             seen = self._seen.pop(name, None)
-            if seen is None:
+            if seen is None and not is_in_group():
                 continue
-            gradient, inputs = seen
+            gradient, inputs = map(mean_over_group, seen or _nothing(layer))
             state = self.state[layer.get_parameter("codes")]
             is_scalar = isinstance(_method(layer.level), CodedMethod)
             if not is_scalar:
@@ -242,6 +245,12 @@ def _note(seen: dict[str, Any], g: Tensor, inputs: Tensor, beta: float, *, by_we
     square = g.square() if by_weight else g.square().mean()
     seen["v"].mul_(beta).add_(square, alpha=1 - beta)
     seen["inputs"].mul_(beta).add_(inputs, alpha=1 - beta)
+
+
+def _nothing(layer: CompressedLinear) -> tuple[Tensor, Tensor]:
+    """Return what a process adds whose text did not come to the layer, an expert perhaps."""
+    device = layer.get_parameter("codes").device
+    return torch.zeros(layer.shape, device=device), torch.zeros(layer.shape[1], device=device)
 
 
 def _direction(seen: dict[str, Any]) -> Tensor:

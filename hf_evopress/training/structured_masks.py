@@ -21,6 +21,7 @@ left of the run heals. Stock configs have one width for all blocks: so has the t
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,8 +30,11 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..base.ranks import mean_over_group
 from ..models.units import find_blocks
-from .callback_state import read_tensors, write_tensors
+from .callback_state import read_best, read_tensors, write_tensors
+
+logger = logging.getLogger(__name__)
 
 A, B, TAU = -0.1, 1.1, 2 / 3
 _START = 2.5  # log alpha: nearly open
@@ -70,6 +74,8 @@ class Gates:
 
     def learn(self, share: float, ascent: float) -> None:
         """Step on the loss's gradient plus the penalty's; `share` of the target counts now."""
+        if self.log_alpha.grad is not None:  # nobody else averages it over processes
+            mean_over_group(self.log_alpha.grad)
         away = self.expected_sparsity() - share * self.target
         one, two = self.multipliers
         (one * away + two * away.square()).sum().backward()  # type: ignore[no-untyped-call]
@@ -147,11 +153,13 @@ class StructuredPruning(TrainerCallback):
         self._generator.manual_seed(self.seed)
         self.install(kwargs["model"])
         if state.global_step:  # resumed
-            saved = read_tensors(args, state, self._file, self.wanted)
-            self._generator.set_state(saved.pop("generator"))
-            for kind, gates in self.gates.items():
-                own = {n.removeprefix(f"{kind}/"): t for n, t in saved.items() if f"{kind}/" in n}
-                gates.load(own)
+            self._load(read_tensors(args, state, self._file, self.wanted))
+
+    def _load(self, saved: Mapping[str, Tensor]) -> None:
+        self._generator.set_state(saved["generator"])
+        for kind, gates in self.gates.items():
+            own = {n.removeprefix(f"{kind}/"): t for n, t in saved.items() if f"{kind}/" in n}
+            gates.load(own)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         tensors = {"generator": self._generator.get_state()}
@@ -172,6 +180,14 @@ class StructuredPruning(TrainerCallback):
                 gates.learn(1 - (1 - done) ** 3, self.ascent)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load(read_best(state, self._file))
+            if (best := state.best_global_step) < self._end:
+                logger.warning(
+                    "the best model is that of step %d, before its gates were fixed (step %d): it "
+                    "was evaluated with open ones. eval_delay=%d counts later steps alone",
+                    best, self._end, self._end,
+                )  # fmt: skip
         for gates in self.gates.values():
             if gates.mask is None:
                 gates.harden()

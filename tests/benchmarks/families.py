@@ -18,6 +18,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from hf_evopress.calibration.data import tokenize_file
+from hf_evopress.calibration.input_moments import load_stats
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.levels import build_levels
 from hf_evopress.jobs.measure import best_uniform
@@ -33,6 +35,7 @@ from hf_evopress.jobs.plan_search import run_search, tables
 from hf_evopress.methods import compose
 from hf_evopress.plans.level import DROP, Level
 from hf_evopress.recipes.recipe import Recipe
+from hf_evopress.scoring.baseline_scores import pq_shares
 from hf_evopress.scoring.evaluate import compare_many
 from hf_evopress.search.paired import compare
 from hf_evopress.store.level_store import LevelStore
@@ -134,6 +137,10 @@ def sparsity(bench: Bench) -> Iterator[Found]:
         for rival in rivals:
             rank = spearman(sparsities(rival), sparsities(searched))
             print(f"{rival.name}: rank correlation with what was searched {rank:.2f}", flush=True)
+        shares = pq_shares(job.model, job.problem.units, partial(load_stats, job.work))
+        kept = torch.tensor([shares[unit] for unit in sorted(searched.levels)])
+        rank = spearman(kept, 1 - sparsities(searched))
+        print(f"shares that SAP keeps at least: rank correlation with those kept {rank:.2f}")
         yield searched
 
 

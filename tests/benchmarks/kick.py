@@ -5,8 +5,9 @@
 LLM-KICK's claim (Jaiswal et al. 2024, arXiv:2310.01382) put to the test: a sparse level for all
 layers, and a plan of codes whose perplexity is within `--within` of its own: the knapsack's of
 some budget, found by halving the range of stored bits, or, where perplexity jumps from one budget
-to the next, a plan on the way between two of the knapsack's, one layer at a time. Then both by the
-probes of `evaluate --kick` on the built-in questions. Checkpoints are left in --work.
+to the next, the one above with so many layers at the first of --codes as it takes, those that lose
+least by it. Then both by the probes of `evaluate --kick` on the built-in questions. Checkpoints are
+left in --work.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from hf_evopress.export.evopress import EvoPressExport
 from hf_evopress.jobs.evaluate import evaluate_model, kick_questions
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.levels import build_levels
-from hf_evopress.jobs.plan_search import find_plan
+from hf_evopress.jobs.plan_search import find_plan, tables
 from hf_evopress.methods.compose import normalize
 from hf_evopress.plans.plan import Plan
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.scoring.evaluate import Report, compare_many
+from hf_evopress.store.level_store import LevelStore
 
 
 def main() -> None:
@@ -55,7 +57,7 @@ def main() -> None:
     def of_bits(bits: float) -> Plan:
         return find_plan(share(job_of(words, bits, words.codes), job), store)
 
-    coded = equal(of_bits, ratio, job, words)
+    coded = equal(of_bits, ratio, job, store, words)
     print("| model | stored bits | perplexity | KL (nats) | same top-1 |\n|---|---|---|---|---|")
     for name, report in reports.items():
         stored = {"sparse": sparse, "coded": coded}[name].budget["bits_per_weight"]
@@ -78,31 +80,41 @@ def equal(
     of_bits: Callable[[float], Plan],
     ratio: Callable[[Plan], float],
     job: Job,
+    store: LevelStore,
     words: argparse.Namespace,
 ) -> Plan:
     """Return a plan of codes whose `ratio` is within `words.within` of 1, the last one measured."""
     low, high = words.bits
-    ends: dict[bool, Plan] = {}  # the last plan that is worse (True) and better than wanted
+    better: Plan | None = None
     while high - low > 5e-3:
         bits = (low + high) / 2
         plan = of_bits(bits)
         found = ratio(plan)
         if abs(found - 1) <= words.within:
             return plan
-        ends[found > 1] = plan
+        if found < 1:
+            better = plan
         low, high = (bits, high) if found > 1 else (low, bits)
-    if len(ends) < 2:
-        raise SystemExit(f"all plans tried are on one side of it: look beyond --bits {words.bits}")
-    bad, good = dict(ends[True].levels), dict(ends[False].levels)
-    differ = [unit for unit in good if good[unit] != bad[unit]]
-    few, many = 0, len(differ)
-    while many - few > 1:  # of the first `middle` units the good plan's level, else the bad one's
+    if better is None:
+        raise SystemExit(f"no plan tried is better than that: look beyond --bits {words.bits}")
+    table = tables(job).of("knapsack", store)
+    assert table is not None
+    losses = {
+        (gene.units[0], option.level): loss
+        for gene, row in zip(job.space.genes, table, strict=True)
+        for option, loss in zip(gene.options, row, strict=True)
+    }
+    lowest = normalize(words.codes[0])
+    harm = {u: losses[u, lowest] - losses[u, x] for u, x in better.levels.items() if x != lowest}
+    order = sorted(harm, key=lambda unit: harm[unit])
+    few, many = 0, len(order)
+    while many - few > 1:
         middle = (few + many) // 2
-        plan = job.plan(bad | {unit: good[unit] for unit in differ[:middle]})
+        plan = job.plan({**better.levels, **dict.fromkeys(order[:middle], lowest)})
         found = ratio(plan)
         if abs(found - 1) <= words.within:
             return plan
-        few, many = (middle, many) if found > 1 else (few, middle)
+        few, many = (few, middle) if found > 1 else (middle, many)
     raise SystemExit(f"no plan of these codes comes within {words.within:.0%}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ from hf_evopress.models.units import find_units
 from hf_evopress.plans.plan import Plan
 from hf_evopress.refine.distillation import Sequences
 from hf_evopress.scoring.evaluate import compare_many
+from hf_evopress.scoring.evaluator import Evaluator
+from hf_evopress.scoring.objective import fitness_of
+from hf_evopress.search.ask_tell import Search
+from hf_evopress.search.budget import Budget
+from hf_evopress.search.space import SearchSpace
 from hf_evopress.store.level_store import Source
 from hf_evopress.training.ordered_ranks import (
     cut_ranks,
@@ -164,6 +170,49 @@ def test_every_rank_is_a_level_of_the_store(
             keys = list(opened.keys())
         factors = sorted(key[-2:] for key in keys if key.endswith(("/A", "/B")))
         assert factors == ["/A", "/B"]  # all ranks are leading parts of one
+
+
+def test_a_search_over_the_store_chooses_ranks_and_ships_what_it_scored(
+    trained_llama: Any, start: Any, tokens: Tensor, text_tokens: Any, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(start)
+    make_ordered(model, ["factors"])  # norms stay the dense model's, which plans are scored in
+    options = arguments(tmp_path, max_steps=8)
+    words: Any = {"train_dataset": Sequences(tokens), "teacher": trained_llama}
+    DistillationTrainer(model, options, callbacks=[OrderedRanks()], **words).train()
+    settle(model)
+    calibrate(trained_llama, tokens[:8], tmp_path / "stats")
+    source = Source({"of": "a search"}, lambda block: load_stats(tmp_path / "stats", block))
+    store = ordered_store(tmp_path / "store", model, trained_llama, SHARES, source)
+    shapes = {name: unit.shape for name, unit in store.units.items()}
+    offered = {
+        name: [(x, compose.cost_bits(x, shape)) for x in store.levels(name) if not x.is_dense]
+        for name, shape in shapes.items()
+    }
+    space = SearchSpace.build({name: math.prod(shape) for name, shape in shapes.items()}, offered)
+    budget = Budget((space.min_cost + space.max_cost) // 2, "half way")
+    pool = text_tokens(8, 48, seed=9)
+    evaluator = Evaluator(trained_llama, store, pool, fitness_of("kl"))
+    table = [
+        [store.scores(gene.units[0], option.level)["error"] for option in gene.options]
+        for gene in space.genes
+    ]
+    settings: dict[str, Any] = {"generations": 2, "tokens": [96, 192]}
+    search = Search(space, budget, table=table, n_sequences=8, seq_len=48, **settings)
+    while (asked := search.ask()) is not None:
+        plans = [space.levels(genome) for genome in asked.genomes]
+        search.tell(evaluator.losses(plans, asked.sequences))
+    levels = space.levels(search.best)
+    assert space.cost(search.best) <= budget.limit and len({*levels.values()}) > 1
+
+    plan = cut_ranks(model, {n: int(x.terms[0].kwargs["rank"]) for n, x in levels.items()})
+    assert plan.levels == levels
+    model.save_pretrained(tmp_path / "small")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
+    with torch.no_grad():
+        for ids in pool[:2]:
+            scored = evaluator.logits(levels, ids[None])
+            assert torch.allclose(loaded(ids[None]).logits, scored, atol=1e-5)
 
 
 def test_the_lasso_is_the_gradient_of_the_sum_of_tails() -> None:
