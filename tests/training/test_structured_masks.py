@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 
@@ -166,6 +167,26 @@ def pruning_at(args: Any, state: Any, dense: Any, channels: int = 96) -> Structu
     pruning = StructuredPruning(kv_groups=1, channels=channels)
     pruning.on_train_begin(args, state, None, model=with_lora(dense))
     return pruning
+
+
+def test_the_best_model_has_the_gates_of_its_step(
+    trained_llama: Any, tokens: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, pruning = with_lora(trained_llama), StructuredPruning(channels=96, end=6)
+    options: dict[str, Any] = dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
+    options |= {"eval_steps": 4, "save_steps": 4, "load_best_model_at_end": True}
+    trainer = trainer_of(model, trained_llama, tokens, tmp_path, [pruning], max_steps=12, **options)
+    trainer.train()
+    best = trainer.state.best_global_step
+    assert best == 4  # few gates have closed yet
+    kept = load_file(tmp_path / f"checkpoint-{best}" / "structured_pruning_channels.safetensors")
+    state = pruning.gates["channels"].state()
+    assert torch.equal(state["log_alpha"], kept["channels/log_alpha"])
+    last = load_file(tmp_path / "checkpoint-12" / "structured_pruning_channels.safetensors")
+    assert not torch.equal(state["adam.exp_avg"], last["channels/adam.exp_avg"])
+    assert "step 4, before its gates were fixed (step 6)" in caplog.text
+    small = slice_model(model.merge_and_unload(), pruning)
+    assert small.config.intermediate_size == 96
 
 
 def test_a_second_training_with_the_same_callback_gates_once(
