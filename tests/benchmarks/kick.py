@@ -100,12 +100,13 @@ def equal(
     table = tables(job).of("knapsack", store)
     assert table is not None
     losses = {
-        (gene.units[0], option.level): loss
+        (gene.units[0], str(option.level)): loss
         for gene, row in zip(job.space.genes, table, strict=True)
         for option, loss in zip(gene.options, row, strict=True)
     }
-    lowest = normalize(words.codes[0])
-    harm = {u: losses[u, lowest] - losses[u, x] for u, x in better.levels.items() if x != lowest}
+    lowest = str(normalize(words.codes[0]))
+    chosen = {unit: str(level) for unit, level in better.levels.items()}
+    harm = {u: losses[u, lowest] - losses[u, x] for u, x in chosen.items() if x != lowest}
     order = sorted(harm, key=lambda unit: harm[unit])
     few, many = 0, len(order)
     while many - few > 1:
