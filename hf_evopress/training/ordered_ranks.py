@@ -14,14 +14,16 @@ nobody needs to 0 (eq. 4). For one linear layer its optimum is the truncated SVD
 the inputs, from which `lowrank` levels start.
 
 `RankTruncation` is Trained Rank Pruning (Xu et al. 2019, arXiv:1812.02402): every m steps B A is
-replaced by its own truncated SVD that loses a share `error` of the squared spectrum; `nuclear`
-first takes so much from each singular value, the proximal step of the nuclear norm.
+replaced by its own truncated SVD that loses a share `error` of the squared spectrum, here of B A D,
+D the size of the inputs; `nuclear` first takes so much from each singular value, the proximal step
+of the nuclear norm.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..base.placement import on_cpu
+from ..base.ranks import mean_over_group
 from ..loading.layers import CompressedLinear, compressed_linears
 from ..loading.quantizer import attach
 from ..methods import compose
@@ -122,30 +125,62 @@ class RankTruncation(TrainerCallback):
     """Replace B A by its truncated SVD at every `every`-th step; what is cut off becomes 0.
 
     error: the share of the squared spectrum that may go. nuclear: taken from every singular
-    value before. Ranks stay in order of their singular values.
+    value before. Ranks stay in order of their singular values. weighted: the spectrum is that of
+    B A D, D the root mean squares of the step's inputs, so that what goes is what the outputs
+    need least; without, the paper's, in which columns of large inputs count as all others.
     """
 
-    def __init__(self, *, every: int, error: float = 1e-3, nuclear: float = 0.0) -> None:
+    def __init__(
+        self, *, every: int, error: float = 1e-3, nuclear: float = 0.0, weighted: bool = True
+    ) -> None:
         if every < 1 or not 0 <= error < 1 or nuclear < 0:
             raise ValueError(
                 f"every is 1 or more, error in [0, 1), nuclear 0 or more; got every={every}, "
                 f"error={error}, nuclear={nuclear}"
             )
-        self.every, self.error, self.nuclear = every, error, nuclear
+        self.every, self.error, self.nuclear, self.weighted = every, error, nuclear, weighted
         self.ranks: dict[str, int] = {}  # layer -> what the last truncation kept
+        self._inputs: dict[str, Tensor] = {}  # layer -> sum of squared inputs (in,), of this step
+        self._hooks: list[Any] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.weighted and (state.global_step + 1) % self.every == 0:
+            for name, layer in _lowrank(kwargs["model"]):
+                self._hooks.append(layer.register_forward_pre_hook(partial(self._see, name)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
             for name, layer in _lowrank(kwargs["model"]):
-                self.ranks[name] = truncate(layer, error=self.error, nuclear=self.nuclear)
+                seen = self._inputs.get(name, torch.zeros_like(_factors(layer)[0][0]))
+                D = _sizes(mean_over_group(seen)) if self.weighted else None
+                self.ranks[name] = truncate(layer, error=self.error, nuclear=self.nuclear, D=D)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._inputs = [], {}
+
+    def _see(self, name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        squares = args[0].detach().flatten(0, -2).float().square().sum(0)
+        self._inputs[name] = self._inputs.get(name, 0.0) + squares
+
+
+def _sizes(squares: Tensor) -> Tensor:
+    """Return the root of (in,) sums of squares, none below 1e-3 of the mean; 1 where all are 0."""
+    least = 1e-6 * squares.mean()
+    return squares.clamp(min=least).sqrt() if least > 0 else torch.ones_like(squares)
 
 
 @torch.no_grad()
-def truncate(layer: CompressedLinear, *, error: float, nuclear: float = 0.0) -> int:
-    """Return the rank that is left of a layer's B A, in place; the factors keep their shapes."""
+def truncate(
+    layer: CompressedLinear, *, error: float, nuclear: float = 0.0, D: Tensor | None = None
+) -> int:
+    """Return the rank that is left of a layer's B A, in place; the factors keep their shapes.
+
+    D (in,): what its columns weigh.
+    """
     keep_A, keep_B = _factors(layer)
     A, B = keep_A.double(), keep_B.double()
-    (Qb, Rb), (Qa, Ra) = qr(B), qr(A.T)
+    weights = A.new_ones(A.shape[1]) if D is None else D.to(A)
+    (Qb, Rb), (Qa, Ra) = qr(B), qr((A * weights).T)
     U, S, Vt = svd(Rb @ Ra.T)
     S = (S - nuclear).clamp(min=0.0)
     energy = S.square()
@@ -154,7 +189,7 @@ def truncate(layer: CompressedLinear, *, error: float, nuclear: float = 0.0) -> 
     S[rank:] = 0.0
     root = S.sqrt()
     keep_B.copy_((Qb @ U) * root)
-    keep_A.copy_(root[:, None] * (Vt @ Qa.T))
+    keep_A.copy_(root[:, None] * (Vt @ Qa.T) / weights)
     return rank
 
 

@@ -244,7 +244,7 @@ def truncate(bench: Bench) -> dict[str, Any]:
         settle(model)
         return model
 
-    truncation = RankTruncation(every=words.steps // 4, error=words.error)
+    truncation = RankTruncation(every=words.steps // 4, error=words.error, weighted=not words.plain)
     model = trained(packed(bench, partial(low_rank, share=0.8)), truncation)
     cut_ranks(model, truncation.ranks)
     svd = packed(bench, lambda unit: f"lowrank:rank={truncation.ranks[unit.name]}")
@@ -497,6 +497,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=3, help="of quest")
     parser.add_argument("--activation-bits", type=int, help="of quest; default: not rounded")
     parser.add_argument("--error", type=float, default=1e-2, help="of truncate, at each cut")
+    parser.add_argument("--plain", action="store_true", help="truncate as the paper does")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5], help="of heal")
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--batch", type=int, default=1)

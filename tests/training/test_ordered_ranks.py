@@ -248,9 +248,35 @@ def test_truncation_keeps_the_best_ranks_in_order(
     assert all(1 <= kept < 17 for kept in pruning.ranks.values()) and len(pruning.ranks) == 21
 
 
+def test_truncation_weighs_columns_with_the_inputs_of_the_step(start: Any, tokens: Tensor) -> None:
+    model = copy.deepcopy(start)
+    make_ordered(model)
+    name = "model.layers.1.mlp.down_proj"
+    layer = model.get_submodule(name)
+    W, other = (layer.B @ layer.A).detach(), copy.deepcopy(layer)
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    callback = RankTruncation(every=2, error=0.05)
+    for step in (0, 1):  # two steps of two batches; only the last step counts
+        state: Any = type("State", (), {"global_step": step})
+        callback.on_step_begin(None, state, None, model=model)
+        for batch in (tokens[:2], tokens[2:4]) if step else (tokens[8:12],):
+            model(input_ids=batch, use_cache=False)
+        state.global_step += 1
+        callback.on_step_end(None, state, None, model=model)
+    hook.remove()
+    D = torch.cat(seen[1:]).flatten(0, 1).square().sum(0).sqrt()
+    left = (layer.B @ layer.A).detach()
+    assert float(((W - left) * D).square().sum()) <= 0.05 * float((W * D).square().sum())
+    assert truncate(other, error=0.05, D=D) == callback.ranks[name]
+    assert torch.allclose(other.B @ other.A, left, atol=1e-5)
+    assert not layer._forward_pre_hooks
+
+
 CALLBACKS = {
     "ordered": lambda: OrderedRanks(lasso=1e-3, seed=2),
     "truncated": lambda: RankTruncation(every=2, error=0.02, nuclear=0.01),
+    "truncated, unweighted": lambda: RankTruncation(every=2, error=0.02, weighted=False),
 }
 
 
