@@ -16,7 +16,7 @@ def bench(
     model: Annotated[str, typer.Argument(help="A compressed model.")],
     against: Annotated[str | None, typer.Option(help="The dense model.")] = None,
     runtime: Annotated[
-        list[str] | None, typer.Option(help="auto, packed, expanded or int4. Repeat.")
+        list[str] | None, typer.Option(help="auto, packed, expanded, int4 or triton. Repeat.")
     ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(help="Sequences at once; default 1, 4 and 16. Repeat.")
@@ -50,11 +50,12 @@ def bench(
             progress=progress,
         )
     dense = found.speeds[0] if against else None
-    headers: tuple[str, ...] = ("", "load s", "MB held", "MB peak", f"prompt of {prompt}, tokens/s")
+    headers: tuple[str, ...] = ("", "load s", "MB held", "MB to load", "MB for a prompt")
+    headers += (f"prompt of {prompt}, tokens/s",)
     rows = []
     for one in found.speeds:
-        peak = "" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:.0f}"
-        cells = [one.name, f"{one.load_seconds:.1f}", f"{one.held_bytes / 1e6:.0f}", peak]
+        cells = [one.name, f"{one.load_seconds:.1f}"]
+        cells += [_megabytes(n) for n in (one.held_bytes, one.peak_bytes, one.prompt_bytes)]
         cells.append(_ratio(one.prefill, dense.prefill if dense else None))
         cells += [_ratio(one.decode[b], dense.decode[b] if dense else None) for b in batches]
         share = one.decode[batches[0]] / batches[0] * one.read_bytes
@@ -68,6 +69,10 @@ def bench(
 
         series = {one.name: one.decode for one in found.speeds}
         console.print(f"speeds drawn to {speed_plot(series, png)}", markup=False)
+
+
+def _megabytes(n: int | None) -> str:
+    return "" if n is None else f"{n / 1e6:.0f}"
 
 
 def _ratio(value: float, dense: float | None) -> str:

@@ -22,8 +22,8 @@ from ..base.devices import find_device, name_of, on_device, peak_bytes, reset_pe
 from ..base.progress import Progress
 from ..loading.layers import prepare_layers
 from ..loading.packed import PackedWeight
-from ..loading.runtimes import AUTO, RUNTIMES
-from ..models.source import load_checked
+from ..loading.runtimes import AUTO, RUNTIMES, check_device, check_runtime
+from ..models.source import check_context, load_checked, read_config
 
 DENSE = "dense"
 START = 16  # tokens before the first that is timed
@@ -34,7 +34,8 @@ BANDWIDTH_BYTES = 2**28  # more than any cache holds
 class Speed:
     """What one model does: bytes, seconds to load, tokens per second.
 
-    held_bytes: of all tensors; peak_bytes: the most while it was loaded, None where unknown.
+    held_bytes: of all tensors; peak_bytes: the most while it was loaded, None where unknown;
+    prompt_bytes: the most that the first prompt took beside the model, logits included.
     read_bytes: weights that one token needs, as they are stored. decode: by batch size.
     """
 
@@ -42,6 +43,7 @@ class Speed:
     load_seconds: float
     held_bytes: int
     peak_bytes: int | None
+    prompt_bytes: int | None
     read_bytes: int
     prefill: float
     decode: Mapping[int, float] = field(default_factory=dict)
@@ -77,14 +79,19 @@ def bench(
     for name in runtimes:
         if name not in RUNTIMES:
             raise ValueError(f"no runtime {name!r}; known: {', '.join(RUNTIMES)}")
+        check_runtime(name, getattr(torch, dtype))
+        check_device(name, find_device())
+    config = read_config(model)
+    check_context(config, prompt, "prompt")
+    check_context(config, START + 4 * repeats + 1, "what so many repeats generate,")
     places = {DENSE: against} if against else {}
     places |= dict.fromkeys(runtimes, model)
-    made: dict[str, tuple[Any, float, int | None]] = {}
+    made: dict[str, tuple[Any, float, int | None, int | None]] = {}
     for name, place in places.items():
-        made[name] = _load(str(place), name, getattr(torch, dtype))
+        made[name] = _load(str(place), name, getattr(torch, dtype), prompt)
         if progress:
             progress("load", len(made), len(places))
-    models = {name: one for name, (one, _, _) in made.items()}
+    models = {name: one for name, (one, *_) in made.items()}
     prefill, decode = timed(models, batches, prompt, repeats, progress=progress)
     speeds = tuple(
         Speed(
@@ -92,11 +99,12 @@ def bench(
             seconds,
             held_bytes(one),
             peak,
+            more,
             read_bytes(one),
             prompt / prefill[name],
             {batch: batch / times[name] for batch, times in decode.items()},
         )
-        for name, (one, seconds, peak) in made.items()
+        for name, (one, seconds, peak, more) in made.items()
     )
     return Bench(machine(), read_bandwidth(), prompt, speeds)
 
@@ -110,11 +118,7 @@ def timed(
     progress: Progress | None = None,
 ) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
     """Return the seconds of a prompt, and by batch size those of one more token, per model."""
-    first = next(iter(models.values()))
-    device, vocabulary = first.device, first.get_input_embeddings().num_embeddings
-    drawn = torch.Generator().manual_seed(0)
-    rows = max(batches)
-    ids = torch.randint(vocabulary, (rows, max(prompt, START)), generator=drawn).to(device)
+    ids = _prompts(next(iter(models.values())), max(batches), max(prompt, START))
     prefill = best({n: partial(m, ids[:1, :prompt]) for n, m in models.items()}, repeats)
     decode: dict[int, dict[str, float]] = {}
     for batch in batches:
@@ -123,6 +127,13 @@ def timed(
         if progress:
             progress("decode", len(decode), len(batches))
     return prefill, decode
+
+
+def _prompts(model: Any, n: int, length: int) -> Tensor:
+    """Return (n, length) token ids."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    drawn = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (n, length), generator=drawn).to(model.device)
 
 
 @torch.inference_mode()
@@ -155,8 +166,11 @@ def decoder(model: Any, ids: Tensor) -> Callable[[], object]:
     return step
 
 
-def _load(place: str, runtime: str, dtype: torch.dtype) -> tuple[Any, float, int | None]:
-    """Return the model on the device in use, the seconds that takes, and its peak of memory."""
+def _load(
+    place: str, runtime: str, dtype: torch.dtype, prompt: int
+) -> tuple[Any, float, int | None, int | None]:
+    """Return the model on the device in use, the seconds that takes, its peak of memory, and that
+    of its first prompt."""
     device = find_device()
     gc.collect()
     before = _reset(device)
@@ -167,8 +181,17 @@ def _load(place: str, runtime: str, dtype: torch.dtype) -> tuple[Any, float, int
             raise ValueError(f"{place} is no compressed model; name one with compressed layers")
         prepare_layers(model, runtime)
     seconds = time.perf_counter() - start
-    peak = _peak(device)
-    return model, seconds, None if peak is None or before is None else peak - before
+    peak = _above(before, device)
+    ids = _prompts(model, 1, prompt)
+    before = _reset(device)
+    model(ids)
+    return model, seconds, peak, _above(before, device)
+
+
+def _above(before: int | None, device: torch.device) -> int | None:
+    """Return the peak of memory since `before` was in use."""
+    peak = peak_bytes(device) if device.type != "cpu" else _status("VmHWM")
+    return None if peak is None or before is None else peak - before
 
 
 def held_bytes(model: nn.Module) -> int:
@@ -216,16 +239,12 @@ def _reset(device: torch.device) -> int | None:
     """Forget the peak of memory, and return what is in use."""
     if device.type != "cpu":
         reset_peak(device)
-        return 0
+        return peak_bytes(device)  # now what is in use
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is what is in use
     except OSError:
         return None
     return _status("VmRSS")
-
-
-def _peak(device: torch.device) -> int | None:
-    return peak_bytes(device) if device.type != "cpu" else _status("VmHWM")
 
 
 def _status(key: str) -> int | None:

@@ -120,6 +120,8 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
         return y
 
     def _run(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():  # the weight would be rounded to integers
+            raise RuntimeError(f"an input in {x.dtype} for a layer that computes in floating point")
         if is_compiled_into_one() and not any(t.requires_grad for t in self.state.values()):
             tensors = [self._parameters[name] for name in self._state_names]
             own = self.level_text, self.shape[0], AUTO

@@ -33,7 +33,7 @@ from .int4 import Int4, has_int4_kernel
 from .kernels.gpu_layer import triton_kernel_of
 from .kernels.launch import why_not
 from .kernels.layer import DTYPES
-from .kernels.operators import usable
+from .kernels.operators import usable, why_failed
 from .runtime import Expanded, Runtime
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,8 @@ def chosen(
     if dtype not in DTYPES:
         return f"as {PACKED} (no kernels for {str(dtype).removeprefix('torch.')})"
     if device.type in ("cpu", "meta") and runtime != TRITON:
+        if failed := why_failed():
+            return f"as {PACKED} ({failed})"
         return KERNELS if usable(level, shape) is not None else _without_kernel(level)
     if (reason := why_not(device)) is not None:
         return f"as {PACKED} ({reason})"
@@ -117,7 +119,10 @@ def choices(plan: Plan, device: torch.device) -> dict[str, tuple[str, list[str]]
 
 
 def log_choices(runtime: str, choices: Iterable[str]) -> None:
-    """Say in one line what the layers of a model compute with."""
+    """Say in one line what the layers of a model compute with; a warning where that is for some
+    not the runtime that was asked for by its name."""
     counts = Counter(choices)
     said = ", ".join(f"{n} layers {choice}" for choice, n in counts.most_common())
-    logger.info("runtime %s: %s", runtime, said or "no compressed layers")
+    others = counts.keys() - {runtime, TRITON_KERNELS}
+    level = logging.WARNING if others and runtime not in (AUTO, PACKED) else logging.INFO
+    logger.log(level, "runtime %s: %s", runtime, said or "no compressed layers")

@@ -20,6 +20,7 @@ Shape = tuple[int, int]  # (out_features, in_features)
 Grid = tuple[Tensor, Tensor, Tensor]  # codes, scales and zero points
 State = dict[str, Tensor]  # packed tensors by name, as they are written to a checkpoint
 Operator = Callable[[Tensor], Tensor]  # x (..., in_features) -> (..., out_features)
+PART = 2**20  # weights that are decoded at once where memory is short
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,21 @@ class Method(ABC):
     def looks_up_rows(self) -> bool:
         """Whether some rows can be had without the whole weight, as an embedding needs."""
         return type(self).decompress_rows is not Method.decompress_rows
+
+    def product(self, x: Tensor, state: State, shape: Shape, **params: Any) -> Tensor:
+        """Return x W^T (n, out) float32 for x (n, in), holding a part of the weight at a time.
+
+        Override where parts that are no rows can be had without the whole weight.
+        """
+        step = max(1, PART // shape[1]) if self.looks_up_rows else shape[0]
+        rows = torch.arange(shape[0], device=x.device).split(step)
+        return torch.cat(
+            [
+                x.float() @ self.decompress_rows(state, shape, some, torch.float32, **params).T
+                for some in rows
+            ],
+            dim=1,
+        )
 
     @abstractmethod
     def empty(self, shape: Shape, dtype: torch.dtype, **params: Any) -> State:

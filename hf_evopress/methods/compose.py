@@ -181,6 +181,16 @@ def decompress_rows(
     return total.to(dtype)
 
 
+def product(level: Level, state: State, bias: Tensor | None, shape: Shape, x: Tensor) -> Tensor:
+    """Return x W^T + bias (n, out) float32 for x (n, in), holding a part of W at a time where the
+    level's methods can make one: to compare a kernel with, in little memory."""
+    y: Any = 0.0 if bias is None else bias.float()
+    for part, params, suffix in parts(level):
+        y = y + part.product(x, _pick(state, suffix), shape, **params)
+    fix = bias_fix(level, state)
+    return y if fix is None else y + fix
+
+
 def looks_up_rows(level: Level) -> bool:
     """Return whether rows at `level` can be had without the whole weight."""
     return all(part.looks_up_rows for part, _, _ in parts(level))

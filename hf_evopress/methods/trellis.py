@@ -14,7 +14,7 @@ column are stored instead of the one scale (`maths/channel_scales.py`). Making a
 2^state_bits steps per weight, whatever the bits.
 
 The weight is computed in float32 by sums and products in a fixed order: the same numbers on every
-machine. It is scored, shipped and run as that weight; `rotated_operator` rotates the
+machine. It is scored, shipped and run as that weight; `product` rotates the
 activations instead, which is the same but for the order of sums.
 
 When to use it: 1 to 5 bits, wherever quality per byte matters most.
@@ -22,13 +22,13 @@ When to use it: 1 to 5 bits, wherever quality per byte matters most.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Operator, Param, Shape, SharedWork, State
+from .base import PART, Param, Shape, SharedWork, State
 from .maths.codebook import CODEBOOKS, codebook
 from .maths.linalg import DAMP, SINK, Stats
 from .maths.tile_order import ORDERS, in_rows
@@ -158,29 +158,27 @@ class Trellis(SharedWork):
             state["starts"] = torch.empty(size, dtype=torch.uint8, device="meta")
         return state
 
-    def rotated_operator(
-        self, state: State, bias: Tensor | None, shape: Shape, dtype: torch.dtype, **params: Any
-    ) -> Operator:
-        """Return x -> x W^T + bias that rotates x and the product and leaves the weight as coded.
-
-        What a kernel that reads codes computes. In float32; W^T x agrees to about 1e-6 of
-        |W| |x|.
-        """
-        Y = rotated_weight(state, shape, **params)
+    def product(self, x: Tensor, state: State, shape: Shape, **params: Any) -> Tensor:
+        # x is rotated in the place of the weight: the same to about 1e-6 of |W| |x|
         a, b = state["scale" if "scale" in state else "row_scales"], state.get("column_scales")
-
-        def run(x: Tensor) -> Tensor:
-            flat = (x if b is None else x.float() * b).reshape(-1, shape[1]).T
-            y = Y @ rotate_inputs(flat, params["rotation"], params["seed"])
-            y = unrotate_outputs(y, params["rotation"], params["seed"]).T * a
-            y = y.to(dtype).reshape(*x.shape[:-1], shape[0])
-            return y if bias is None else y + bias
-
-        return run
+        flat = (x.float() if b is None else x.float() * b).T
+        z = rotate_inputs(flat, params["rotation"], params["seed"])
+        slabs = (part.flatten(2).flatten(0, 1) for _, part in _slabs(state, shape, **params))
+        y = torch.cat([slab[:, : shape[1]] @ z for slab in slabs])[: shape[0]]
+        return unrotate_outputs(y, params["rotation"], params["seed"]).T * a
 
 
 def rotated_weight(state: State, shape: Shape, **params: Any) -> Tensor:
     """Return Y (out, in) float32, the codebook's values in the rotated basis, without the scale."""
+    rows, columns = _tiles(shape)
+    Y = torch.empty(rows, TILE, columns, TILE, device=state["codes"].device)
+    for low, part in _slabs(state, shape, **params):
+        Y[low : low + len(part)] = part
+    return Y.view(rows * TILE, columns * TILE)[: shape[0], : shape[1]]
+
+
+def _slabs(state: State, shape: Shape, **params: Any) -> Iterator[tuple[int, Tensor]]:
+    """Yield rows of tiles of Y: the first one's number and (n, 16, columns, 16) float32."""
     (rows, columns), bits, state_bits = _tiles(shape), params["bits"], params["state_bits"]
     codes = state["codes"]
     if codes.shape != (rows, columns, LENGTH * bits // 8):
@@ -189,17 +187,16 @@ def rotated_weight(state: State, shape: Shape, **params: Any) -> Tensor:
             f"{(rows, columns, LENGTH * bits // 8)}, got {tuple(codes.shape)}"
         )
     values = codebook(params["codebook"], state_bits, bits, codes.device)
-    Y = values.new_empty(rows, TILE, columns, TILE)
     step = rows
-    if params["tail_biting"] and codes.device.type == "cpu":  # starts lie in one string for all
-        step = max(1, _PIECE // (columns * LENGTH))
+    if params["tail_biting"]:  # starts lie in one string for all
+        piece = _PIECE if codes.device.type == "cpu" else PART
+        step = max(1, piece // (columns * LENGTH))
     for low in range(0, rows, step):
         part = codes[low : low + step].flatten(0, 1)
         walks = unpack_walks(part, bits, state_bits, state.get("starts"))
         tiles = in_rows(values.index_select(0, walks.flatten()).view(-1, LENGTH), params["order"])
-        tiles = tiles.view(-1, columns, TILE, TILE)
-        Y[low : low + step] = tiles.transpose(1, 2)
-    return Y.view(rows * TILE, columns * TILE)[: shape[0], : shape[1]]
+        tiles = tiles.view(-1, columns, TILE, TILE).transpose(1, 2)
+        yield low, tiles
 
 
 def _empty_scales(shape: Shape, scales: str) -> State:

@@ -187,6 +187,18 @@ def test_the_operator_is_the_decompressed_layer(level):
     assert torch.allclose(y, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("level, shape", CASES)
+def test_the_product_by_parts_is_the_decompressed_layer(level, shape):
+    level, W, stats = make(level, shape)
+    state = compose.compress(level, W, stats)
+    bias, x = torch.randn(shape[0]), torch.randn(3, shape[1])
+    y = compose.product(level, state, bias, shape, x)
+    fix = compose.bias_fix(level, state)
+    weight = compose.decompress(level, state, shape, torch.float32)
+    expected = x @ weight.T + bias + (0 if fix is None else fix)
+    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_gradients_of_trainable_floats_are_right(level):
     level, W, stats = make(level)

@@ -36,6 +36,7 @@ def test_every_runtime_has_its_figures(folders: Path) -> None:
     assert auto.held_bytes < dense.held_bytes < expanded.held_bytes
     assert auto.read_bytes == expanded.read_bytes < dense.read_bytes
     assert all(set(one.decode) == {1, 2} and one.prefill > 0 for one in found.speeds)
+    assert all((one.prompt_bytes or 0) >= 0 for one in found.speeds)
     assert found.bandwidth > 0 and "PyTorch" in found.machine
 
 
@@ -46,6 +47,16 @@ def test_a_tied_head_is_read_and_held_once(tiny_model: Callable) -> None:
     before = job.held_bytes(model)
     model.lm_head.weight = model.model.embed_tokens.weight
     assert job.held_bytes(model) == before - model.lm_head.weight.nbytes
+
+
+def test_what_the_model_cannot_do_is_refused_before_it_is_loaded(folders: Path) -> None:
+    small = str(folders / "small")
+    with pytest.raises(ValueError, match="int4' computes in bfloat16 and the model is loaded in"):
+        bench(small, runtimes=("int4",), dtype="float32", prompt=8)
+    with pytest.raises(ValueError, match="prompt 5000 is longer than the model's context of"):
+        bench(small, prompt=5000)
+    with pytest.raises(ValueError, match="what so many repeats generate, 20017 is longer than"):
+        bench(small, prompt=8, repeats=5000)
 
 
 @pytest.mark.parametrize(

@@ -415,6 +415,55 @@ def test_kernels_that_fail_are_left_with_one_warning(
     ]
 
 
+@pytest.mark.parametrize(
+    "error, has_worked, is_theirs",
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), False, False),
+        (MemoryError(), False, False),
+        (ValueError("something odd"), False, True),
+        (ValueError("something odd"), True, False),
+        (OSError("no such instruction"), True, True),
+    ],
+    ids=str,
+)
+def test_errors_that_are_not_the_kernels_are_raised_and_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, has_worked: bool, is_theirs: bool
+) -> None:
+    made, x = layer(), torch.randn(3, 96)
+
+    def fails(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(operators, "_failed", [])
+    monkeypatch.setattr(operators, "_worked", [True] if has_worked else [])
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(Kernel, "linear", fails)
+        if is_theirs:
+            assert made(x).shape == (3, 48)
+        else:
+            with pytest.raises(type(error)):
+                made(x)
+    assert bool(operators._failed) == is_theirs
+    choice = made.prepare("auto")
+    name = type(error).__name__
+    assert choice == (f"as packed (the CPU kernels failed: {name})" if is_theirs else KERNELS)
+
+
+@pytest.mark.parametrize("runtime", ["packed", "auto", "expanded"])
+def test_inputs_that_no_layer_takes_are_refused_and_change_nothing(runtime: str) -> None:
+    made = layer()
+    made.prepare(runtime)
+    with pytest.raises(RuntimeError, match="torch.int32 for a layer that computes in floating"):
+        made(torch.randint(-9, 9, (3, 96), dtype=torch.int32))
+    with pytest.raises(RuntimeError):
+        made(torch.tensor(1.0))
+    dense = made.dequantize()
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        assert torch.allclose(made(x.to_sparse()), dense(x), atol=1e-5)
+    assert not operators._failed
+
+
 def test_a_processor_without_avx2_takes_the_float32_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "vector_bytes", lambda: 0)
     assert compiled.chunk_of(64) == 0

@@ -14,7 +14,7 @@ from hf_evopress.loading import int4, runtimes
 from hf_evopress.loading.config import EvoPressConfig
 from hf_evopress.loading.int4 import has_int4_kernel
 from hf_evopress.loading.layers import CompressedLinear, compressed_linears
-from hf_evopress.loading.runtimes import KERNELS
+from hf_evopress.loading.runtimes import KERNELS, TRITON_KERNELS, log_choices
 from hf_evopress.methods import compose
 
 LEVELS = (
@@ -366,6 +366,17 @@ def test_a_model_that_is_loaded_by_default_is_near_the_reference_and_holds_no_mo
     wanted_text = packed.generate(tokens, max_new_tokens=4, do_sample=False)
     if dtype == torch.float32:
         assert torch.equal(model.generate(tokens, max_new_tokens=4, do_sample=False), wanted_text)
+
+
+def test_layers_that_a_runtime_asked_for_by_name_does_not_serve_are_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log_choices("int4", ["int4", "int4", KERNELS])
+    log_choices("int4", ["int4"])
+    log_choices("triton", [TRITON_KERNELS])
+    log_choices("auto", [KERNELS, "as packed (no kernel for zero)"])
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warned == ["runtime int4: 2 layers int4, 1 layers by CPU kernels"]
 
 
 def test_a_whole_model_compiles_into_one_graph(folder: Path) -> None:

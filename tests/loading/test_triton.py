@@ -11,17 +11,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_evopress.loading.kernels import gpu_layer, launch
 from hf_evopress.loading.kernels.gpu_layer import MOST_TOKENS, TritonKernel, triton_kernel_of
 from hf_evopress.loading.layers import CompressedLinear, prepare_layers
 from hf_evopress.loading.runtimes import KERNELS, TRITON_KERNELS, check_device, chosen
-from hf_evopress.methods import compose
+from hf_evopress.methods import base, compose, trellis
 from hf_evopress.methods.base import State
 
 from .test_kernels import CODES, MMA, SPARSE, SUMS, TRELLIS, drawn, error, make
@@ -292,6 +294,45 @@ def test_a_kernel_that_computes_something_else_is_left_at_its_first_call(
     assert "'codes at rtn:bits=5,group_size=32,symmetric=true'" in message
     assert "100 % off the reference" in message
     assert made.prepare("triton").startswith("as packed (Triton kernel 'codes at rtn:bits=5")
+
+
+def test_an_input_of_zeros_tells_nothing_of_a_kernel() -> None:
+    made = layer()
+    made._kernel._checked.clear()
+    with torch.no_grad():
+        made(torch.zeros(3, 96, device=DEVICE))
+        assert not made._kernel._checked
+        made(torch.ones(3, 96, device=DEVICE))
+    assert made._kernel._checked == {(torch.device(DEVICE), "few")}
+
+
+@pytest.mark.parametrize("level", ["rtn:bits=4,group_size=32", "trellis:bits=2,state_bits=8"])
+def test_the_check_of_a_first_result_holds_a_part_of_the_weight(
+    level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Largest(TorchDispatchMode):
+        n_bytes = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, Tensor):
+                self.n_bytes = max(self.n_bytes, found.nbytes)
+            return found
+
+    known, shape = compose.normalize(level), (256, 512)
+    state = {
+        name: torch.randint(2**7, tensor.shape).to(tensor.dtype)
+        for name, tensor in compose.empty(known, shape, torch.float32).items()
+    }
+    for module in (base, trellis):
+        monkeypatch.setattr(module, "PART", 2**14)
+    monkeypatch.setattr(trellis, "_PIECE", 2**14)
+    compose.product(known, state, None, shape, torch.randn(4, 512))  # makes what is kept
+    with Largest() as largest:
+        compose.product(known, state, None, shape, torch.randn(4, 512))
+    assert 0 < largest.n_bytes < 256 * 512 * 4 / 4
 
 
 def test_too_little_memory_is_an_error_and_not_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

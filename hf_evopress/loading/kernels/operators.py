@@ -28,6 +28,7 @@ from .layer import DTYPES, Kernel, kernel_of
 logger = logging.getLogger(__name__)
 
 _failed: list[Exception] = []  # the kernels' own failure, which switches them off
+_worked: list[bool] = []  # whether a product has been had from them in this process
 
 
 def usable(level: Level, shape: Shape) -> Kernel | None:
@@ -45,10 +46,15 @@ def failures() -> tuple[type[Exception], ...]:
         *(ImportError, OSError, RuntimeError, ValueError, TypeError, LookupError),
         *(AttributeError, ArithmeticError),
     )
+    return (*known, *_of_numba())
+
+
+@lru_cache(maxsize=None)
+def _of_numba() -> tuple[type[Exception], ...]:
     try:
-        return (*known, import_module("numba.core.errors").NumbaError)
+        return (import_module("numba.core.errors").NumbaError,)
     except ImportError:
-        return known
+        return ()
 
 
 def _give_up(error: Exception) -> None:
@@ -70,7 +76,7 @@ def linear(
     The latter: a device without any, another dtype, packed tensors that are trained. Under autocast
     the result has the dtype that autocast gives a dense layer's.
     """
-    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.layout != torch.strided:
         return None
     # while torch.compile traces, the operator asks this later: the device is the same then
     here = kernel if torch.compiler.is_compiling() else kernel_on(kernel, x.device)
@@ -79,7 +85,7 @@ def linear(
     if torch.is_autocast_enabled(kind := x.device.type):
         with torch.autocast(kind, enabled=False):
             return linear(kernel, names, tensors, x.to(torch.get_autocast_dtype(kind)))
-    if x.shape[-1] != kernel.shape[1]:
+    if not x.dim() or x.shape[-1] != kernel.shape[1]:
         raise RuntimeError(
             f"an input of shape {tuple(x.shape)} for a layer of {kernel.shape[1]} inputs"
         )
@@ -114,19 +120,38 @@ def _product(
 ) -> Tensor | None:
     """Return the kernel's product, or None, with one warning, where it fails."""
     try:
-        return kernel.linear(x, tensors, bias)
+        y = kernel.linear(x, tensors, bias)
     except failures() as error:
         give_up_on(kernel, error)
         return None
+    if not _worked and x.numel() and not isinstance(kernel, TritonKernel):
+        _worked.append(True)
+    return y
 
 
 def give_up_on(kernel: Kernel, error: Exception) -> None:
+    """Use kernels that do not work here no more; raise an error that is not their fault."""
     if isinstance(error, KernelError):
         give_up(error)
-    elif isinstance(kernel, TritonKernel):
-        raise error  # such as too little memory, which is not the kernel's fault
+    elif isinstance(kernel, TritonKernel) or not _is_theirs(error):
+        raise error
     else:
         _give_up(error)
+
+
+def _is_theirs(error: Exception) -> bool:
+    """Return whether an error of a CPU kernel says that it cannot be compiled or loaded here.
+
+    Before the first product any but a lack of memory does, after it those of compilers alone.
+    """
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return False
+    return not _worked or isinstance(error, (ImportError, OSError, *_of_numba()))
+
+
+def why_failed() -> str:
+    """Return why the CPU kernels are not used any more, nothing where they are."""
+    return "" if not _failed else f"the CPU kernels failed: {type(_failed[0]).__name__}"
 
 
 def look_up(
