@@ -275,6 +275,8 @@ class Plan(Mapping[str, Level]):
         lines = [f"plan for {self.base_model or 'an unnamed model'}: {len(self)} units"]
         if self.budget:
             lines.append("budget: " + ", ".join(f"{k} {v}" for k, v in self.budget.items())[:500])
+        if isinstance(target := self.search.get("for"), str):
+            lines.append(f"levels for: {target}"[:500])
         for level in sorted(count):
             share = f", {weights[level] / total:6.1%} of weights" if total else ""
             lines.append(f"  {count[level]:5d} units{share}  {level}")

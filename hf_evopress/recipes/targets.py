@@ -8,7 +8,7 @@ exl3          trellis codes of 2^16 states, which exllamav3 reads from an export
               of other sizes than multiples of 128, and the embedding, stay dense
 gguf          tensor types of GGUF files; one is written as well
 transformers  all levels that this package loads, fast or not
-evopress      what the machine that compresses is: gpu where there is one, else cpu
+evopress      what the machine that compresses is: gpu where there is one of ours, else cpu
 
 Levels and families that the user gives are taken instead.
 """
@@ -37,7 +37,9 @@ ACCELERATORS = ("cuda", "xpu")  # with kernels of ours
 
 def default_target(device_type: str) -> str:
     """Return the target of a machine that computes on such a device."""
-    return "gpu" if device_type in ACCELERATORS else DEFAULT
+    if device_type in ACCELERATORS:
+        return "gpu"
+    return "cpu" if device_type == "cpu" else DEFAULT
 
 
 def families_for(target: str, *, removes_weights: bool = False) -> tuple[str, ...]:

@@ -109,6 +109,7 @@ def model_card(folder: Path, plan: Plan, recipe: Recipe | None, *, name: str) ->
         revision=plan.revision,
         bits=mean_bits(plan, bits),
         asked=_text(plan.budget.get("asked")),
+        target=_text(plan.search.get("for")),
         headers=headers,
         rows=cells,
         protocol=protocol(rows),

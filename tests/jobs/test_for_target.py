@@ -130,7 +130,8 @@ def test_an_unknown_target_is_refused_with_the_nearest() -> None:
 
 def test_the_default_is_what_the_machine_is() -> None:
     open_, cpu, card = recipe(), torch.device("cpu"), torch.device("cuda:0")
-    assert for_this_machine(open_, cpu) == open_
+    assert for_this_machine(open_, cpu).export == "cpu"
+    assert for_this_machine(open_, torch.device("mps:0")) == open_
     assert for_this_machine(open_, card).export == "gpu"
     said = [recipe(**{"for": "cpu"}), recipe(levels=["dense"]), recipe(families=["quant"])]
     assert [for_this_machine(one, card) for one in said] == said
@@ -151,3 +152,6 @@ def test_plans_and_recipes_record_it(home: Path, tmp_path: Path) -> None:
     result = compress(made)
     assert result.plan.search["for"] == "vllm"
     assert Recipe.load(result.folder / "evopress_recipe.yaml").export == "vllm"
+    assert "levels for: vllm" in result.plan.summary()
+    card = (result.folder / "README.md").read_text()
+    assert "from the levels for `vllm`. It is an ordinary" in " ".join(card.split())
