@@ -24,6 +24,8 @@ from .compiled import compiled
 from .matrix import Matrix, Tensors
 from .steps import Steps
 
+MOST_THREADS = 2  # up to which one thread of ours rotates many tokens sooner than PyTorch
+
 
 @dataclass(frozen=True)
 class Rotated(Matrix):
@@ -66,24 +68,30 @@ class Rotated(Matrix):
     def _turned(self, x: Tensor, seed: int, *, is_back: bool) -> Tensor:
         """Return the rows of x (tokens, n) float32 rotated, or rotated back.
 
-        As enter() and leave() do, which for one token is a hundred small operations of PyTorch.
+        As PyTorch does in a hundred small operations, which use many threads and move more bytes.
         """
         if self.rotation == "none":
             return x
         tokens, n = x.shape
         turned = parts(n, seed, block_of(self.rotation))
         matrix = 0 if turned.matrix is None else turned.matrix.data_ptr()
-        own, y = x.clone(), torch.empty(tokens, n, dtype=torch.float32, device="cpu")
+        own = x.clone(memory_format=torch.contiguous_format)
+        y = torch.empty(tokens, n, dtype=torch.float32, device="cpu")
         signs, sizes = turned.signs.data_ptr(), (turned.q, turned.p)
         compiled().turn(own.data_ptr(), y.data_ptr(), signs, matrix, is_back, *sizes, tokens)
         return y
 
     def enter(self, x: Tensor, state: Tensors) -> Tensor:
         own = x if self.scale else x.float() * state[self.column_scales]
+        if _in_few_threads(x):
+            return self._turned(own.float(), 2 * self.seed, is_back=False).to(x.dtype)
         return rotate_inputs(own.T, self.rotation, self.seed).T.to(x.dtype)
 
     def leave(self, y: Tensor, state: Tensors) -> Tensor:
-        turned = unrotate_outputs(y.T, self.rotation, self.seed).T
+        if _in_few_threads(y):
+            turned = self._turned(y.float(), 2 * self.seed + 1, is_back=True)
+        else:
+            turned = unrotate_outputs(y.T, self.rotation, self.seed).T
         return (turned * state[self.scale or self.row_scales]).to(y.dtype)
 
     def enter_back(self, grad: Tensor, state: Tensors) -> Tensor:
@@ -97,3 +105,8 @@ class Rotated(Matrix):
         if self.rotation != "none":
             total = unrotate(total.T, 2 * self.seed, block_of(self.rotation)).T
         return (total if self.scale else total * state[self.column_scales]).to(dtype)
+
+
+def _in_few_threads(x: Tensor) -> bool:
+    """Return whether one thread of ours rotates sooner: 512 tokens in 0.9 to 2.6 times the speed."""
+    return x.is_cpu and torch.get_num_threads() <= MOST_THREADS
