@@ -254,7 +254,7 @@ def planned_levels(model: nn.Module, plan: Plan) -> dict[str, Level]:
     Those it leaves dense and sub-blocks that it drops are not among them.
     """
     names = resolve_units(model, plan)
-    levels = {name: compose.normalize(plan[unit]) for unit, name in names.items()}
+    levels = compose.normalize_each({name: plan[unit] for unit, name in names.items()})
     return {name: level for name, level in levels.items() if not level.is_dense}
 
 

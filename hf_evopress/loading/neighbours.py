@@ -57,7 +57,7 @@ def left_out(layers: Mapping[str, PackedWeight]) -> list[str]:
 
 def refuse_shared(plan: Plan) -> None:
     """Raise ValueError for a plan with shared levels, where layers are compressed one by one."""
-    if (level := any_shared(map(compose.normalize, plan.values()))) is not None:
+    if (level := any_shared(compose.normalize_each(plan).values())) is not None:
         raise ValueError(
             f"level '{level}' is of two neighbouring layers together, which only a search makes: "
             "hf-evopress compress MODEL --share"

@@ -361,7 +361,8 @@ def _with_vocabulary(model: Any, plan: Plan) -> Plan:
 
 def _calibrated(plan: Plan) -> list[str]:
     """Return the levels of `plan` that need calibration statistics, sorted."""
-    return sorted({str(v) for v in plan.values() if compose.needs_stats(compose.normalize(v))})
+    known = compose.normalize_each(plan).values()
+    return sorted({str(level) for level in known if compose.needs_stats(level)})
 
 
 def _without_notice(model: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

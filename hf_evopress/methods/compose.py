@@ -7,7 +7,7 @@ term i > 0 carry the suffix `_i`. Everything else in the package deals in levels
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -47,6 +47,17 @@ def normalize(level: Level | str) -> Level:
     if len(level.terms) > 1 and level.terms[0].method in ("dense", "drop"):
         raise ValueError(f"level '{level}': {level.terms[0].method} leaves no error to compress")
     return Level(tuple(method(t.method).normalize(t) for t in level.terms))
+
+
+def normalize_each(levels: Mapping[str, Level | str]) -> dict[str, Level]:
+    """Return unit -> its level in canonical form; ValueError names the unit of one that is not."""
+    found = {}
+    for unit, level in levels.items():
+        try:
+            found[unit] = normalize(level)
+        except ValueError as error:
+            raise ValueError(f"{unit}: {error}") from error
+    return found
 
 
 def defaults(levels: Iterable[Level]) -> dict[str, dict[str, Any]]:
@@ -124,6 +135,7 @@ def compress_many(
     for W in Ws:
         if not bool(torch.isfinite(W).all()):
             raise ValueError(f"a weight of shape {tuple(W.shape)} contains inf or NaN")
+    stats = None if stats is None else stats.or_alike()
     return _many([level.terms for level in levels], Ws, stats, 0)
 
 

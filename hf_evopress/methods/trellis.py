@@ -31,6 +31,7 @@ from torch import Tensor
 from .base import PART, Param, Shape, SharedWork, State
 from .maths.codebook import CODEBOOKS, codebook
 from .maths.linalg import DAMP, SINK, Stats
+from .maths.rotation import factors
 from .maths.tile_order import ORDERS, in_rows
 from .maths.trellis_rounding import (
     FEEDBACKS,
@@ -45,6 +46,7 @@ from .maths.two_sided import DAMP_OUTPUTS, TILE
 from .maths.walks import LENGTH, start_bytes, unpack_walks
 
 MAX_STATE_BITS = 16
+MAX_ODD = 1024  # of a side: rotating takes its square in memory, and as much time per weight
 SCALES = ("tensor", "channels")
 _PIECE = 2**18  # weights whose walks are read at once on a CPU
 
@@ -104,6 +106,11 @@ class Trellis(SharedWork):
                 raise ValueError(
                     f"trellis: rotation={block} does not divide the {n} {side} of a weight of "
                     f"shape {tuple(shape)}; use rotation=full, which fits every size"
+                )
+            if params["rotation"] == "full" and (odd := factors(n)[1]) > MAX_ODD:
+                raise ValueError(
+                    f"trellis: {n} {side} have the odd factor {odd}, and rotation=full mixes so "
+                    f"many parts with one another: {MAX_ODD} at most; use rotation=none"
                 )
 
     def uses_stats(self, **params: Any) -> bool:
@@ -186,6 +193,8 @@ def _slabs(state: State, shape: Shape, **params: Any) -> Iterator[tuple[int, Ten
             f"trellis: a weight of shape {tuple(shape)} at {bits} bits has codes of shape "
             f"{(rows, columns, LENGTH * bits // 8)}, got {tuple(codes.shape)}"
         )
+    if (state.get("starts") is None) != params["tail_biting"]:
+        raise ValueError(f"trellis: tail_biting={params['tail_biting']}, and starts do not fit it")
     values = codebook(params["codebook"], state_bits, bits, codes.device)
     step = rows
     if params["tail_biting"]:  # starts lie in one string for all

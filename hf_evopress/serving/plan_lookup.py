@@ -27,7 +27,7 @@ class PlanLookup:
 
     def __init__(self, plan: Plan) -> None:
         self._units = {unit: unit for unit in plan}  # name there -> name in the plan
-        self._levels = {unit: compose.normalize(level) for unit, level in plan.items()}
+        self._levels = compose.normalize_each(plan)
         self._shapes = dict(plan.shapes)
 
     def rename(self, new_name: Callable[[str], str | None]) -> None:

@@ -157,7 +157,7 @@ def trained(
             "not kept; more sequences or a lower learning rate may help",
             kl,
         )
-        made, after = load(model), {name: (x, x) for name, x in before.items()}
+        made, after = load(model), {name: (before[name], before[name]) for name in after}
     if settings.kinds:
         save_checkpoint(made.to(stored or made.dtype), out, model)
     else:

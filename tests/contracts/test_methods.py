@@ -149,6 +149,15 @@ def test_the_same_input_gives_the_same_bytes(level):
 
 
 @pytest.mark.parametrize("level", EVERY)
+def test_a_weight_whose_inputs_were_zero_is_kept_as_if_they_counted_alike(level):
+    level, W, _ = make(level)
+    n, zeros = W.shape[1], torch.zeros(W.shape[1], W.shape[1])
+    alike = Stats(torch.eye(n), None, torch.zeros(n), 9)
+    found = compose.compress(level, W, Stats(zeros, zeros, torch.zeros(n), 9))
+    assert same(found, compose.compress(level, W, alike))
+
+
+@pytest.mark.parametrize("level", EVERY)
 def test_weights_that_share_an_input_are_made_as_if_alone(level):
     level, W, stats = make(level)
     Ws = [W, W[:9] * 2, W.flip(0)]

@@ -164,8 +164,22 @@ def test_the_order_along_a_walk_is_another_code_of_the_same_error():
 def test_outputs_without_gradients_are_rounded_as_on_one_side():
     W, stats, G = layer()
     level = "trellis:bits=2,state_bits=6"
-    state, _ = made(level, W, stats.with_outputs([torch.zeros_like(G)]))
-    assert torch.equal(state["codes"], made(level, W, stats)[0]["codes"])
+    state, found = made(level, W, stats.with_outputs([torch.zeros_like(G)]))
+    expected = made(level, W, stats)
+    assert torch.equal(state["codes"], expected[0]["codes"])
+    assert torch.equal(found, expected[1])
+
+
+@pytest.mark.parametrize("scales", ["tensor", "channels"])
+@pytest.mark.parametrize("zero", ["inputs", "outputs", "both"])
+def test_a_weight_that_no_input_or_gradient_reaches_is_kept(scales, zero):
+    W, stats, G = layer()
+    if zero != "outputs":
+        stats = Stats(torch.zeros_like(stats.gram), None, torch.zeros(W.shape[1]), 8)
+    moments = torch.zeros_like(G) if zero != "inputs" else 1e-30 * G  # which nothing divides by
+    level = f"trellis:bits=4,state_bits=8,scales={scales}"
+    _, found = made(level, W, stats.with_outputs([moments]))
+    assert float((found - W).square().sum() / W.square().sum()) < 0.02
 
 
 def test_moments_of_another_weight_are_refused():
@@ -234,6 +248,16 @@ def test_the_factor_of_one_input_is_made_once():
         stats.with_outputs([G, G[:16, :16]]),
     )
     assert sum(key[0] == "trellis" for key in stats._factors) == 2  # the moment and its factor
+
+
+def test_a_side_with_a_large_odd_factor_is_refused_with_the_way_out():
+    level = compose.normalize("trellis:bits=2")
+    with pytest.raises(ValueError, match="32001 outputs have the odd factor 32001.*rotation=none"):
+        compose.check_shape(level, (32001, 576))
+    with pytest.raises(ValueError, match="2050 inputs have the odd factor 1025"):
+        compose.check_shape(level, (64, 2050))
+    compose.check_shape(level, (128256, 11008))  # 501 x 256, 43 x 256
+    compose.check_shape(compose.normalize("trellis:bits=2,rotation=none"), (32001, 576))
 
 
 @pytest.mark.parametrize("options", ["", ",scales=channels,order=mma"])

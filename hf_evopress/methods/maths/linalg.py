@@ -44,6 +44,13 @@ class Stats:
         """Return these statistics, factors included, for weights with these moments G."""
         return replace(self, outputs=tuple(moments))
 
+    def or_alike(self) -> Stats:
+        """Return these statistics, or those of inputs that all count alike where none was seen but
+        zeros: behind a dead layer a weight is kept for what training may bring."""
+        if not self.gram.numel() or bool(self.gram.any()):
+            return self
+        return replace(self, gram=torch.eye(*self.gram.shape).to(self.gram), sink=None, _factors={})
+
     def remember(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
         """Return what `make` returned when it was first asked for by this key."""
         if key not in self._factors:

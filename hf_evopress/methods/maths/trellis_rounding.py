@@ -254,8 +254,15 @@ def _scales(job: _Job, Y: Tensor) -> dict[str, Tensor]:
 
 
 def _least_squares(R: Tensor, Y: Tensor, H: Tensor | None, G: Tensor | None) -> float:
-    """Return the a that minimises tr(G (R - a Y) H (R - a Y)^T)."""
-    weighed = Y if H is None else Y @ H
-    weighed = weighed if G is None else G @ weighed
-    energy = float((weighed * Y).sum(dtype=torch.float64))
-    return float((weighed * R).sum(dtype=torch.float64)) / energy if energy > 0 else 0.0
+    """Return the a that minimises tr(G (R - a Y) H (R - a Y)^T).
+
+    Moments in which Y has no size say nothing, such as those of a layer that no gradient reaches:
+    they are left out, G before H.
+    """
+    for rows, columns in ((G, H), (None, H), (None, None)):
+        weighed = Y if columns is None else Y @ columns
+        weighed = weighed if rows is None else rows @ weighed
+        energy = float((weighed * Y).sum(dtype=torch.float64))
+        if energy > 0:
+            return float((weighed * R).sum(dtype=torch.float64)) / energy
+    return 0.0
