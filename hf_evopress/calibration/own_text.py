@@ -6,7 +6,7 @@ this distribution, and there is as much of it as one has time for, while a calib
 sequences is soon learnt by heart. Beginnings are, where there is a text at hand, a few tokens from
 anywhere in it (`write_sequences`); without any (`write_self`), the part of the chat template that
 comes before what a user says, so that the model asks as well as answers (Magpie: Xu et al. 2024,
-arXiv:2406.08464), or one random token.
+arXiv:2406.08464), one random token, or the prompts of a file, under the chat template.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..base.resources import atomic_path
 from ..models.kv_cache import cache_argument
 from ..models.stream import BlockStream
 from .input_moments import check_tokens
-from .text import CHAT, RAW, SELF, bos_of
+from .text import CHAT, RAW, SELF, bos_of, prompts_file
 
 START = 16  # tokens of the text that a sequence begins with, at most half of it
 _BATCH_TOKENS = 65536  # written side by side, fewer where their keys and values take more than
@@ -89,8 +89,13 @@ def write_self(
 
     kind: one of `data.OWN`. `self:chat` begins with the tokenizer's chat template up to what the
     user says, and needs a template; `self:raw` with one random token (after BOS, where the
-    tokenizer adds it); `self` is the first where there is a template, else the second.
+    tokenizer adds it); `self` is the first where there is a template, else the second; self:FILE
+    begins with the prompts of a file, one after the other.
     """
+    if (file := prompts_file(kind)) is not None:
+        begins = [_asked(tokenizer, prompt) for prompt in prompts(file)]
+        begins = [begins[i % len(begins)] for i in range(n_sequences)]
+        return _answers(model, begins, Path(folder), seq_len, seed, progress)
     begin = chat_prefix(tokenizer) if kind != RAW else []
     if kind == CHAT and not begin:
         raise ValueError(
@@ -111,6 +116,56 @@ def write_self(
     else:
         starts = _random_starts(model, tokenizer, n_sequences, seed)
     return _kept(model, starts, seq_len, Path(folder), seed, progress)
+
+
+def prompts(file: Path) -> list[str]:
+    """Return the lines of a file that are not blank; raises errors that name it without any."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file} (in {Path.cwd()}) to take prompts from")
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    if not any(lines):
+        raise ValueError(f"{file} holds no prompts: it is text, one prompt a line")
+    return [line for line in lines if line]
+
+
+def _asked(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the tokens of a prompt, as what a user says where there is a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return bos_of(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    said = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found
+
+
+def _answers(
+    model: Any,
+    begins: Sequence[list[int]],
+    folder: Path,
+    seq_len: int,
+    seed: int,
+    progress: Progress | None,
+) -> Tensor:
+    """Return (n, seq_len): each beginning continued, those of one length side by side."""
+    if (longest := max(map(len, begins))) >= seq_len:
+        raise ValueError(
+            f"a prompt alone takes {longest} of {seq_len} tokens: shorten it, or take longer "
+            "sequences (--seq-len)"
+        )
+    starts = [torch.tensor(begin, dtype=torch.long) for begin in begins]
+    made_from = {
+        "model": model_fingerprint(model),
+        "shape": [len(begins), seq_len],
+        "begins with": tensor_fingerprint(torch.cat(starts)),
+        "seed": seed,
+    }
+    claim(folder, made_from, what="text written by a model")
+    written = torch.empty(len(begins), seq_len, dtype=torch.long)
+    for length in sorted({*map(len, begins)}):
+        mine = [i for i, begin in enumerate(begins) if len(begin) == length]
+        alike, own = torch.stack([starts[i] for i in mine]), folder / f"begun_{length:05d}"
+        written[mine] = _kept(model, alike, seq_len, own, seed + length, progress)
+    return written
 
 
 def chat_prefix(tokenizer: Any) -> list[int]:

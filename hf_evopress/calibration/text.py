@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 SELF, CHAT, RAW = "self", "self:chat", "self:raw"
 OWN = (SELF, CHAT, RAW)  # sources that are no text: what the dense model writes itself
+_PROMPTS = "self:"  # and a file: what it answers to the prompts there, one a line
 
 Source = str | os.PathLike[str] | Sequence[str]
 Rows = Iterable[Any]
@@ -175,6 +176,16 @@ def wrapping_of(tokenizer: Any) -> tuple[list[int], list[int]]:
     return bos_of(tokenizer), []
 
 
+def is_own(source: Any) -> bool:
+    """Return whether a source is what the dense model writes itself."""
+    return isinstance(source, str) and (source in OWN or source.startswith(_PROMPTS))
+
+
+def prompts_file(source: str) -> Path | None:
+    """Return the file of prompts that a source such as self:prompts.txt names, if it does."""
+    return Path(source.removeprefix(_PROMPTS)) if is_own(source) and source not in OWN else None
+
+
 def check_source(source: Source) -> None:
     """Raise FileNotFoundError or ValueError at once for a source that cannot be one."""
     if not isinstance(source, (str, os.PathLike)):
@@ -182,7 +193,7 @@ def check_source(source: Source) -> None:
             if not isinstance(text, str):
                 raise TypeError(f"text {i} of a list of texts is a {type(text).__name__}")
         return
-    if source in OWN:
+    if is_own(source):
         raise ValueError(
             f"{source} is what a dense model writes itself, for the commands that search; here a "
             "text is needed: a file or a Hub dataset (a file of this name is ./self)"

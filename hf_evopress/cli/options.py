@@ -65,7 +65,8 @@ Texts = Annotated[
         "-d",
         help="Text to calibrate and search on: a file (.txt, .json, "
         ".jsonl, .csv, .tsv, .parquet), a Hub dataset name[:config], or self: what the model "
-        "writes itself (self:chat under its template, self:raw without). Repeat for more. "
+        "writes itself (self:chat under its template, self:raw without, self:FILE in answer to the "
+        "prompts of a file, one a line). Repeat for more. "
         'For Whisper .jsonl of {"audio": FILE, "text": ...}. '
         "Default: HuggingFaceFW/fineweb-edu.",
     ),

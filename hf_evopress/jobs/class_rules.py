@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.text import OWN
+from ..calibration.text import is_own
 from ..models.classes import CAUSAL, MASKED, ModelClass
 from ..recipes.mixture import parse
 from ..recipes.recipe import Recipe
@@ -47,7 +47,7 @@ def fitted(recipe: Recipe, kind: ModelClass) -> Recipe:
         )
     if kind.is_pooled and any(term.options.get("columns") for term in terms):
         raise ValueError(f"{recipe.model} is of class {kind.name}: leave out kl's columns")
-    own = [source for source in recipe.data.sources if source in OWN]
+    own = [source for source in recipe.data.sources if is_own(source)]
     if own or recipe.data.written:
         raise ValueError(
             f"{recipe.model} is of class {kind.name} and continues no text: give text with --data "

@@ -10,7 +10,7 @@ from ..base.plugins import did_you_mean
 from ..base.progress import Progress
 from ..base.resources import parse_size
 from ..base.target import check_target
-from ..calibration.text import OWN
+from ..calibration.text import is_own
 from ..recipes.recipe import Recipe
 from ..training.settings import Tuning
 from ..training.tune import tune
@@ -18,7 +18,7 @@ from ..training.tune import tune
 
 def check_follow_up(recipe: Recipe, *, overwrite: bool = False) -> None:
     """Raise ValueError for settings of `adapter` and `tune` that cannot work, before anything."""
-    own = [source for source in recipe.data.sources if source in OWN]
+    own = [source for source in recipe.data.sources if is_own(source)]
     for name, wanted in (("adapter", recipe.adapter), ("tune", recipe.tune)):
         if own and wanted is not None and not wanted.sources:
             raise ValueError(

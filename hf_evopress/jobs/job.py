@@ -34,8 +34,8 @@ from ..base.progress import Progress
 from ..base.ranks import start
 from ..base.target import work_beside
 from ..calibration.data import Writer
-from ..calibration.own_text import write_self, write_sequences
-from ..calibration.text import OWN, bos_of
+from ..calibration.own_text import prompts, write_self, write_sequences
+from ..calibration.text import bos_of, is_own, prompts_file
 from ..calibration.token_cache import cached_splits
 from ..models.classes import set_pooling
 from ..models.experts import warn_of_experts
@@ -109,6 +109,8 @@ class Job:
                 self.config, dtype=self.dtype, trust_remote_code=recipe.trust_remote_code
             )
         check_head(recipe.model, skeleton)
+        for file in filter(None, map(prompts_file, recipe.data.sources)):
+            prompts(file)  # so that it is missed now
         of_recipe = (recipe, self.kind, self.config, self.work)
         self.media = image_text(*of_recipe) or sound_text(*of_recipe)
         if self.media is not None and self.media.seq_len != recipe.data.seq_len:
@@ -181,7 +183,7 @@ class Job:
         """Disjoint calibration, search, held-out and test sequences, (n, seq_len) each."""
         data = self.recipe.data
         counts = {k: getattr(data, k) for k in ("calibration", "search", "heldout", "test")}
-        writers = {kind: self._writer(kind) for kind in data.sources if kind in OWN}
+        writers = {kind: self._writer(kind) for kind in data.sources if is_own(kind)}
         if (made := self.media) is not None:
             writers[str(made.source)] = (made.fingerprint, made.write)
         found = cached_splits(
@@ -207,7 +209,9 @@ class Job:
     def _writer(self, kind: str) -> tuple[str, Writer]:
         """Return a fingerprint of text that the dense model writes itself, and what writes it."""
         data, dtype = self.recipe.data, self.search_dtype
-        name = text_fingerprint(kind, model_fingerprint(self.model), str((data.seed, dtype)))
+        file = prompts_file(kind)
+        begun = kind if file is None else "\n".join(prompts(file))
+        name = text_fingerprint(begun, model_fingerprint(self.model), str((data.seed, dtype)))
 
         def write(n: int) -> Tensor:
             with self.computing_in(dtype):

@@ -140,6 +140,42 @@ def test_a_base_model_begins_with_a_random_token_that_is_not_special(
     assert torch.equal(raw, made)
 
 
+def test_prompts_of_a_file_are_asked_in_turn(
+    trained_llama: Any, byte_tokenizer: Any, chat_tokenizer: Any, tmp_path: Any
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("ab\n\n  cde \nfg\n")
+    kind = f"self:{file}"
+    made = write_self(trained_llama, byte_tokenizer, 5, tmp_path / "a", kind=kind, seq_len=16)
+    assert made.shape == (5, 16)
+    asked = ["ab", "cde", "fg", "ab", "cde"]
+    for row, prompt in zip(made, asked, strict=True):
+        ids = byte_tokenizer(prompt)["input_ids"]
+        assert row[: len(ids)].tolist() == ids
+    assert len({tuple(row.tolist()) for row in made}) == 5
+    again = write_self(trained_llama, byte_tokenizer, 5, tmp_path / "a", kind=kind, seq_len=16)
+    assert torch.equal(again, made)
+    chat = write_self(trained_llama, chat_tokenizer, 1, tmp_path / "b", kind=kind, seq_len=32)
+    begin = chat_tokenizer("sys\n<user>ab</s>")["input_ids"]
+    assert chat[0, : len(begin)].tolist() == begin
+
+
+def test_prompts_that_cannot_be_asked_are_refused(
+    trained_llama: Any, byte_tokenizer: Any, tmp_path: Any
+) -> None:
+    def write(name: str) -> None:
+        write_self(trained_llama, byte_tokenizer, 2, tmp_path, kind=f"self:{name}", seq_len=8)
+
+    with pytest.raises(FileNotFoundError, match="no file .*missing.txt .* to take prompts from"):
+        write(str(tmp_path / "missing.txt"))
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    with pytest.raises(ValueError, match="blank.txt holds no prompts"):
+        write(str(tmp_path / "blank.txt"))
+    (tmp_path / "long.txt").write_text("a prompt of many bytes\n")
+    with pytest.raises(ValueError, match="a prompt alone takes 22 of 8 tokens"):
+        write(str(tmp_path / "long.txt"))
+
+
 def test_own_text_without_a_template_says_what_to_take(
     trained_llama: Any, byte_tokenizer: Any, chat_tokenizer: Any, tmp_path: Any
 ) -> None:

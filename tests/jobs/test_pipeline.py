@@ -250,6 +250,22 @@ def test_the_text_of_a_job_can_be_what_the_model_writes_itself(home: Path) -> No
     assert torch.equal(Job(asked).tokens["search"], tokens["search"])
 
 
+def test_the_text_of_a_job_can_be_answers_to_prompts(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    data = {"sources": [f"self:{file}"], "seq_len": 32, "calibration": 4, "search": 4, "test": 4}
+    levels = ["rtn:bits=2,group_size=32"]
+    with pytest.raises(FileNotFoundError, match=r"no file .*prompts\.txt .* to take prompts from"):
+        Job(recipe(home, "asked", work=str(tmp_path / "work"), data=data, levels=levels))
+    file.write_text("the first one\nanother\n")
+    asked = recipe(home, "asked", work=str(tmp_path / "work"), data=data, levels=levels)
+    made = Job(asked).tokens
+    texts = [bytes(row.tolist()) for part in made.values() for row in part]
+    assert len({*texts}) == 16
+    assert sum(text.startswith(b"the first one") for text in texts) == 8
+    file.write_text("yet another\n")
+    assert not torch.equal(Job(asked).tokens["search"], made["search"])
+
+
 def test_an_adapter_needs_a_text_where_the_search_has_none(home: Path) -> None:
     asked = recipe(home, "own", data={"sources": ["self"]}, adapter={"rank": 2})
     with pytest.raises(ValueError, match=r"adapter learns from a text.*give adapter\.sources"):
