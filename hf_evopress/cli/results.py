@@ -34,6 +34,9 @@ def show_result(result: Result) -> None:
         console.print("\n" + results_table(rows), markup=False, soft_wrap=True)
     if ends := ends_line(result.plan):
         console.print(f"\n{ends}", markup=False)
+    if target := result.plan.search.get("for"):
+        codes = " (scalar codes, the fastest there)" if target == "cpu" else ""
+        console.print(f"levels for {target}{codes}; --for and --family offer others", markup=False)
     if caches := cache_lines(result.plan):
         console.print(f"\n{caches}", markup=False)
     for notes in refined(result.plan.results):

@@ -60,7 +60,10 @@ def tokens(text_tokens: Any) -> Tensor:
     return text_tokens(12, 48)
 
 
-@pytest.mark.parametrize("level", ["rtn:bits=8,group_size=32", "gptq:bits=8,group_size=32"])
+@pytest.mark.parametrize(
+    "level",
+    ["rtn:bits=8,group_size=32", "gptq:bits=8,group_size=32", "trellis:bits=7,state_bits=10"],
+)
 def test_at_many_bits_merging_keeps_the_adapted_model(
     trained_llama: Any, tokens: Tensor, level: str, tmp_path: Path
 ) -> None:
