@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from hf_evopress.base.devices import wait_for
 from hf_evopress.calibration.data import tokenize_file
 from hf_evopress.calibration.input_moments import load_stats
 from hf_evopress.calibration.output_moments import kfac_loss, load_moments
@@ -46,8 +47,10 @@ from hf_evopress.scoring.evaluate import compare_many
 
 def gaussian(words: argparse.Namespace) -> None:
     torch.set_num_threads(words.threads)
-    x = torch.randn(words.tiles, 256, generator=torch.Generator().manual_seed(0))
-    print("| bits | states | codebook | Mw per CPU second | mse | tail-biting Mw | mse | bound |")
+    device = torch.device(words.device)
+    x = torch.randn(words.tiles, 256, generator=torch.Generator().manual_seed(0)).to(device)
+    unit = "CPU second" if device.type == "cpu" else "second"
+    print(f"| bits | states | codebook | Mw per {unit} | mse | tail-biting Mw | mse | bound |")
     print("|---|---|---|---|---|---|---|---|")
     for bits in words.bits:
         for state_bits in words.state_bits:
@@ -57,14 +60,22 @@ def gaussian(words: argparse.Namespace) -> None:
                 gain = (words.gain or GAIN[bits]) / spread(name, state_bits, bits)
                 row = [str(bits), f"2^{state_bits}", name]
                 for tail_biting in (False, True):
-                    values = codebook(name, state_bits, bits)
+                    values = codebook(name, state_bits, bits, device)
                     encode(x[:8] / gain, values, bits, tail_biting=tail_biting)  # compiled
-                    start = time.process_time()  # of all threads
+                    start = clock(device)
                     states = encode(x / gain, values, bits, tail_biting=tail_biting)
-                    seconds = time.process_time() - start
+                    seconds = clock(device) - start
                     error = float((x - gain * values[states.long()]).square().mean())
                     row += [f"{x.numel() / seconds / 1e6:.2f}", f"{error:.5f}"]
                 print("|", " | ".join([*row, f"{4.0**-bits:.5f}"]), "|", flush=True)
+
+
+def clock(device: torch.device) -> float:
+    """Return CPU seconds of all threads, of a card those on the wall once it is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    wait_for(device)
+    return time.perf_counter()
 
 
 def decode(words: argparse.Namespace) -> None:
@@ -181,6 +192,7 @@ def arguments() -> argparse.Namespace:
     one.add_argument("--codebooks", nargs="+", default=["strata"])
     one.add_argument("--tiles", type=int, default=512)
     one.add_argument("--gain", type=float)
+    one.add_argument("--device", default="cpu")
     two = parts.add_parser("decode")
     two.add_argument("--level", action="extend", nargs="+")
     four = parts.add_parser("block")

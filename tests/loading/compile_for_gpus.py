@@ -20,6 +20,7 @@ from hf_evopress.loading.kernels import gpu, gpu_experts, gpu_matrix
 from hf_evopress.loading.kernels.gpu_experts import Experts, can_group, grouped
 from hf_evopress.loading.kernels.gpu_layer import TritonKernel, dense_kernel, triton_kernel_of
 from hf_evopress.methods import compose
+from hf_evopress.methods.maths import triton_viterbi, viterbi_gpu
 from hf_evopress.methods.maths.linalg import Stats
 
 KNOWN = {"cuda": GPUTarget("cuda", 80, 32), "hip": GPUTarget("hip", "gfx942", 64)}
@@ -51,7 +52,20 @@ def compile_as_launched(
     family: str, name: str, grid: tuple[int, ...], device: torch.device, given: Mapping[str, Any]
 ) -> None:
     """Compile a kernel for all TARGETS with the types and constants that it is launched with."""
-    kernel = getattr(import_module(f"hf_evopress.loading.kernels.triton_{family}"), name)
+    module = import_module(f"hf_evopress.loading.kernels.triton_{family}")
+    compile_for_all(family, name, getattr(module, name), given, {})
+
+
+def compile_viterbi(
+    name: str, grid: tuple[int, ...], given: Mapping[str, Any], *, num_warps: int
+) -> None:
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    compile_for_all("viterbi", name, getattr(triton_viterbi, name), given, options)
+
+
+def compile_for_all(
+    family: str, name: str, kernel: Any, given: Mapping[str, Any], options: dict[str, Any]
+) -> None:
     signature, constants, aligned = {}, {}, {}
     for i, (key, parameter) in enumerate(inspect.signature(kernel.fn).parameters.items()):
         value = given[key]
@@ -73,7 +87,10 @@ def compile_as_launched(
         return
     _seen.add(what)
     for target in TARGETS:
-        made = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target)
+        source = ASTSource(kernel, signature, constants, aligned)
+        made = triton.compile(source, target=target, options=options)
+        if target.backend == "cuda" and family == "viterbi":  # sums as on every other device
+            assert "fma." not in made.asm["ptx"]
         assert "cubin" in made.asm or "hsaco" in made.asm
         print(target.backend, target.arch, family, name, constants)
 
@@ -81,6 +98,11 @@ def compile_as_launched(
 def main() -> None:
     for module in (gpu, gpu_matrix, gpu_experts):
         module.launch, module.needs_exact = compile_as_launched, lambda device: False
+    viterbi_gpu.launch = compile_viterbi
+    for bits, state_bits in ((2, 12), (3, 10), (8, 12), (4, 14)):
+        values, x, past = torch.randn(2**state_bits), torch.randn(2, 256), torch.zeros(2)
+        for start in (None, past):
+            viterbi_gpu.nearest_walks_triton(x, values, bits, start, batch=2)
     TritonKernel.check = lambda *results: None  # nothing is computed
     torch.manual_seed(0)
     shape = (48, 384)

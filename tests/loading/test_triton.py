@@ -387,5 +387,6 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     made = {" ".join(line.split()[:4]) for line in run.stdout.splitlines() if line[:4] == "cuda"}
     kinds = [(f, k) for f in ("codes", "sparse", "walks") for k in ("product", "unpack")]
     kinds += [("floats", "product"), ("sparse", "count")]
+    kinds += [("viterbi", "forward"), ("viterbi", "backward")]
     kinds += [("experts", kind) for kind in ("codes", "floats", "sparse", "walks", "count")]
     assert {f"cuda 80 {family} {kind}" for family, kind in kinds} <= made

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib import import_module
-from subprocess import SubprocessError
 from typing import Any
 
 import torch
 
 from ...base.devices import capability
+from ...base.triton_errors import failures
 
 DEVICES = ("cuda", "xpu")
 LEAST_CAPABILITY = (8, 0)  # of NVIDIA's GPUs, for products of bfloat16
@@ -43,7 +43,7 @@ def launch(
             kernel[grid](**given)
     except torch.OutOfMemoryError:
         raise
-    except _failures() as error:
+    except failures() as error:
         raise KernelError(family, error) from error
 
 
@@ -84,19 +84,6 @@ def _missing() -> str | None:
     except (ImportError, OSError, RuntimeError) as error:
         return f"Triton cannot be imported: {str(error).strip().partition(chr(10))[0]}"
     return None
-
-
-@lru_cache(maxsize=None)
-def _failures() -> tuple[type[BaseException], ...]:
-    """Return the errors of finding, compiling and launching a kernel."""
-    known: tuple[type[BaseException], ...] = (
-        *(ImportError, OSError, RuntimeError, ValueError, TypeError, LookupError),
-        *(AttributeError, ArithmeticError, AssertionError, SubprocessError),
-    )
-    try:
-        return (*known, import_module("triton.errors").TritonError)
-    except ImportError:
-        return known
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -6,8 +6,9 @@ comparisons, whatever its rate k. To find the minimum and where it came from in 
 the k lowest bits of the (positive) costs' integer images are replaced by the number of the way:
 2^(k - 23) of a cost is lost, and equal costs go to the lowest number on any device.
 
-`lanes.py` does it on a CPU for eight walks side by side, this file on any other device for as
-many as memory allows; both add the same numbers in the same order and find the same walks.
+`lanes.py` does it on a CPU for eight walks side by side, `triton_viterbi.py` on a GPU, a walk in
+each program, this file on any other device for as many as memory allows; all add the same numbers
+in the same order and find the same walks.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...base.triton_errors import failures
+from . import viterbi_gpu
 from .lanes import nearest_walks as nearest_walks_cpu
 
 MAX_BYTES = 2**29  # what the ways of one batch of walks may take
 FREE = -1  # a walk may start and end anywhere
 TAIL = 64  # weights on both sides of a walk's ends by which a tail-biting state is chosen
-_NEVER = 1e30  # more than any walk costs
 
 
 def encode(x: Tensor, values: Tensor, bits: int, *, tail_biting: bool) -> Tensor:
@@ -45,7 +47,30 @@ def nearest_walks(x: Tensor, values: Tensor, bits: int, past: Tensor | None = No
     """
     if x.device.type == "cpu":
         return nearest_walks_cpu(x, values, bits, past)
+    if len(x) and viterbi_gpu.serves(x):
+        found = _by_triton(x, values, bits, past)
+        if found is not None:
+            return found
     return nearest_walks_torch(x, values, bits, past)
+
+
+def _by_triton(x: Tensor, values: Tensor, bits: int, past: Tensor | None) -> Tensor | None:
+    """Return the walks, None where Triton or the card does not find them."""
+    batch = max(1, MAX_BYTES // (x.shape[1] * (values.numel() >> bits)))
+    try:
+        found = viterbi_gpu.nearest_walks_triton(x, values, bits, past, batch=batch)
+        if not viterbi_gpu.has_checked(x, values, bits):
+            n = viterbi_gpu.CHECKED
+            own = None if past is None else past[:n]
+            wanted = nearest_walks_torch(x[:n], values, bits, own)
+            if not viterbi_gpu.is_right(x[:n], values, bits, found[:n], wanted):
+                raise RuntimeError("walks are not the nearest")
+    except torch.OutOfMemoryError:
+        raise
+    except failures() as error:
+        viterbi_gpu.give_up(error)
+        return None
+    return found
 
 
 def nearest_walks_torch(x: Tensor, values: Tensor, bits: int, past: Tensor | None = None) -> Tensor:
@@ -68,7 +93,7 @@ def _batch(x: Tensor, values: Tensor, bits: int, past: Tensor | None) -> Tensor:
     every_past = torch.arange(pasts, device=x.device)
     if past is not None:
         other = every_past.unsqueeze(0) != past.unsqueeze(1)  # (n, pasts)
-        cost.view(n, pasts, ways).masked_fill_(other.unsqueeze(2), _NEVER)
+        cost.view(n, pasts, ways).masked_fill_(other.unsqueeze(2), viterbi_gpu.NEVER)
     came_from = torch.empty(length, n, pasts, dtype=torch.uint8, device=x.device)
     for i in range(1, length):
         image = cost.view(torch.int32).view(n, ways, pasts)
@@ -79,7 +104,7 @@ def _batch(x: Tensor, values: Tensor, bits: int, past: Tensor | None) -> Tensor:
         cost = (so_far + step).view(n, ways * pasts)
     if past is not None:  # the last L - k bits of the end are the past
         ends = cost.view(n, ways, pasts)
-        ends.masked_fill_(other.unsqueeze(1), 2 * _NEVER)
+        ends.masked_fill_(other.unsqueeze(1), 2 * viterbi_gpu.NEVER)
     # the first of equals, as the loop of lanes.py takes it
     state = (cost == cost.amin(1, keepdim=True)).to(torch.uint8).argmax(1)
     states = torch.empty(n, length, dtype=torch.int32, device=x.device)

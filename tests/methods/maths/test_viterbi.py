@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 
+from hf_evopress.methods.maths import viterbi, viterbi_gpu
 from hf_evopress.methods.maths.codebook import codebook
 from hf_evopress.methods.maths.viterbi import encode, nearest_walks, nearest_walks_torch
 
@@ -112,6 +113,45 @@ def test_other_devices_find_the_same_walks(device):
     found = encode(x.to(device), values.to(device), 2, tail_biting=True)
     assert found.device.type == device.type
     assert torch.equal(found.cpu(), encode(x, values, 2, tail_biting=True))
+
+
+@pytest.mark.parametrize("bits, state_bits", [(1, 6), (2, 6), (3, 7), (5, 5), (2, 4)])
+def test_kernels_in_triton_find_the_same_walks(bits, state_bits):
+    pytest.importorskip("triton", reason='no Triton: pip install "hf-evopress[dev]" on Linux')
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, values = numbers(5, 40), codebook("strata", state_bits, bits)
+    there = x.to(device), values.to(device), bits
+    free = nearest_walks(x, values, bits)
+    found = viterbi_gpu.nearest_walks_triton(*there, None, batch=3)
+    assert torch.equal(found.cpu(), free)
+    past = (free[:, 19] % 2 ** (state_bits - bits)).int()
+    bound = viterbi_gpu.nearest_walks_triton(*there, past.to(device), batch=3)
+    assert torch.equal(bound.cpu(), nearest_walks(x, values, bits, past))
+
+
+@pytest.mark.parametrize("fault", ["an error", "other walks", "memory", None])
+def test_walks_of_a_kernel_that_fails_are_found_otherwise(fault, monkeypatch, caplog):
+    x, values = numbers(6, 40), codebook("strata", 6, 2)
+    wanted = nearest_walks_torch(x, values, 2)
+
+    def run(x, values, bits, past, *, batch):
+        if fault == "an error":
+            raise OSError("no such driver")
+        if fault == "memory":
+            raise torch.OutOfMemoryError("out of memory")
+        return torch.zeros_like(wanted) if fault else wanted
+
+    monkeypatch.setattr(viterbi_gpu, "_failed", [])
+    monkeypatch.setattr(viterbi_gpu, "_checked", set())
+    monkeypatch.setattr(viterbi_gpu, "nearest_walks_triton", run)
+    if fault == "memory":
+        with pytest.raises(torch.OutOfMemoryError):
+            viterbi._by_triton(x, values, 2, None)
+        return
+    found = viterbi._by_triton(x, values, 2, None)
+    assert (found is None) == bool(fault) == bool(viterbi_gpu._failed)
+    assert ("do not work here" in caplog.text) == bool(fault)
+    assert fault or (torch.equal(found, wanted) and viterbi_gpu.has_checked(x, values, 2))
 
 
 def test_nothing_to_code_gives_nothing():

@@ -1,0 +1,91 @@
+"""Viterbi's algorithm on a GPU in two kernels, where tensor operations take fifteen a step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.accelerator import device_index as on_card
+
+logger = logging.getLogger(__name__)
+
+STATES = 512  # of a warp: what they cost and stand for is held in registers
+DEVICES = ("cuda", "xpu")
+CHECKED = 4  # walks of the first batch of a kind, which are looked for by other code as well
+NEVER = 1e30  # more than any walk costs
+_BLOCK = 128  # walks that one program goes back along
+
+_failed: list[BaseException] = []
+_checked: set[tuple[Any, ...]] = set()
+
+
+def serves(x: Tensor) -> bool:
+    """Return whether these kernels are for walks along x."""
+    return x.device.type in DEVICES and not _failed
+
+
+def nearest_walks_triton(
+    x: Tensor, values: Tensor, bits: int, past: Tensor | None, *, batch: int
+) -> Tensor:
+    """Return what `nearest_walks` does, `batch` walks at a time."""
+    x, values = x.contiguous(), values.contiguous()
+    states = torch.empty(x.shape, dtype=torch.int32, device=x.device)
+    past = None if past is None else past.int().contiguous()
+    there = nullcontext() if x.device.index is None else on_card(x.device.index)
+    with there:  # Triton launches on the card in use
+        for low in range(0, len(x), batch):
+            some = slice(low, low + batch)
+            _write(x[some], values, bits, None if past is None else past[some], states[some])
+    return states
+
+
+def _write(x: Tensor, values: Tensor, bits: int, past: Tensor | None, states: Tensor) -> None:
+    (n, length), ways, pasts = x.shape, 2**bits, values.numel() >> bits
+    came_from = torch.empty(n, length, pasts, dtype=torch.uint8, device=x.device)
+    ends = torch.empty(n, dtype=torch.int32, device=x.device)
+    given = {"came_from": came_from, "ends": ends, "length": length, "PASTS": pasts}
+    seen = {"x": x, "values": values, "past": past}
+    most = 32 if torch.version.hip is None else 16
+    warps = min(most, max(1, values.numel() // STATES))
+    launch("forward", (n,), {**seen, **given, "WAYS": ways, "NEVER": NEVER}, num_warps=warps)
+    given |= {"states": states, "n": n, "BITS": bits, "BLOCK": _BLOCK}
+    launch("backward", (-(-n // _BLOCK),), given, num_warps=_BLOCK // 32)
+
+
+def launch(name: str, grid: tuple[int, ...], given: Mapping[str, Any], *, num_warps: int) -> None:
+    """Run a kernel; sums and products are rounded one by one, as everywhere."""
+    kernel = getattr(import_module(".triton_viterbi", __package__), name)
+    kernel[grid](**given, num_warps=num_warps, enable_fp_fusion=False)
+
+
+def give_up(error: BaseException) -> None:
+    """Look for walks by tensor operations from now on, and warn once."""
+    logger.warning(
+        "the Triton kernels of trellis codes do not work here (%s: %s): walks are looked for by "
+        "tensor operations, which is slower",
+        type(error).__name__,
+        str(error).strip().partition("\n")[0],
+    )
+    _failed.append(error)
+
+
+def is_right(x: Tensor, values: Tensor, bits: int, found: Tensor, wanted: Tensor) -> bool:
+    """Return whether walks cost what those of the reference do; remembered for their kind."""
+    costs = [(x - values[states.long()]).square().sum() for states in (found, wanted)]
+    right = bool(costs[0] <= 1.001 * costs[1] + 1e-6)
+    if right:
+        _checked.add(kind(x, values, bits))
+    return right
+
+
+def has_checked(x: Tensor, values: Tensor, bits: int) -> bool:
+    return kind(x, values, bits) in _checked
+
+
+def kind(x: Tensor, values: Tensor, bits: int) -> tuple[Any, ...]:
+    return x.device, x.shape[1], values.numel(), bits
