@@ -102,12 +102,17 @@ def is_in_group() -> bool:
 
 
 def mean_over_group(tensor: Tensor) -> Tensor:
-    """Return `tensor`, in place the mean over the processes that train together, as DDP's
-    gradients are; what it was where there is one process."""
+    """Replace `tensor` by its mean over the processes that train together, and return it."""
     if is_in_group() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
+
+
+def wait_for_group() -> None:
+    """Return once all processes that train together have come here."""
+    if is_in_group():
+        dist.barrier()
 
 
 def start() -> Ranks:

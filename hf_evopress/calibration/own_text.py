@@ -11,6 +11,7 @@ arXiv:2406.08464), one random token, or the prompts of a file, under the chat te
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +25,16 @@ from transformers.cache_utils import DynamicLayer
 
 from ..base.fingerprint import claim, model_fingerprint, tensor_fingerprint
 from ..base.placement import dtype_of
+from ..base.plugins import did_you_mean
 from ..base.progress import Progress
 from ..base.reading import ANEW, reading
 from ..base.resources import atomic_path
 from ..models.kv_cache import cache_argument
 from ..models.stream import BlockStream
 from .input_moments import check_tokens
-from .text import CHAT, RAW, SELF, bos_of, prompts_file
+from .text import CHAT, OWN, RAW, SELF, bos_of, prompts_file
+
+logger = logging.getLogger(__name__)
 
 START = 16  # tokens of the text that a sequence begins with, at most half of it
 _BATCH_TOKENS = 65536  # written side by side, fewer where their keys and values take more than
@@ -87,13 +91,19 @@ def write_self(
 ) -> Tensor:
     """Return (n_sequences, seq_len) int64 that `model` wrote without any text, kept in `folder`.
 
-    kind: one of `data.OWN`. `self:chat` begins with the tokenizer's chat template up to what the
+    kind: one of `text.OWN`. `self:chat` begins with the tokenizer's chat template up to what the
     user says, and needs a template; `self:raw` with one random token (after BOS, where the
     tokenizer adds it); `self` is the first where there is a template, else the second; self:FILE
     begins with the prompts of a file, one after the other.
     """
     if (file := prompts_file(kind)) is not None:
         begins = [_asked(tokenizer, prompt) for prompt in prompts(file)]
+        if len(begins) != n_sequences:
+            logger.warning(
+                "%s has %d prompts for %d sequences: %s", file, len(begins), n_sequences,
+                "some are asked more than once" if len(begins) < n_sequences else "the last ones "
+                "are not asked",
+            )  # fmt: skip
         begins = [begins[i % len(begins)] for i in range(n_sequences)]
         return _answers(model, begins, Path(folder), seq_len, seed, progress)
     begin = chat_prefix(tokenizer) if kind != RAW else []
@@ -121,7 +131,8 @@ def write_self(
 def prompts(file: Path) -> list[str]:
     """Return the lines of a file that are not blank; raises errors that name it without any."""
     if not file.is_file():
-        raise FileNotFoundError(f"no file {file} (in {Path.cwd()}) to take prompts from")
+        near = did_you_mean(f"self:{file}", [*OWN])
+        raise FileNotFoundError(f"no file {file} (in {Path.cwd()}) to take prompts from{near}")
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     if not any(lines):
         raise ValueError(f"{file} holds no prompts: it is text, one prompt a line")
@@ -156,15 +167,21 @@ def _answers(
     made_from = {
         "model": model_fingerprint(model),
         "shape": [len(begins), seq_len],
-        "begins with": tensor_fingerprint(torch.cat(starts)),
+        "begins with": [tensor_fingerprint(torch.cat(starts)), *map(len, begins)],
         "seed": seed,
     }
     claim(folder, made_from, what="text written by a model")
     written = torch.empty(len(begins), seq_len, dtype=torch.long)
-    for length in sorted({*map(len, begins)}):
+    lengths = sorted({*map(len, begins)})
+    for number, length in enumerate(lengths):
+
+        def tell(what: str, done: int, total: int, before: int = number) -> None:
+            if progress:
+                progress(what, 100 * before + 100 * done // total, 100 * len(lengths))
+
         mine = [i for i, begin in enumerate(begins) if len(begin) == length]
         alike, own = torch.stack([starts[i] for i in mine]), folder / f"begun_{length:05d}"
-        written[mine] = _kept(model, alike, seq_len, own, seed + length, progress)
+        written[mine] = _kept(model, alike, seq_len, own, seed + length, tell)
     return written
 
 

@@ -186,6 +186,11 @@ def prompts_file(source: str) -> Path | None:
     return Path(source.removeprefix(_PROMPTS)) if is_own(source) and source not in OWN else None
 
 
+def file_of(source: str) -> str | Path:
+    """Return what a source reads, where that is a file."""
+    return prompts_file(source) or source
+
+
 def check_source(source: Source) -> None:
     """Raise FileNotFoundError or ValueError at once for a source that cannot be one."""
     if not isinstance(source, (str, os.PathLike)):
@@ -196,7 +201,7 @@ def check_source(source: Source) -> None:
     if is_own(source):
         raise ValueError(
             f"{source} is what a dense model writes itself, for the commands that search; here a "
-            "text is needed: a file or a Hub dataset (a file of this name is ./self)"
+            f"text is needed: a file or a Hub dataset (a file of this name is ./{source})"
         )
     path = Path(source)
     if path.is_dir():

@@ -18,6 +18,7 @@ from ..base.plugins import load
 from ..base.progress import Progress
 from ..base.ranks import start
 from ..base.target import claimed, work_beside
+from ..calibration.text import file_of
 from ..plans.plan import Plan
 from ..recipes.recipe import Recipe
 from ..scoring.fitness.base import Fitness
@@ -75,7 +76,7 @@ def compress(
     if recipe.out is None:
         raise ValueError("say where to write the model: out in the recipe, or --out FOLDER")
     work = recipe.work or work_beside(recipe.out)
-    reads = [recipe.model, work, test, *recipe.data.sources, *recipe.search.start]
+    reads = [recipe.model, work, test, *map(file_of, recipe.data.sources), *recipe.search.start]
     is_first = start().is_first
     outs: list[str | Path] = [recipe.out]
     if is_for_gguf(recipe):

@@ -15,6 +15,7 @@ from ..base.devices import using
 from ..base.reading import reading
 from ..base.resources import atomic_write, format_size, parse_size
 from ..base.target import FILES, claimed, whole_folder, work_beside, writes_out
+from ..calibration.text import file_of
 from ..loading.blocks import block_bytes, n_fitting
 from ..loading.config import EvoPressConfig
 from ..methods.bitstack import MOST_BLOCKS
@@ -50,7 +51,11 @@ def stack(recipe: Recipe, *, overwrite: bool = False, progress: Any = None) -> t
     """
     if recipe.out is None:
         raise ValueError("say where to write the model: --out FOLDER")
-    reads = [recipe.model, recipe.work or work_beside(recipe.out), *recipe.data.sources]
+    reads = [
+        recipe.model,
+        recipe.work or work_beside(recipe.out),
+        *map(file_of, recipe.data.sources),
+    ]
     with claimed(recipe.out, reads=reads, overwrite=overwrite):
         job = Job(recipe, progress=progress)
         with using(job.device, offload=recipe.offload):

@@ -315,8 +315,9 @@ def prepare_layers(model: nn.Module, runtime: str) -> dict[str, str]:
 
     Returns module path -> what it computes with; the log says it in one line.
     """
-    packed = ((name, m) for name, m in model.named_modules() if isinstance(m, PackedWeight))
-    choices = {name: module.prepare(runtime) for name, module in packed}
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedWeight)}
+    choices = {name: module.prepare(runtime) for name, module in packed.items()}
     group_experts(model, by_kernels=runtime in BY_KERNELS)
-    log_choices(runtime, choices.values())
+    linears = [choices[name] for name, m in packed.items() if isinstance(m, CompressedLinear)]
+    log_choices(runtime, choices.values(), linears)
     return choices

@@ -89,11 +89,12 @@ class PackedWeight(nn.Module):
             return PACKED
         device = self.state[self._state_names[0]].device
         check_device(runtime, device)
-        choice = chosen(self.level, self.shape, device, self.weight_dtype, runtime)
-        if runtime in BY_KERNELS:  # also where it has none for the device: it may be moved
-            find = triton_kernel_of if runtime == TRITON else kernel_of
-            self._kernel = find(self.level, self.shape)
-        return choice
+        if runtime not in BY_KERNELS:
+            return PACKED
+        # also where it has none for the device: it may be moved
+        find = triton_kernel_of if runtime == TRITON else kernel_of
+        self._kernel = find(self.level, self.shape)
+        return chosen(self.level, self.shape, device, self.weight_dtype, runtime)
 
     @property
     def computes_by_kernel(self) -> bool:

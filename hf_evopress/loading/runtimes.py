@@ -118,11 +118,11 @@ def choices(plan: Plan, device: torch.device) -> dict[str, tuple[str, list[str]]
     return found
 
 
-def log_choices(runtime: str, choices: Iterable[str]) -> None:
-    """Say in one line what the layers of a model compute with; a warning where that is for some
-    not the runtime that was asked for by its name."""
+def log_choices(runtime: str, choices: Iterable[str], linears: Iterable[str]) -> None:
+    """Say in one line what the layers of a model compute with; a warning where some linear ones
+    do not with the runtime that was asked for by its name."""
     counts = Counter(choices)
     said = ", ".join(f"{n} layers {choice}" for choice, n in counts.most_common())
-    others = counts.keys() - {runtime, TRITON_KERNELS}
+    others = {*linears} - {runtime, TRITON_KERNELS}
     level = logging.WARNING if others and runtime not in (AUTO, PACKED) else logging.INFO
     logger.log(level, "runtime %s: %s", runtime, said or "no compressed layers")

@@ -166,8 +166,9 @@ class Method(ABC):
 
         Override where parts that are no rows can be had without the whole weight.
         """
-        step = max(1, PART // shape[1]) if self.looks_up_rows else shape[0]
-        rows = torch.arange(shape[0], device=x.device).split(step)
+        if not self.looks_up_rows:
+            return x.float() @ self.decompress(state, shape, torch.float32, **params).T
+        rows = torch.arange(shape[0], device=x.device).split(max(1, PART // shape[1]))
         return torch.cat(
             [
                 x.float() @ self.decompress_rows(state, shape, some, torch.float32, **params).T

@@ -48,7 +48,8 @@ from .maths.walks import LENGTH, start_bytes, unpack_walks
 MAX_STATE_BITS = 16
 MAX_ODD = 1024  # of a side: rotating takes its square in memory, and as much time per weight
 SCALES = ("tensor", "channels")
-_PIECE = 2**18  # weights whose walks are read at once on a CPU
+_PIECE = 2**18  # weights whose walks are read at once on a CPU: they stay in its cache
+_LARGE = 2**24  # and elsewhere, where each piece is a dozen launches
 
 
 class Trellis(SharedWork):
@@ -170,7 +171,8 @@ class Trellis(SharedWork):
         a, b = state["scale" if "scale" in state else "row_scales"], state.get("column_scales")
         flat = (x.float() if b is None else x.float() * b).T
         z = rotate_inputs(flat, params["rotation"], params["seed"])
-        slabs = (part.flatten(2).flatten(0, 1) for _, part in _slabs(state, shape, **params))
+        piece = _PIECE if x.device.type == "cpu" else PART
+        slabs = (part.flatten(2).flatten(0, 1) for _, part in _slabs(state, shape, piece, **params))
         y = torch.cat([slab[:, : shape[1]] @ z for slab in slabs])[: shape[0]]
         return unrotate_outputs(y, params["rotation"], params["seed"]).T * a
 
@@ -178,14 +180,16 @@ class Trellis(SharedWork):
 def rotated_weight(state: State, shape: Shape, **params: Any) -> Tensor:
     """Return Y (out, in) float32, the codebook's values in the rotated basis, without the scale."""
     rows, columns = _tiles(shape)
-    Y = torch.empty(rows, TILE, columns, TILE, device=state["codes"].device)
-    for low, part in _slabs(state, shape, **params):
+    device = state["codes"].device
+    Y = torch.empty(rows, TILE, columns, TILE, dtype=torch.float32, device=device)
+    for low, part in _slabs(state, shape, _PIECE if device.type == "cpu" else _LARGE, **params):
         Y[low : low + len(part)] = part
     return Y.view(rows * TILE, columns * TILE)[: shape[0], : shape[1]]
 
 
-def _slabs(state: State, shape: Shape, **params: Any) -> Iterator[tuple[int, Tensor]]:
-    """Yield rows of tiles of Y: the first one's number and (n, 16, columns, 16) float32."""
+def _slabs(state: State, shape: Shape, piece: int, **params: Any) -> Iterator[tuple[int, Tensor]]:
+    """Yield rows of tiles of Y, of about `piece` weights: the first one's number and
+    (n, 16, columns, 16) float32."""
     (rows, columns), bits, state_bits = _tiles(shape), params["bits"], params["state_bits"]
     codes = state["codes"]
     if codes.shape != (rows, columns, LENGTH * bits // 8):
@@ -198,7 +202,6 @@ def _slabs(state: State, shape: Shape, **params: Any) -> Iterator[tuple[int, Ten
     values = codebook(params["codebook"], state_bits, bits, codes.device)
     step = rows
     if params["tail_biting"]:  # starts lie in one string for all
-        piece = _PIECE if codes.device.type == "cpu" else PART
         step = max(1, piece // (columns * LENGTH))
     for low in range(0, rows, step):
         part = codes[low : low + step].flatten(0, 1)

@@ -126,7 +126,7 @@ class RankTruncation(TrainerCallback):
 
     error: the share of the squared spectrum that may go. nuclear: taken from every singular
     value before. Ranks stay in order of their singular values. weighted: the spectrum is that of
-    B A D, D the root mean squares of the step's inputs, so that what goes is what the outputs
+    B A D, D the sizes of the step's inputs, of mean square 1, so that what goes is what the outputs
     need least; without, the paper's, in which columns of large inputs count as all others.
     """
 
@@ -144,6 +144,7 @@ class RankTruncation(TrainerCallback):
         self._hooks: list[Any] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._forget()  # what a step that was broken off has left
         if self.weighted and (state.global_step + 1) % self.every == 0:
             for name, layer in _lowrank(kwargs["model"]):
                 self._hooks.append(layer.register_forward_pre_hook(partial(self._see, name)))
@@ -151,9 +152,14 @@ class RankTruncation(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
             for name, layer in _lowrank(kwargs["model"]):
-                seen = self._inputs.get(name, torch.zeros_like(_factors(layer)[0][0]))
-                D = _sizes(mean_over_group(seen)) if self.weighted else None
+                D = None
+                if self.weighted:
+                    seen = self._inputs.get(name, torch.zeros_like(_factors(layer)[0][0]))
+                    D = _sizes(mean_over_group(seen.float()))
                 self.ranks[name] = truncate(layer, error=self.error, nuclear=self.nuclear, D=D)
+        self._forget()
+
+    def _forget(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._inputs = [], {}
@@ -164,9 +170,9 @@ class RankTruncation(TrainerCallback):
 
 
 def _sizes(squares: Tensor) -> Tensor:
-    """Return the root of (in,) sums of squares, none below 1e-3 of the mean; 1 where all are 0."""
-    least = 1e-6 * squares.mean()
-    return squares.clamp(min=least).sqrt() if least > 0 else torch.ones_like(squares)
+    """Return sizes (in,) of mean square 1 from sums of squares, none below 1e-3; 1 without any."""
+    mean = squares.mean()
+    return (squares / mean).clamp(min=1e-6).sqrt() if mean > 0 else torch.ones_like(squares)
 
 
 @torch.no_grad()

@@ -112,6 +112,8 @@ class PVTuning(torch.optim.AdamW):
             if seen is None and not is_in_group():
                 continue
             gradient, inputs = map(mean_over_group, seen or _nothing(layer))
+            if is_in_group() and not bool(inputs.any()):
+                continue  # nobody's text came here
             state = self.state[layer.get_parameter("codes")]
             is_scalar = isinstance(_method(layer.level), CodedMethod)
             if not is_scalar:

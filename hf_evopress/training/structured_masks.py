@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..base.ranks import mean_over_group
+from ..base.ranks import mean_over_group, wait_for_group
 from ..models.units import find_blocks
 from .callback_state import read_best, read_tensors, write_tensors
 
@@ -180,13 +180,15 @@ class StructuredPruning(TrainerCallback):
                 gates.learn(1 - (1 - done) ** 3, self.ascent)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.load_best_model_at_end and state.best_model_checkpoint:
+        loads = args.load_best_model_at_end and not state.is_hyper_param_search
+        if loads and state.best_model_checkpoint:
+            wait_for_group()  # the first process may still be writing it
             self._load(read_best(state, self._file))
-            if (best := state.best_global_step) < self._end:
+            if (best := state.best_global_step) <= self._end:
                 logger.warning(
-                    "the best model is that of step %d, before its gates were fixed (step %d): it "
-                    "was evaluated with open ones. eval_delay=%d counts later steps alone",
-                    best, self._end, self._end,
+                    "the best model is that of step %d, before its gates were fixed (after step "
+                    "%d): it was evaluated with open ones. eval_delay counts later ones alone",
+                    best, self._end,
                 )  # fmt: skip
         for gates in self.gates.values():
             if gates.mask is None:

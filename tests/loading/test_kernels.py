@@ -435,7 +435,7 @@ def test_errors_that_are_not_the_kernels_are_raised_and_change_nothing(
         raise error
 
     monkeypatch.setattr(operators, "_failed", [])
-    monkeypatch.setattr(operators, "_worked", [True] if has_worked else [])
+    monkeypatch.setattr(operators, "_worked", {made.level_text} if has_worked else set())
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(Kernel, "linear", fails)
         if is_theirs:

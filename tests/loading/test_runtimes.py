@@ -371,10 +371,11 @@ def test_a_model_that_is_loaded_by_default_is_near_the_reference_and_holds_no_mo
 def test_layers_that_a_runtime_asked_for_by_name_does_not_serve_are_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    log_choices("int4", ["int4", "int4", KERNELS])
-    log_choices("int4", ["int4"])
-    log_choices("triton", [TRITON_KERNELS])
-    log_choices("auto", [KERNELS, "as packed (no kernel for zero)"])
+    log_choices("int4", ["int4", "int4", KERNELS], ["int4", "int4", KERNELS])
+    log_choices("int4", ["int4", KERNELS], ["int4"])  # the other is an embedding
+    log_choices("expanded", ["packed", "expanded"], ["expanded"])
+    log_choices("triton", [TRITON_KERNELS], [TRITON_KERNELS])
+    log_choices("auto", [KERNELS, "as packed (no kernel for zero)"], [KERNELS])
     warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert warned == ["runtime int4: 2 layers int4, 1 layers by CPU kernels"]
 

@@ -250,6 +250,18 @@ def test_the_factor_of_one_input_is_made_once():
     assert sum(key[0] == "trellis" for key in stats._factors) == 2  # the moment and its factor
 
 
+def test_a_weight_does_not_follow_the_default_dtype():
+    W, stats, _ = layer()
+    state, expected = made("trellis:bits=3,state_bits=8", W, stats)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        level = compose.normalize("trellis:bits=3,state_bits=8")
+        found = compose.decompress(level, state, (48, 96), torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 def test_a_side_with_a_large_odd_factor_is_refused_with_the_way_out():
     level = compose.normalize("trellis:bits=2")
     with pytest.raises(ValueError, match="32001 outputs have the odd factor 32001.*rotation=none"):

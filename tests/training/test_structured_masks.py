@@ -184,7 +184,7 @@ def test_the_best_model_has_the_gates_of_its_step(
     assert torch.equal(state["log_alpha"], kept["channels/log_alpha"])
     last = load_file(tmp_path / "checkpoint-12" / "structured_pruning_channels.safetensors")
     assert not torch.equal(state["adam.exp_avg"], last["channels/adam.exp_avg"])
-    assert "step 4, before its gates were fixed (step 6)" in caplog.text
+    assert "step 4, before its gates were fixed (after step 6)" in caplog.text
     small = slice_model(model.merge_and_unload(), pruning)
     assert small.config.intermediate_size == 96
 

@@ -28,7 +28,7 @@ from .layer import DTYPES, Kernel, kernel_of
 logger = logging.getLogger(__name__)
 
 _failed: list[Exception] = []  # the kernels' own failure, which switches them off
-_worked: list[bool] = []  # whether a product has been had from them in this process
+_worked: set[str] = set()  # levels whose kernels have given a product in this process
 
 
 def usable(level: Level, shape: Shape) -> Kernel | None:
@@ -124,8 +124,8 @@ def _product(
     except failures() as error:
         give_up_on(kernel, error)
         return None
-    if not _worked and x.numel() and not isinstance(kernel, TritonKernel):
-        _worked.append(True)
+    if kernel.text not in _worked and x.numel():
+        _worked.add(kernel.text)
     return y
 
 
@@ -133,20 +133,21 @@ def give_up_on(kernel: Kernel, error: Exception) -> None:
     """Use kernels that do not work here no more; raise an error that is not their fault."""
     if isinstance(error, KernelError):
         give_up(error)
-    elif isinstance(kernel, TritonKernel) or not _is_theirs(error):
+    elif isinstance(kernel, TritonKernel) or not _is_theirs(kernel, error):
         raise error
     else:
         _give_up(error)
 
 
-def _is_theirs(error: Exception) -> bool:
+def _is_theirs(kernel: Kernel, error: Exception) -> bool:
     """Return whether an error of a CPU kernel says that it cannot be compiled or loaded here.
 
-    Before the first product any but a lack of memory does, after it those of compilers alone.
+    Before its first product any but a lack of memory does, after it those of compilers alone.
     """
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+    lacks_memory = ("allocate memory", "not enough memory")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in lacks_memory):
         return False
-    return not _worked or isinstance(error, (ImportError, OSError, *_of_numba()))
+    return kernel.text not in _worked or isinstance(error, (ImportError, OSError, *_of_numba()))
 
 
 def why_failed() -> str:

@@ -45,11 +45,13 @@ class Stats:
         return replace(self, outputs=tuple(moments))
 
     def or_alike(self) -> Stats:
-        """Return these statistics, or those of inputs that all count alike where none was seen but
-        zeros: behind a dead layer a weight is kept for what training may bring."""
+        """Return these statistics; where all inputs were 0, those of inputs that count alike.
+
+        Behind a layer that gives nothing a weight is kept then, instead of being anything at all.
+        """
         if not self.gram.numel() or bool(self.gram.any()):
             return self
-        return replace(self, gram=torch.eye(*self.gram.shape).to(self.gram), sink=None, _factors={})
+        return replace(self, gram=torch.eye(len(self.gram)).to(self.gram), sink=None, _factors={})
 
     def remember(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
         """Return what `make` returned when it was first asked for by this key."""

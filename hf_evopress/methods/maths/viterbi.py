@@ -47,7 +47,7 @@ def nearest_walks(x: Tensor, values: Tensor, bits: int, past: Tensor | None = No
     """
     if x.device.type == "cpu":
         return nearest_walks_cpu(x, values, bits, past)
-    if len(x) and viterbi_gpu.serves(x):
+    if len(x) and viterbi_gpu.serves(viterbi_gpu.kind_of(x, values, bits, past)):
         found = _by_triton(x, values, bits, past)
         if found is not None:
             return found
@@ -57,18 +57,19 @@ def nearest_walks(x: Tensor, values: Tensor, bits: int, past: Tensor | None = No
 def _by_triton(x: Tensor, values: Tensor, bits: int, past: Tensor | None) -> Tensor | None:
     """Return the walks, None where Triton or the card does not find them."""
     batch = max(1, MAX_BYTES // (x.shape[1] * (values.numel() >> bits)))
+    kind = viterbi_gpu.kind_of(x, values, bits, past)
     try:
         found = viterbi_gpu.nearest_walks_triton(x, values, bits, past, batch=batch)
-        if not viterbi_gpu.has_checked(x, values, bits):
+        if not viterbi_gpu.has_checked(kind):
             n = viterbi_gpu.CHECKED
             own = None if past is None else past[:n]
             wanted = nearest_walks_torch(x[:n], values, bits, own)
-            if not viterbi_gpu.is_right(x[:n], values, bits, found[:n], wanted):
+            if not viterbi_gpu.is_right(kind, x[:n], found[:n], wanted):
                 raise RuntimeError("walks are not the nearest")
     except torch.OutOfMemoryError:
         raise
     except failures() as error:
-        viterbi_gpu.give_up(error)
+        viterbi_gpu.give_up(kind, error)
         return None
     return found
 

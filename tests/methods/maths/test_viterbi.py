@@ -141,7 +141,7 @@ def test_walks_of_a_kernel_that_fails_are_found_otherwise(fault, monkeypatch, ca
             raise torch.OutOfMemoryError("out of memory")
         return torch.zeros_like(wanted) if fault else wanted
 
-    monkeypatch.setattr(viterbi_gpu, "_failed", [])
+    monkeypatch.setattr(viterbi_gpu, "_failed", {})
     monkeypatch.setattr(viterbi_gpu, "_checked", set())
     monkeypatch.setattr(viterbi_gpu, "nearest_walks_triton", run)
     if fault == "memory":
@@ -149,9 +149,10 @@ def test_walks_of_a_kernel_that_fails_are_found_otherwise(fault, monkeypatch, ca
             viterbi._by_triton(x, values, 2, None)
         return
     found = viterbi._by_triton(x, values, 2, None)
-    assert (found is None) == bool(fault) == bool(viterbi_gpu._failed)
-    assert ("do not work here" in caplog.text) == bool(fault)
-    assert fault or (torch.equal(found, wanted) and viterbi_gpu.has_checked(x, values, 2))
+    kind = viterbi_gpu.kind_of(x, values, 2, None)
+    assert (found is None) == bool(fault) == (kind in viterbi_gpu._failed)
+    assert ("walks of 2^6 states are looked for by tensor" in caplog.text) == bool(fault)
+    assert fault or (torch.equal(found, wanted) and viterbi_gpu.has_checked(kind))
 
 
 def test_nothing_to_code_gives_nothing():
