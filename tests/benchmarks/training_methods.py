@@ -167,7 +167,7 @@ def pv(bench: Bench) -> dict[str, Any]:
     print(found, flush=True)
     arms: dict[str, Callable[[Any], Any]] = {
         "V: scales and norms": ScalesAlone,
-        "P and V": PVTuning,
+        "P and V": partial(PVTuning, trust=bench.words.trust),
         "straight-through": StraightThrough,
     }
     for name in bench.words.arms or arms:
@@ -493,6 +493,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--level", action="extend", nargs="+", default=[], help="of levels")
     parser.add_argument("--arms", nargs="+", help="of prune, pv and fold; default: all")
     parser.add_argument("--start", default="gptq:bits=2,group_size=64", help="level, of pv")
+    parser.add_argument("--trust", type=float, default=2e-2, help="of pv")
     parser.add_argument("--latent-rate", type=float, default=1e-3, help="of pv, straight-through")
     parser.add_argument("--bits", type=int, default=3, help="of quest")
     parser.add_argument("--activation-bits", type=int, help="of quest; default: not rounded")
