@@ -23,7 +23,7 @@ from ..base.progress import Progress
 from ..loading.layers import prepare_layers
 from ..loading.packed import PackedWeight
 from ..loading.runtimes import AUTO, RUNTIMES, check_device, check_runtime
-from ..models.source import check_context, load_checked, read_config
+from ..models.source import check_class, check_context, load_checked, read_config
 
 DENSE = "dense"
 START = 16  # tokens before the first that is timed
@@ -82,6 +82,7 @@ def bench(
         check_runtime(name, getattr(torch, dtype))
         check_device(name, find_device())
     config = read_config(model)
+    check_class(config, model)
     check_context(config, prompt, "prompt")
     check_context(config, START + 4 * repeats + 1, "what so many repeats generate,")
     places = {DENSE: against} if against else {}
