@@ -203,7 +203,9 @@ def test_the_second_device_gives_what_the_cpu_gives(home: Path, made: Any) -> No
     assert there.plan.cache.keys() == made.plan.cache.keys()
     assert there.plan.budget["memory_bytes_at_most"] <= 250_000
     ours, theirs = (r.rows[-1].report.kl_nats for r in (made, there))
-    assert theirs == pytest.approx(ours, rel=0.5)
+    # statistics there are in bfloat16, whose sums some processors round otherwise: another plan,
+    # 0.0003 nats apart at most of what has been seen
+    assert theirs == pytest.approx(ours, rel=0.5, abs=5e-4)
     model = AutoModelForCausalLM.from_pretrained(there.folder, dtype=torch.bfloat16).to("sim")
     assert filled(model, GearCache.of(model)).nbytes == there.plan.budget["cache_bytes"]
     ids = IDS[:, :70].to("sim")
