@@ -13,10 +13,8 @@ from hf_evopress.refine.distillation import Sequences
 from hf_evopress.training.trainer import DistillationTrainer
 
 
-def train(
-    model: Any, dense: Any, tokens: Tensor, out: Path, resume: str | None = None, **changes: Any
-) -> list[float]:
-    """Train model to do as dense does, 40 steps unless changed; return the loss of each step."""
+def arguments(out: Path, **changes: Any) -> TrainingArguments:
+    """Return the settings of a run of 40 steps on a CPU, with some changes."""
     settings: dict[str, Any] = {
         "max_steps": 40,
         "per_device_train_batch_size": 4,
@@ -28,8 +26,14 @@ def train(
         "use_cpu": True,
         "seed": 3,
     }
-    args = TrainingArguments(output_dir=str(out), **{**settings, **changes})
-    data = Sequences(tokens)
+    return TrainingArguments(output_dir=str(out), **{**settings, **changes})
+
+
+def train(
+    model: Any, dense: Any, tokens: Tensor, out: Path, resume: str | None = None, **changes: Any
+) -> list[float]:
+    """Train model to do as dense does, 40 steps unless changed; return the loss of each step."""
+    args, data = arguments(out, **changes), Sequences(tokens)
     trainer = DistillationTrainer(model, args, train_dataset=data, teacher=dense)
     trainer.train(resume_from_checkpoint=resume)
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,24 +19,12 @@ from hf_evopress.refine.distillation import Sequences
 from hf_evopress.training.gradual_pruning import PQStop, to_sparse
 from hf_evopress.training.trainer import DistillationTrainer
 
+from . import short_runs
+from .short_runs import student
+
 
 def arguments(out: Path, **changes: Any) -> TrainingArguments:
-    settings: dict[str, Any] = {
-        "max_steps": 12,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "report_to": "none",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    return TrainingArguments(output_dir=str(out), **{**settings, **changes})
-
-
-def student(dense: Any) -> Any:
-    return copy.deepcopy(dense).requires_grad_(True)
+    return short_runs.arguments(out, **{"max_steps": 12, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from hf_evopress.scoring.fitness.kl import KL
 from hf_evopress.training.trainer import Distillation, DistillationTrainer
 from hf_evopress.training.tunable import make_tunable, settle
 
+from . import short_runs
+
 LEVEL = "rtn:bits=3,group_size=32,clip=false"
 
 
@@ -49,19 +51,8 @@ def model(folder: Path) -> Any:
 
 
 def arguments(out: Path, **changes: Any) -> TrainingArguments:
-    settings: dict[str, Any] = {
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 5e-3,
-        "report_to": "none",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(output_dir=str(out), **{**settings, **changes})
+    own = {"max_steps": 8, "learning_rate": 5e-3, "dataloader_pin_memory": False}
+    return short_runs.arguments(out, **{**own, **changes})
 
 
 def with_lora(model: Any, **options: Any) -> Any:

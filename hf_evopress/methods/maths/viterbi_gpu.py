@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.accelerator import device_index as on_card
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,8 @@ def nearest_walks_triton(
     x, values = x.contiguous(), values.contiguous()
     states = torch.empty(x.shape, dtype=torch.int32, device=x.device)
     past = None if past is None else past.int().contiguous()
-    there = nullcontext() if x.device.index is None else on_card(x.device.index)
+    index = x.device.index
+    there = nullcontext() if index is None else torch.accelerator.device_index(index)
     with there:  # Triton launches on the card in use
         for low in range(0, len(x), batch):
             some = slice(low, low + batch)
