@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 
 from hf_evopress.base.devices import using
 from hf_evopress.cli import app
-from hf_evopress.recipes.recipe import Data, Distil
+from hf_evopress.recipes.after_search import Distil
+from hf_evopress.recipes.recipe import Data
 from hf_evopress.refine.block_tuning import Tuning as BlockTuning
 from hf_evopress.refine.blockwise import Settings
 

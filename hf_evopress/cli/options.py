@@ -210,6 +210,15 @@ Share = Annotated[
         "of its own; two layers of a pair take one level. Never the better on SmolLM2.",
     ),
 ]
+Widths = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--width",
+        help="Try this share of the MLPs' channels under --size: of each share a narrower model is "
+        "made, refitted and searched, and the closest to the whole one is kept. Repeat: "
+        "--width 1 --width 0.875. Pays at 2 bits per weight and below.",
+    ),
+]
 CacheLevels = Annotated[
     list[str] | None,
     typer.Option(
@@ -246,6 +255,8 @@ def bits_of(text: str) -> float:
 def recipe_of(**words: Any) -> Recipe:
     """Return the recipe that options of a command say."""
     given = {k: v for k, v in words.items() if v is not None}
+    if "width" in given:
+        given["widths"] = given.pop("width")
     if "bits" in given:
         given["bits"] = bits_of(given["bits"])
     search: dict[str, Any] = {
@@ -277,6 +288,7 @@ def recipe_of(**words: Any) -> Recipe:
                 "ends",
                 "cache",
                 "share",
+                "widths",
                 "vision",
                 "skip",
                 "refine",

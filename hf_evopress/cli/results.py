@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def show_result(result: Result) -> None:
     """Print heat map, figures and a sentence of a model that was made."""
     from ..sharing.cards import exact_bits, refined
-    from ..sharing.report import cache_lines, ends_line, heat_map, results_table
+    from ..sharing.report import cache_lines, ends_line, heat_map, results_table, widths_line
 
     drawn = heat_map(result.plan, exact_bits(result.plan), color=console.is_terminal)
     console.print(drawn, markup=False, soft_wrap=True)
@@ -37,6 +37,8 @@ def show_result(result: Result) -> None:
     if target := result.plan.search.get("for"):
         codes = " (scalar codes, the fastest there)" if target == "cpu" else ""
         console.print(f"levels for {target}{codes}; --for and --family offer others", markup=False)
+    if widths := widths_line(result.plan):
+        console.print(f"\n{widths}", markup=False)
     if caches := cache_lines(result.plan):
         console.print(f"\n{caches}", markup=False)
     for notes in refined(result.plan.results):

@@ -8,6 +8,7 @@
     work/scores/       what dropping each sub-block costs, ...     (tables)
     work/search/       the state of each search after each round   (plan_search)
     work/refined-.../  levels of a plan made better                (refinement)
+    work/width-.../    a narrower model, and all of the above      (widths)
 
 What is done with a job is in the files named on the right. A step whose files are there is not
 done again, so a job that was stopped goes on, and another budget for the same model, data and
@@ -17,8 +18,8 @@ levels costs only its search.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,7 @@ from ..calibration.token_cache import cached_splits
 from ..models.classes import set_pooling
 from ..models.experts import warn_of_experts
 from ..models.images import give_images
+from ..models.narrow import kept_channels
 from ..models.plain import make_plain
 from ..models.source import (
     check_context,
@@ -53,6 +55,7 @@ from ..models.source import (
 from ..models.stream import check_streamable
 from ..plans.level import Level
 from ..plans.plan import Plan
+from ..recipes.limit import Limit
 from ..recipes.recipe import Recipe
 from ..refine.levels import chosen
 from ..scoring.evaluator import Evaluator
@@ -77,6 +80,9 @@ class Job:
 
     Making one checks all that can be checked without weights, in seconds: the model's
     architecture, the menu of levels against its shapes, the budget, the text's length.
+
+    whole, dense: a job of the same recipe, and the folder of a model made from its own, which this
+    one compresses in the place of the recipe's. What it comes close to stays the whole one's model.
     """
 
     def __init__(
@@ -86,9 +92,14 @@ class Job:
         fitness: Fitness | None = None,
         report_to: Sequence[str] = (),
         progress: Progress | None = None,
+        whole: Job | None = None,
+        dense: Path | None = None,
     ) -> None:
         self.device = find_device(recipe.device)
-        self.config = _dense_config(recipe)
+        self.whole, self.dense = whole or self, dense
+        self.source = recipe.model if dense is None else str(dense)
+        self.revision = recipe.revision if dense is None else None
+        self.config = _dense_config(recipe, self.source, self.revision)
         self.kind = kind_of(self.config, recipe.model)
         recipe = fitted(for_this_machine(recipe, self.device), self.kind)
         self.recipe, self.ranks = recipe, start()
@@ -108,7 +119,7 @@ class Job:
             skeleton = self.kind.loader.from_config(
                 self.config, dtype=self.dtype, trust_remote_code=recipe.trust_remote_code
             )
-        check_head(recipe.model, skeleton)
+        check_head(self.source, skeleton)
         for file in filter(None, map(prompts_file, recipe.data.sources)):
             prompts(file)  # so that it is missed now
         of_recipe = (recipe, self.kind, self.config, self.work)
@@ -120,13 +131,25 @@ class Job:
         make_plain(skeleton)
         check_streamable(skeleton)
         warn_of_experts(skeleton)
-        self.problem = pose(skeleton, recipe)
+        tried = recipe.widths if whole is None else ()
+        self.channels = kept_channels(skeleton, tried, skip=recipe.skip)
+        self.problem = pose(skeleton, posed := self._posed())
         self.units, self.menus = self.problem.units, self.problem.menus
         chosen((x for menu in self.menus.values() for x in menu), recipe.refine_levels)
         self.space, self.budget = self.problem.space, self.problem.budget
         self.starts = self.problem.starts(recipe.search.start)
-        if self.budget.note:
+        if self.budget.note and posed is recipe:
             logger.warning(self.budget.note)
+
+    def _posed(self) -> Recipe:
+        """Return the recipe of the search; where only narrower models are tried, without its size.
+
+        Of the whole one then its statistics are needed alone, and no plan has to be small enough.
+        """
+        recipe = self.recipe
+        if not recipe.widths or 1 in recipe.widths or self.whole is not self:
+            return recipe
+        return replace(recipe, widths=(), budget=Limit(ratio=1.0))
 
     # -- inputs --------------------------------------------------------------------------------
 
@@ -154,9 +177,16 @@ class Job:
             return torch.float32
         return self.dtype
 
-    def computing_in(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """Have the model compute in another dtype for a while, which its weights are exact in."""
-        return computing_in(self.model, self._as_loaded(dtype))
+    @contextmanager
+    def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """Have the model compute in another dtype for a while, which its weights are exact in.
+
+        So does the model that it is to come close to.
+        """
+        with ExitStack() as held:
+            for job in dict.fromkeys((self, self.whole)):
+                held.enter_context(computing_in(job.model, job._as_loaded(dtype)))
+            yield
 
     def _as_loaded(self, dtype: torch.dtype) -> torch.dtype | None:
         """Return None for the dtype of the weights: a few, as rotary tables, are in float32."""
@@ -165,6 +195,8 @@ class Job:
     @property
     def work(self) -> Path:
         """Where statistics, levels and search state are kept."""
+        if self.dense is not None:
+            return self.dense.parent
         if self.recipe.work is not None:
             return Path(self.recipe.work)
         return work_beside(self.recipe.out or Path(self.recipe.model).name)
@@ -172,6 +204,8 @@ class Job:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
+        if self.whole is not self:
+            return self.whole.tokenizer
         return read_tokenizer(
             self.recipe.model,
             revision=self.recipe.revision,
@@ -181,6 +215,8 @@ class Job:
     @cached_property
     def tokens(self) -> Mapping[str, Tensor]:
         """Disjoint calibration, search, held-out and test sequences, (n, seq_len) each."""
+        if self.whole is not self:
+            return self.whole.tokens
         data = self.recipe.data
         counts = {k: getattr(data, k) for k in ("calibration", "search", "heldout", "test")}
         writers = {kind: self._writer(kind) for kind in data.sources if is_own(kind)}
@@ -231,6 +267,8 @@ class Job:
     @cached_property
     def written(self) -> Tensor:
         """Sequences (n, seq_len) that the dense model writes itself, begun as the calibration's."""
+        if self.whole is not self:
+            return self.whole.written
         tokens, n = self.tokens["calibration"], self.recipe.data.written
         if not n:
             return tokens[:0]
@@ -255,9 +293,9 @@ class Job:
     def load_model(self) -> Any:
         """Return the dense model in the dtype to ship."""
         model = load_checked(
-            self.recipe.model,
+            self.source,
             kind=self.kind,
-            revision=self.recipe.revision,
+            revision=self.revision,
             dtype=self.dtype,
             trust_remote_code=self.recipe.trust_remote_code,
         )
@@ -282,8 +320,15 @@ class Job:
 
     def evaluator(self, store: LevelStore) -> Evaluator:
         """Return what scores plans on the search tokens."""
-        pool = self.tokens["search"]
-        return Evaluator(self.model, store, pool, self.fitness, ranks=self.ranks)
+        return self._evaluator(store, ranks=self.ranks)
+
+    def evaluator_alone(self, store: LevelStore) -> Evaluator:
+        """Return what scores plans on the search tokens in this process, without others."""
+        return self._evaluator(store)
+
+    def _evaluator(self, store: LevelStore, **options: Any) -> Evaluator:
+        pool, teacher = self.tokens["search"], self.whole.model
+        return Evaluator(self.model, store, pool, self.fitness, teacher=teacher, **options)
 
     def levels(self, genome: Genome) -> dict[str, Level]:
         """Return the levels of a plan."""
@@ -315,17 +360,16 @@ class Job:
             shapes=shapes,
             base_model=self.recipe.model,
             # the commit that was loaded, where the Hub says it: a branch moves on
-            revision=getattr(self.config, "_commit_hash", None) or self.recipe.revision,
+            revision=getattr(self.whole.config, "_commit_hash", None) or self.recipe.revision,
             budget=budget,
             cache=cache,
             **about,
         )
 
 
-def _dense_config(recipe: Recipe) -> Any:
-    config = read_config(
-        recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
-    )
+def _dense_config(recipe: Recipe, source: str, revision: str | None) -> Any:
+    trust = recipe.trust_remote_code
+    config = read_config(source, revision=revision, trust_remote_code=trust)
     quantized = getattr(config, "quantization_config", None)
     if quantized:
         kind = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized

@@ -49,24 +49,8 @@ def build_levels(job: Job) -> LevelStore:
 def calibrated(job: Job) -> Source:
     """Return what levels are made from, after one streaming pass and one backward pass."""
     seq_len = job.recipe.data.seq_len
-    units = [unit for unit in job.units if not unit.is_end or _is_open(job, unit)]
+    units = input_statistics(job)
     searched = [unit for unit in units if unit.is_end]
-    within_memory(
-        "calibration",
-        lambda batch: calibrate(
-            job.model,
-            job.tokens["calibration"],
-            job.work,
-            units=units,
-            heldout_tokens=job.tokens.get("heldout"),
-            batch_tokens=batch,
-            ranks=job.ranks,
-            progress=job.progress,
-        ),
-        job.device,
-        batch_tokens=CALIBRATION_BATCH,
-        least=seq_len,
-    )
     moments = ends = None
     n_tokens = job.recipe.search.sensitivity_tokens
     if n_tokens or searched:
@@ -90,7 +74,29 @@ def calibrated(job: Job) -> Source:
         )
         moments = (lambda block: load_moments(job.work, block)) if n_tokens else None
         ends = lambda: load_ends(job.work, searched)  # noqa: E731
-    return Source(_fingerprint(job), lambda block: load_stats(job.work, block), moments, ends)
+    return Source(fingerprint(job), lambda block: load_stats(job.work, block), moments, ends)
+
+
+def input_statistics(job: Job) -> list[Unit]:
+    """Write the second moments of the inputs to the work folder; return the units they are of."""
+    units = [unit for unit in job.units if not unit.is_end or _is_open(job, unit)]
+    within_memory(
+        "calibration",
+        lambda batch: calibrate(
+            job.model,
+            job.tokens["calibration"],
+            job.work,
+            units=units,
+            heldout_tokens=job.tokens.get("heldout"),
+            batch_tokens=batch,
+            ranks=job.ranks,
+            progress=job.progress,
+        ),
+        job.device,
+        batch_tokens=CALIBRATION_BATCH,
+        least=job.recipe.data.seq_len,
+    )
+    return units
 
 
 def _is_open(job: Job, unit: Unit) -> bool:
@@ -111,7 +117,8 @@ def _store_folder(job: Job, source: Source) -> Path:
     return job.work / f"store-{text_fingerprint(menu)}"
 
 
-def _fingerprint(job: Job) -> dict[str, Any]:
+def fingerprint(job: Job) -> dict[str, Any]:
+    """Return what levels, and all else that is calibrated, are made from."""
     data = job.tokens
     return {
         "model": model_fingerprint(job.model),

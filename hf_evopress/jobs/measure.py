@@ -89,9 +89,9 @@ def measure(
     """
     register_with_transformers()
     reloaded, evaluator = _reload(job, folder), job.evaluator(store)
-    dense = partial(_logits, evaluator, {})
+    dense = partial(_logits, job.whole.evaluator(store), {})
     models: dict[str, Any] = {"dense": dense}
-    sizes = {"dense": (16.0, job.space.dense_bits // 8)}
+    sizes = {"dense": (16.0, job.whole.space.dense_bits // 8)}
     uniform = best_uniform(job, store)
     for name, genome in [*([uniform] if uniform else []), *(rivals or {}).items()]:
         models[name] = partial(_logits, evaluator, job.levels(genome))

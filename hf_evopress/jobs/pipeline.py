@@ -32,6 +32,7 @@ from .levels import build_levels
 from .measure import Row, figures, measure, unseen_tokens, verify
 from .plan_search import find_plan, rivals
 from .refinement import distil, refine_blocks
+from .widths import best_width
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,11 @@ def compress(
 def _compressed(job: Job, test: str | None, window: int | None, max_windows: int | None) -> Result:
     seconds, recipe = Clock(), job.recipe
     unseen, length = unseen_tokens(job, test, window)
-    store = seconds("levels", partial(build_levels, job))
-    plan = seconds("search", lambda: find_plan(job, store))
+    if recipe.widths:
+        job, store, plan = seconds("widths", partial(best_width, job))
+    else:
+        store = seconds("levels", partial(build_levels, job))
+        plan = seconds("search", lambda: find_plan(job, store))
     if not job.ranks.is_first:
         return Result(Path(str(recipe.out)), plan, seconds=seconds.spent)
     on = (unseen, length, max_windows)

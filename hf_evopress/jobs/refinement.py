@@ -31,7 +31,6 @@ from ..refine.block_tuning import Tuning as BlockTuning
 from ..refine.blockwise import Settings, refine
 from ..refine.distillation import Targets, precompute_targets
 from ..refine.levels import refine_levels
-from ..scoring.evaluator import Evaluator
 from ..store.level_store import LevelStore
 from ..training.settings import Tuning
 from ..training.tune import Tuned, trained
@@ -160,9 +159,8 @@ def distil(job: Job, plan: Plan, folder: Path) -> tuple[bool, Plan]:
 
 def loss(job: Job, store: LevelStore, levels: Mapping[str, Level]) -> float:
     """Return the mean loss of a plan on some of the search sequences, in this process alone."""
-    pool = job.tokens["search"]
-    evaluator = Evaluator(job.model, store, pool, job.fitness)
-    (losses,) = evaluator.losses([levels], range(min(MAX_SEQUENCES, len(pool))))
+    n = min(MAX_SEQUENCES, len(job.tokens["search"]))
+    (losses,) = job.evaluator_alone(store).losses([levels], range(n))
     return math.fsum(losses) / len(losses)
 
 
@@ -184,8 +182,9 @@ def refine_settings(job: Job, mode: str) -> Settings:
 
 def _targets(job: Job, tokens: Tensor) -> Targets:
     """Return what the dense model says of tokens, kept in the work folder for any plan."""
-    folder = job.work / f"targets-{tensor_fingerprint(tokens)}"
-    return Targets(precompute_targets(job.model, tokens, folder, progress=job.progress))
+    whole = job.whole
+    folder = whole.work / f"targets-{tensor_fingerprint(tokens)}"
+    return Targets(precompute_targets(whole.model, tokens, folder, progress=job.progress))
 
 
 def end_to_end_settings(teacher: str, *, device: torch.device, **settings: Any) -> Tuning:

@@ -236,9 +236,16 @@ class Plan(Mapping[str, Level]):
                 wrong.append(f"{unit}: the model has {have}, the plan was made for {want}")
         if wrong:
             origin = f" (made for {self.base_model})" if self.base_model else ""
+            narrowed = ""
+            if self.search.get("widths"):
+                narrowed = (
+                    "\nIt is of that model with fewer channels in its MLPs: run the recipe that "
+                    "made it (evopress_recipe.yaml), or load the compressed model"
+                )
             raise ValueError(
                 f"the plan{origin} does not fit this model, {len(wrong)} of {len(self)} units:\n  "
                 + _some(wrong, sep="\n  ")
+                + narrowed
             )
 
     def check_depth(self, units: Iterable[str]) -> None:

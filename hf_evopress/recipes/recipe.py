@@ -20,11 +20,14 @@ from typing import Any
 
 from ..base.plugins import did_you_mean
 from ..base.reading import reading
-from ..base.resources import atomic_write, bundled, parse_size
+from ..base.resources import atomic_write, bundled
 from ..search.ask_tell import STARTING, STRATEGIES, check_settings
+from .after_search import Adapter, Distil, Tune
+from .checks import at_least, one_of
 from .limit import Limit, check_context
 from .mixture import parse as parse_fitness
 from .targets import APART, DEFAULT, EXPORTS, families_for, without_for
+from .widths import check_widths
 
 KINDS = ("attention", "mlp")
 BLOCKWISE = ("none", "fast", "best")  # see hf_evopress/refine
@@ -52,9 +55,9 @@ class Data:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "calibration", "search")
-        _at_least(self, 8, "seq_len")
-        _at_least(self, 0, "heldout", "test", "written")
+        at_least(self, 1, "calibration", "search")
+        at_least(self, 8, "seq_len")
+        at_least(self, 0, "heldout", "test", "written")
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,9 @@ class Drop:
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
-            _one_of("kind of sub-block", kind, KINDS)
-        _at_least(self, 0, "keep_first", "keep_last")
-        _at_least(self, 1, "tokens")
+            one_of("kind of sub-block", kind, KINDS)
+        at_least(self, 0, "keep_first", "keep_last")
+        at_least(self, 1, "tokens")
         if self.max is not None and not 0 < self.max <= 1:
             raise ValueError(f"drop.max is a share of each kind, in (0, 1]; got {self.max}")
 
@@ -90,61 +93,20 @@ class Search:
     start: tuple[str, ...] = ()  # plans to begin with as well: files, folders, Hub names
 
     def __post_init__(self) -> None:
-        _one_of("search strategy", self.strategy, list(STRATEGIES))
-        _one_of("search.dtype", self.dtype, SEARCH_DTYPES)
+        one_of("search strategy", self.strategy, list(STRATEGIES))
+        one_of("search.dtype", self.dtype, SEARCH_DTYPES)
         for name in self.compare:
-            _one_of("search strategy", name, list(STRATEGIES))
+            one_of("search strategy", name, list(STRATEGIES))
         if self.start and self.strategy not in STARTING:
             raise ValueError(
                 f"strategy {self.strategy} begins with no plan of others, got start "
                 f"{', '.join(self.start)}; those that do: {', '.join(STARTING)}"
             )
         parse_fitness(self.fitness)
-        _at_least(self, 0, "sensitivity_tokens")
+        at_least(self, 0, "sensitivity_tokens")
         check_settings(self.strategy, self.settings)
         if self.strategy == "knapsack" and not self.sensitivity_tokens:
             raise ValueError("strategy knapsack needs sensitivity_tokens > 0, got 0")
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An EoRA adapter for the finished model, written to OUT-eora."""
-
-    sources: tuple[str, ...] = ()  # text of the task; none: that of `data`
-    rank: int | None = None  # the same for every layer
-    size: str | None = None  # bytes of the file, such as 8MB: ranks are chosen to fit it best
-    error: float | None = None  # share of its output that each layer may get wrong
-    prefix: bool = False  # make up for the errors of earlier layers as well
-    calibration: int = 64  # sequences
-
-    def __post_init__(self) -> None:
-        said = [k for k in ("rank", "size", "error") if getattr(self, k) is not None]
-        if len(said) != 1:
-            raise ValueError(f"an adapter needs one of rank, size or error; got {said or 'none'}")
-        if self.size is not None:
-            parse_size(self.size)
-        _at_least(self, 1, "calibration")
-
-
-@dataclass(frozen=True)
-class Distil:
-    """How long a model learns from the dense one where refine says end-to-end."""
-
-    steps: int = 200  # of one sequence each
-    learning_rate: float | None = None  # none: 1e-4
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "steps")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"distil.learning_rate must be above 0, got {self.learning_rate}")
-
-
-@dataclass(frozen=True)
-class Tune:
-    """A training run on the finished model, written to OUT-tuned."""
-
-    sources: tuple[str, ...] = ()  # text to train on; none: that of `data`
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of `hf-evopress tune`
 
 
 @dataclass(frozen=True)
@@ -169,6 +131,9 @@ class Recipe:
     families: tuple[str, ...] = ()  # quant, sparse, lowrank, residual, all; none: what fits
     export: str = DEFAULT  # what it is for (or `for`): cpu, gpu, vllm, exl3, gguf, transformers
     ends: str = "auto"  # of embedding and head: auto, budget, dense or a level; see jobs.ends
+    widths: tuple[
+        float, ...
+    ] = ()  # shares of the MLPs' channels that are tried, such as [1, 0.875]
     vision: bool = False  # compress the vision tower of a vision-language model, too
     drop: Drop = field(default_factory=Drop)
     skip: tuple[str, ...] = ()  # glob patterns of units that stay dense
@@ -185,15 +150,25 @@ class Recipe:
     tune: Tune | None = None
 
     def __post_init__(self) -> None:
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("refine", self.refine, REFINE)
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("refine", self.refine, REFINE)
         if self.ends not in ENDS and ":" not in self.ends:
             hint = did_you_mean(self.ends, list(ENDS))
             raise ValueError(f"ends is {', '.join(ENDS)} or a level, got {self.ends!r}{hint}")
-        _one_of("offload", self.offload, OFFLOAD)
-        _one_of("export (--for)", self.export, EXPORTS)
+        one_of("offload", self.offload, OFFLOAD)
+        one_of("export (--for)", self.export, EXPORTS)
         self._check_export()
         self._check_share()
+        check_widths(
+            self.widths,
+            self.budget,
+            not_with={
+                "search.start": bool(self.search.start),
+                "an adapter": self.adapter is not None,
+                "share": self.share,
+                "vision": self.vision,
+            },
+        )
         check_context(
             self.budget,
             cache=self.cache,
@@ -378,14 +353,3 @@ def _set(data: dict[str, Any], path: list[str], value: Any) -> None:
         if not isinstance(data, dict):
             raise ValueError(f"override {'.'.join(path)}: {part!r} is a value, not a group")
     data[path[-1]] = value
-
-
-def _one_of(what: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"unknown {what} {value!r}{did_you_mean(value, list(known))}")
-
-
-def _at_least(settings: Any, least: int, *keys: str) -> None:
-    for key in keys:
-        if getattr(settings, key) < least:
-            raise ValueError(f"{key} must be at least {least}, got {getattr(settings, key)}")

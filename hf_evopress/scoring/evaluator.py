@@ -11,16 +11,16 @@ to the last bit: sequences go through the model in batches that only their order
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..base.memory import within_memory
-from ..base.placement import device_of, place_of
+from ..base.placement import device_of
 from ..base.progress import Progress
 from ..base.ranks import ALONE, Ranks
 from ..methods.base import Operator
@@ -30,13 +30,13 @@ from ..models.head import SomeColumns
 from ..models.images import only_text
 from ..models.kv_cache import SUFFIX as CACHE
 from ..models.kv_cache import cached_forward
-from ..models.patching import unit_operators
 from ..models.sub_blocks import find_sub_blocks
 from ..models.two_stacks import stream_of
 from ..models.vision import BLOCK as VISION
 from ..plans.level import Level
 from ..store.level_store import LevelStore
 from .fitness.base import Fitness, Loss, Targets
+from .operator_cache import OperatorCache
 
 HIDDEN_BYTES = 1 << 30  # of hidden states of all candidates at once
 CACHE_BYTES = 4 << 30  # of decompressed weights
@@ -52,7 +52,8 @@ class Evaluator:
 
     model: the dense model, in the dtype to compute in; it is patched while a call runs and is
     whole again after. Levels are mappings unit -> Level as `Plan.levels`. ranks: processes that
-    call with the same plans, divide them, and all get all losses.
+    call with the same plans, divide them, and all get all losses. teacher: the model to come close
+    to, where that is another than `model`, of the same embedding, final norm and head.
     """
 
     def __init__(
@@ -66,9 +67,12 @@ class Evaluator:
         hidden_bytes: int = HIDDEN_BYTES,
         ranks: Ranks = ALONE,
         progress: Progress | None = None,
+        teacher: Any = None,
     ) -> None:
         self.model, self.store, self.tokens, self.fitness = model, store, tokens, fitness
         self.stream = stream_of(model)
+        own = teacher is None or teacher is model
+        self.teacher = self.stream if own else stream_of(teacher)
         self.is_pooled = class_of(model).is_pooled
         self.device = device_of(model)
         self.hidden_bytes = hidden_bytes
@@ -78,7 +82,7 @@ class Evaluator:
         self.evaluated_tokens = 0
         self._targets: dict[int, Targets] = {}
         self._some = SomeColumns(model, self.stream) if fitness.columns else None
-        self._operators = _OperatorCache(model, store, cache_bytes)
+        self._operators = OperatorCache(model, store, cache_bytes)
         self._heads = [u.name for u in store.units.values() if u.role in ("head", "tied")]
         self._units: dict[int, list[str]] = defaultdict(list)
         for unit in store.units.values():
@@ -235,9 +239,12 @@ class Evaluator:
             with self._installed(plans[members[0]], units):
                 yield self._run(block, hidden, ids), members
 
-    def _run(self, block: int, hidden: list[Tensor], ids: list[Tensor]) -> list[Tensor]:
+    def _run(
+        self, block: int, hidden: list[Tensor], ids: list[Tensor], stream: Any = None
+    ) -> list[Tensor]:
         """Return the block's output for each batch."""
-        rest, run = self.stream.place.let_rest, self.stream.run_block
+        stream = stream or self.stream
+        rest, run = stream.place.let_rest, stream.run_block
         return [rest(run(block, h, batch)) for h, batch in zip(hidden, ids, strict=True)]
 
     def _loss(self, number: int, ids: Tensor, hidden: Tensor, weight: Tensor | None) -> Loss:
@@ -278,13 +285,16 @@ class Evaluator:
         return self.stream.head(ids[:, part], hidden[:, part])[0]
 
     def _make_targets(self, numbers: Sequence[int]) -> None:
-        """Run the dense model on the sequences that have no targets yet, side by side."""
+        """Run the teacher on the sequences that have no targets yet, side by side."""
         numbers = [number for number in dict.fromkeys(numbers) if number not in self._targets]
-        rest = self.stream.place.let_rest
+        if not numbers:
+            return
+        rest = self.teacher.place.let_rest
         ids = [self.tokens[number : number + 1].to(self.device) for number in numbers]
-        hidden = [rest(self.stream.embed(one)) for one in ids]
-        for block in range(self.stream.n_blocks):
-            hidden = self._run(block, hidden, ids)
+        with self.teacher if self.teacher is not self.stream else nullcontext():
+            hidden = [rest(self.teacher.embed(one)) for one in ids]
+            for block in range(self.teacher.n_blocks):
+                hidden = self._run(block, hidden, ids, self.teacher)
         for number, one, states in zip(numbers, ids, hidden, strict=True):
             self._targets[number] = self._targets_of(one, self.stream.place.on_device(states))
 
@@ -334,51 +344,6 @@ class Evaluator:
         finally:
             for module in changed:
                 del module.forward
-
-
-class _OperatorCache:
-    """Operators of (unit, level) by module path, least recently used dropped first."""
-
-    def __init__(self, model: Any, store: LevelStore, limit_bytes: int) -> None:
-        self.model, self.store, self.limit_bytes = model, store, limit_bytes
-        self.size_bytes = 0
-        self._kept: OrderedDict[tuple[str, Level, str], tuple[Any, int]] = OrderedDict()
-
-    def clear(self) -> None:
-        """Forget all."""
-        self._kept.clear()
-        self.size_bytes = 0
-
-    def get(self, unit: str, level: Level) -> dict[str, Operator]:
-        def make() -> dict[str, Operator]:
-            return unit_operators(self.model, unit, level, self.store.state(unit, level))
-
-        return self._get((unit, level, "operators"), make)
-
-    def head_weight(self, unit: str, level: Level) -> Tensor:
-        """Return the dense weight of the head at a level."""
-        own = self.model.get_submodule(unit).weight
-
-        def make() -> Tensor:
-            dtype = place_of(self.model).dtype or own.dtype
-            made = self.store.weight(unit, level, dtype)
-            return made.to(place_of(self.model).device or own.device)
-
-        return self._get((unit, level, "weight"), make)
-
-    def _get(self, key: tuple[str, Level, str], make: Callable[[], Any]) -> Any:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key][0]
-        made = make()
-        shape = self.store.units[key[0]].shape
-        size = shape[0] * shape[1] * self.model.get_submodule(key[0]).weight.element_size()
-        self._kept[key] = (made, size)
-        self.size_bytes += size
-        while self.size_bytes > self.limit_bytes and len(self._kept) > 1:
-            _, (_, freed) = self._kept.popitem(last=False)
-            self.size_bytes -= freed
-        return made
 
 
 def _fill(table: Tensor, found: Sequence[tuple[int, list[int], list[Loss]]]) -> None:

@@ -27,7 +27,7 @@ from ..plans.card_template import (
 from ..plans.plan import Plan
 from ..plans.repo import INDEX_NAME, TAG, plan_rows, read_index
 from ..recipes.recipe import REFINE, Recipe
-from .report import cache_lines
+from .report import cache_lines, widths_line
 from .task_results import model_index, read_results, table_rows
 
 CARD = "README.md"
@@ -121,6 +121,8 @@ def model_card(folder: Path, plan: Plan, recipe: Recipe | None, *, name: str) ->
         counts=level_counts({u: str(v) for u, v in plan.items()}, plan.shapes),
         needs_data=any(compose.needs_stats(compose.normalize(v)) for v in plan.values()),
         cache=cache_lines(plan),
+        widths=widths_line(plan),
+        is_narrow=_is_narrow(plan),
         parts=_parts(plan),
         checkpoint_bytes=sum(stored.values()) or None,
         kept_bytes=_kept_bytes(plan, stored),
@@ -278,6 +280,13 @@ def _kept_bytes(plan: Plan, stored: Mapping[str, int]) -> int | None:
         return None
     packed = sum(bits[unit] * math.prod(shape) for unit, shape in plan.shapes.items()) / 8
     return max(0, sum(stored.values()) - round(packed))
+
+
+def _is_narrow(plan: Plan) -> bool:
+    """Return whether a plan is of fewer channels than its base model has."""
+    rows = plan.search.get("widths")
+    said = widths_line(plan)
+    return bool(said) and isinstance(rows, list) and f"keep {rows[0]['of']} of" not in said
 
 
 def _pictures(folder: Path, plan: Plan, bits: Mapping[str, float] | None) -> dict[str, Any]:

@@ -175,6 +175,24 @@ def ends_line(plan: Plan) -> str:
     return f"Outside the decoder: {', '.join(parts)}." if parts else ""
 
 
+def widths_line(plan: Plan) -> str:
+    """Return which width the MLPs got and what each that was tried lost, "" where none was."""
+    rows = plan.search.get("widths")
+    keys = {"channels": int, "of": int, "loss": float}
+    known = isinstance(rows, list) and all(
+        isinstance(row, Mapping) and all(isinstance(row.get(k), t) for k, t in keys.items())
+        for row in rows
+    )
+    if not rows or not known:
+        return ""
+    best = min(rows, key=lambda row: float(row["loss"]))
+    tried = ", ".join(f"{row['channels']} ({row['loss']:.4f})" for row in rows)
+    return (
+        f"The MLPs keep {best['channels']} of {best['of']} channels in every block, fitted to the "
+        f"outputs of all. Tried at this size, with their loss on search text: {tried}."
+    )
+
+
 def cache_lines(plan: Plan) -> str:
     """Return what the key-value cache takes and how each block's is stored, "" without a setting.
 

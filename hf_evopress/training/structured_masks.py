@@ -20,10 +20,9 @@ left of the run heals. Stock configs have one width for all blocks: so has the t
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..base.ranks import mean_over_group, wait_for_group
+from ..models.narrow import narrowed, widths
 from ..models.units import find_blocks
 from .callback_state import read_best, read_tensors, write_tensors
 
@@ -89,6 +89,11 @@ class Gates:
         alpha = self.log_alpha.detach()
         best = alpha.topk(self.keep, dim=1).indices
         self.mask = torch.zeros_like(alpha).scatter_(1, best, 1.0)
+
+    def kept(self) -> list[Tensor]:
+        """Return the numbers of what stays, one tensor (keep,) per block."""
+        assert self.mask is not None  # slice_model has looked
+        return [row.nonzero().flatten() for row in self.mask]
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next step depends on but the noise, which is drawn for each."""
@@ -209,14 +214,12 @@ class StructuredPruning(TrainerCallback):
         self.remove()  # of an earlier training with this callback
         base = _base(model)
         blocks = find_blocks(base)[1]
-        widths = _widths(base, blocks)
+        found = widths(base)
         for kind, keep in self.wanted.items():
-            if keep > widths[kind]:
-                raise ValueError(
-                    f"a block has {widths[kind]} {kind}, fewer than the {keep} to keep"
-                )
+            if keep > found[kind]:
+                raise ValueError(f"a block has {found[kind]} {kind}, fewer than the {keep} to keep")
             device = next(base.parameters()).device
-            self.gates[kind] = Gates(len(blocks), widths[kind], keep, self.rate, device)
+            self.gates[kind] = Gates(len(blocks), found[kind], keep, self.rate, device)
             part, last = _PARTS[kind]
             for number, block in enumerate(blocks):
                 projection = getattr(getattr(block, part), last)
@@ -238,7 +241,6 @@ class StructuredPruning(TrainerCallback):
         return gated
 
 
-@torch.no_grad()
 def slice_model(model: Any, pruning: StructuredPruning) -> Any:
     """Return `model` with only what `pruning` kept, a stock model of a smaller config, in place.
 
@@ -248,89 +250,9 @@ def slice_model(model: Any, pruning: StructuredPruning) -> Any:
         raise ValueError("nothing is pruned yet: train with the callback first")
     if hasattr(model, "peft_config"):
         raise ValueError("adapters stand over the weights: pass model.merge_and_unload()")
-    blocks = find_blocks(model)[1]
-    config = model.config.get_text_config(decoder=True)
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    first: Any = blocks[0]
-    size = first.self_attn.o_proj.in_features // heads
     pruning.remove()
-    for number, block in enumerate(blocks):
-        if "kv" in pruning.gates:
-            kept = _kept(pruning.gates["kv"], number)
-            of_kv, of_q = _spread(kept, size), _spread(kept, size * heads // groups)
-            _slice(block.self_attn, ("k_proj", "v_proj"), of_kv, "o_proj", None)
-            _slice(block.self_attn, ("q_proj",), of_q, "o_proj", of_q)
-        if "channels" in pruning.gates:
-            kept = _kept(pruning.gates["channels"], number)
-            _slice(block.mlp, ("gate_proj", "up_proj"), kept, "down_proj", kept)
-    config = copy.deepcopy(config) if config is not model.config else config
-    if "kv" in pruning.gates:
-        keep = pruning.gates["kv"].keep
-        config.head_dim = size
-        config.num_attention_heads, config.num_key_value_heads = keep * heads // groups, keep
-    if "channels" in pruning.gates:
-        config.intermediate_size = pruning.gates["channels"].keep
-    _check_stock(model)
-    return model
-
-
-def _kept(gates: Gates, block: int) -> Tensor:
-    assert gates.mask is not None  # slice_model has looked
-    return gates.mask[block].nonzero().flatten()
-
-
-def _spread(kept: Tensor, each: int) -> Tensor:
-    return (kept[:, None] * each + torch.arange(each, device=kept.device)).flatten()
-
-
-def _slice(
-    part: Any, inner: Sequence[str], rows: Tensor, outer: str, columns: Tensor | None
-) -> None:
-    """Keep some rows of the inner projections of a sub-block, and columns of its outer one."""
-    for name in inner:
-        old = getattr(part, name)
-        bias = None if old.bias is None else old.bias[rows]
-        setattr(part, name, _linear(old.weight[rows], bias, old))
-    if columns is not None:
-        old = getattr(part, outer)
-        setattr(part, outer, _linear(old.weight[:, columns], old.bias, old))
-
-
-def _linear(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    new.weight = nn.Parameter(weight.contiguous(), requires_grad=like.weight.requires_grad)
-    if bias is not None:
-        new.bias = nn.Parameter(bias.contiguous(), requires_grad=like.weight.requires_grad)
-    return new.train(like.training)
-
-
-def _check_stock(model: Any) -> None:
-    """Raise ValueError where a model made from the new config has other shapes."""
-    with torch.device("meta"):
-        fresh = type(model)(model.config)
-    ours, stock = ({n: p.shape for n, p in m.named_parameters()} for m in (model, fresh))
-    wrong = sorted(n for n in ours.keys() | stock.keys() if ours.get(n) != stock.get(n))
-    if wrong:
-        raise ValueError(
-            f"the config of a {type(model).__name__} cannot say these widths: {wrong[0]} is "
-            f"{tuple(ours.get(wrong[0], ()))}, a stock model has {tuple(stock.get(wrong[0], ()))}"
-        )
+    return narrowed(model, **{kind: gates.kept() for kind, gates in pruning.gates.items()})
 
 
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-def _widths(model: Any, blocks: nn.ModuleList) -> dict[str, int]:
-    """Return how many KV groups and channels each block has; ValueError for other blocks."""
-    config = model.config.get_text_config(decoder=True)
-    names = [f"self_attn.{part}_proj" for part in "qkvo"]
-    names += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    for block in blocks:
-        found = {name for name, _ in block.named_modules()}
-        if missing := [name for name in names if name not in found]:
-            raise ValueError(
-                f"structures are pruned in blocks such as Llama's; those of "
-                f"{type(model).__name__} have no {missing[0]}"
-            )
-    return {"kv": config.num_key_value_heads, "channels": config.intermediate_size}

@@ -15,7 +15,8 @@ from hf_evopress.jobs.refine_existing_model import refine_end_to_end
 from hf_evopress.jobs.refine_existing_plan import refine_plan
 from hf_evopress.models.size import stored_bytes
 from hf_evopress.plans.plan import Plan
-from hf_evopress.recipes.recipe import Distil, Recipe
+from hf_evopress.recipes.after_search import Distil
+from hf_evopress.recipes.recipe import Recipe
 
 LEVEL = "gptq:bits=2,group_size=32"
 DATA = {"seq_len": 64, "calibration": 24, "search": 16, "heldout": 4, "test": 12}
