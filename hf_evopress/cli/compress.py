@@ -132,8 +132,7 @@ def compress(
     hf-evopress compress MODEL --size 120MB --context 8192 --out smol   weights and cache together
     hf-evopress compress MODEL --drop-ratio 0.25 --compare block_influence --out smol-shallow
 
-    Stop it with Ctrl-C at any time; the same command goes on where it was. Another --bits with
-    the same --work costs only the search.
+    Ctrl-C keeps the work: the same command goes on. Another --bits of that --work only searches.
     """
     _run(recipe_of(**locals()), test=test, window=window, overwrite=overwrite)
 

@@ -252,6 +252,25 @@ def bits_of(text: str) -> float:
         raise ValueError(f"--bits is a number, or LOW:HIGH in search; got {text!r}") from None
 
 
+# of a recipe, said as they are
+_TAKEN = (
+    "model",
+    "out",
+    "work",
+    "revision",
+    "trust_remote_code",
+    "ends",
+    "cache",
+    "share",
+    "widths",
+    "vision",
+    "skip",
+    "refine",
+    "refine_levels",
+    "export",
+)
+
+
 def recipe_of(**words: Any) -> Recipe:
     """Return the recipe that options of a command say."""
     given = {k: v for k, v in words.items() if v is not None}
@@ -277,26 +296,7 @@ def recipe_of(**words: Any) -> Recipe:
         "seed": given["seed"],
     }
     recipe: dict[str, Any] = {
-        **{
-            k: given[k]
-            for k in (
-                "model",
-                "out",
-                "work",
-                "revision",
-                "trust_remote_code",
-                "ends",
-                "cache",
-                "share",
-                "widths",
-                "vision",
-                "skip",
-                "refine",
-                "refine_levels",
-                "export",
-            )
-            if k in given
-        },
+        **{k: given[k] for k in _TAKEN if k in given},
         "budget": {
             "drop" if k == "drop_ratio" else k: given[k]
             for k in ("bits", "size", "ratio", "sparsity", "drop_ratio", "context")
