@@ -99,7 +99,7 @@ def choose_ends(skeleton: nn.Module, recipe: Recipe, *, small: bool = False) -> 
     if said == "auto" and not class_of(skeleton).generates:
         units = [unit for unit in units if unit.role == "embedding"]
     if are_in_budget(recipe):
-        is_small = small or _bits_per_weight(skeleton, recipe) < SMALL
+        is_small = small or bits_per_weight(skeleton, recipe) < SMALL
         offered = {u.name: _menu(u, recipe, is_small=is_small) for u in units}
         return Ends(tuple(units), offered, every=every)
     fixed = {u.name: _level(u, said, recipe) for u in units}
@@ -124,7 +124,7 @@ def default_level(shape: Shape) -> Level:
     return compose.normalize(f"rtn:bits={FIXED_BITS},group_size={_group(shape)}")
 
 
-def _bits_per_weight(skeleton: nn.Module, recipe: Recipe) -> float:
+def bits_per_weight(skeleton: nn.Module, recipe: Recipe) -> float:
     """Return what the budget leaves a weight of the whole model, in bits."""
     budget = recipe.budget
     if budget.size is None:

@@ -29,7 +29,7 @@ from ..recipes.targets import fused_for
 from ..search.budget import Budget
 from ..search.drop_counts import drop_counts
 from ..search.space import Genome, SearchSpace
-from .ends import Ends, are_in_budget, choose_ends, default_level
+from .ends import Ends, are_in_budget, bits_per_weight, choose_ends, default_level
 from .for_gguf import check_menus, fitting_menus, fixed_bits, is_for_gguf
 from .for_target import check_for_exl3, check_for_vllm
 from .shared_levels import check_shared, with_shared
@@ -130,7 +130,8 @@ def _parts(skeleton: nn.Module, recipe: Recipe, *, small_ends: bool = False) -> 
         offered = fitting_menus(shapes, recipe.levels)
     else:
         families = recipe.families if recipe.levels else recipe.offered_families
-        offered = menus(shapes, recipe.levels, families=families, sparsity=said.sparsity)
+        bits = bits_per_weight(skeleton, recipe)
+        offered = menus(shapes, recipe.levels, families=families, sparsity=said.sparsity, bits=bits)
     offered, pairs = with_shared(offered, shapes, recipe)
     ends = choose_ends(skeleton, recipe, small=small_ends)
     units, offered = [*units, *ends.units], {**offered, **ends.menus}

@@ -28,6 +28,10 @@ RATIOS = tuple(n / 10 for n in range(3, 10))  # of the weight's values, kept in 
 # A trellis code has no groups: whole bits, and the search mixes them. From 6 bits on scalar codes
 # lose as little, and decode faster. Values that are computed make CPUs faster than dense weights.
 TRELLIS_BITS = (1, 2, 3, 4, 5, 6)
+# 8 bits take half as long again as all of these to make, and no layer takes them below ROOMY bits
+# per weight.
+ROOMY_TRELLIS_BITS = (*TRELLIS_BITS, 8)
+ROOMY = 5.0
 
 # Types of GGUF files that ggml makes fast: of 32 weights per block, and of 256 where rows are
 # multiples of that. The iq2 and iq3 types lose a tenth less than q2_k and q3_k, and take ten times
@@ -59,6 +63,7 @@ def menus(
     *,
     families: Sequence[str] = (),
     sparsity: float | None = None,
+    bits: float | None = None,
 ) -> dict[str, list[Level]]:
     """Return unit -> the levels it is offered, cheapest first.
 
@@ -66,11 +71,11 @@ def menus(
     group sizes that would fit. Else the menu is that of `families`, by default quant, or sparse
     where a budget of `sparsity` counts values instead of bits: a level that does not fit a
     unit's shape is left out for that unit, and a unit that takes no group of 64 is offered the
-    largest of 32, 16 and a whole row that it takes instead.
+    largest of 32, 16 and a whole row that it takes instead. bits: what the budget leaves a weight.
     """
     if levels is None:
         chosen = _families(families, sparsity)
-        return {unit: family_menu(shape, chosen, sparsity) for unit, shape in shapes.items()}
+        return {unit: family_menu(shape, chosen, sparsity, bits) for unit, shape in shapes.items()}
     if families:
         raise ValueError(f"say levels or families, not both; got families={list(families)}")
     wanted = [compose.normalize(level) for level in levels]
@@ -85,7 +90,9 @@ def menus(
     return {unit: _by_cost(wanted, shape) for unit, shape in shapes.items()}
 
 
-def family_menu(shape: Shape, families: Sequence[str], sparsity: float | None) -> list[Level]:
+def family_menu(
+    shape: Shape, families: Sequence[str], sparsity: float | None, bits: float | None = None
+) -> list[Level]:
     """Return the levels of some families that a weight of `shape` takes, cheapest first."""
     group = 64 if shape[1] % 64 == 0 else next((g for g in (32, 16) if shape[1] % g == 0), -1)
     words: list[str] = []
@@ -93,7 +100,8 @@ def family_menu(shape: Shape, families: Sequence[str], sparsity: float | None) -
         if family in ("quant", "residual"):
             words += _quant(group)
         if family == "trellis":
-            words += [f"trellis:bits={b},codebook=weyl" for b in TRELLIS_BITS]
+            some = ROOMY_TRELLIS_BITS if bits is not None and bits >= ROOMY else TRELLIS_BITS
+            words += [f"trellis:bits={b},codebook=weyl" for b in some]
         if family == "gguf":
             words += [f"gguf:type={t}" for t in (*GGUF_NARROW, *GGUF_WIDE)]
         if family == "exl3" and not any(n % 128 for n in shape):

@@ -50,6 +50,9 @@ def test_the_trellis_family_has_whole_bits_and_fits_any_shape() -> None:
     words = [f"trellis:bits={b},codebook=weyl" for b in (1, 2, 3, 4, 5, 6)]
     assert [str(x) for x in found["a"]] == words
     assert found["b"] == found["a"]
+    roomy = menus({"a": (64, 128)}, families=["trellis"], bits=5.5)
+    assert str(roomy["a"][-1]) == str(compose.normalize("trellis:bits=8,codebook=weyl"))
+    assert len(roomy["a"]) == len(found["a"]) + 1
     with pytest.raises(ValueError, match="family trellis removes no weights"):
         menus({"a": (64, 128)}, families=["trellis"], sparsity=0.5)
 
