@@ -23,9 +23,8 @@ unrounded weights is kept (`delta_decay=1`). dL/dW is taken at the layer's outpu
 much memory as float32 weights, its sum and v twice as much again.
 
 Of `trellis` levels the codes are walks through tiles of 256 rotated weights. There u is the summed
-gradient in the rotated basis, and max_change a share of the tiles: those with the longest u are
-coded again, towards Y - eta u (`walk_steps.py`). |.|_x is |.| there, rotated inputs being much
-alike.
+gradient over the mean squared inputs, and max_change a share of the tiles: those with the longest u
+are coded again, towards Y - eta u in the rotated basis (`walk_steps.py`).
 
 Of several processes (DDP) each moves the same codes: what they saw is averaged at every step.
 
@@ -51,7 +50,7 @@ from ..methods.maths.packing import pack, unpack
 from ..methods.trellis import Trellis
 from ..plans.level import Level
 from .tunable import make_tunable
-from .walk_steps import move_walks, rotated_gradient
+from .walk_steps import move_walks
 
 DAMPING = 1e-3  # of second moments, in their mean
 
@@ -116,22 +115,17 @@ class PVTuning(torch.optim.AdamW):
                 continue  # nobody's text came here
             state = self.state[layer.get_parameter("codes")]
             is_scalar = isinstance(_method(layer.level), CodedMethod)
-            if not is_scalar:
-                _, params, own, _ = next(compose.terms(layer.level, layer.state))
-                gradient = rotated_gradient(gradient, params, own)
             _note(state, gradient, inputs, group["betas"][1], by_weight=is_scalar)
             if state["step"] % self.every == 0:
                 change = self._change if is_scalar else self._code_again
-                change(layer, _direction(state), state, group["lr"] / self.full_rate)
+                change(layer, state, group["lr"] / self.full_rate)
                 state["sum"].zero_()
         return loss
 
-    def _change(
-        self, layer: CompressedLinear, u: Tensor, seen: dict[str, Any], pace: float
-    ) -> None:
+    def _change(self, layer: CompressedLinear, seen: dict[str, Any], pace: float) -> None:
         """Change the codes of the largest |u| / s by one, within `max_change` and `trust`."""
         _, params, state, _ = next(compose.terms(layer.level, layer.state))
-        shape = layer.shape
+        shape, u = layer.shape, _direction(seen)
         grouped = (shape[0], n_groups(shape, params["group_size"]), -1)
         scale, zero = unpack_grid(state, shape, **params)
         q = unpack(state["codes"], params["bits"], shape[1]).to(torch.int16)
@@ -153,14 +147,11 @@ class PVTuning(torch.optim.AdamW):
         layer.get_parameter("codes").copy_(packed.view_as(state["codes"]))
         self.n_changed += len(order)
 
-    def _code_again(
-        self, layer: CompressedLinear, u: Tensor, seen: dict[str, Any], pace: float
-    ) -> None:
+    def _code_again(self, layer: CompressedLinear, seen: dict[str, Any], pace: float) -> None:
         """Code the tiles of the longest u again, as far as `max_change` and `trust` allow."""
         _, params, state, _ = next(compose.terms(layer.level, layer.state))
-        _, n_changed = move_walks(
-            state, u, params, max_change=self.max_change * pace, trust=self.trust * pace
-        )
+        how = {"max_change": self.max_change * pace, "trust": self.trust * pace}
+        _, n_changed = move_walks(state, seen["sum"], seen["inputs"], params, **how)
         self.n_changed += n_changed
 
 
@@ -237,15 +228,16 @@ def _method(level: Level) -> Any:
 def _note(seen: dict[str, Any], g: Tensor, inputs: Tensor, beta: float, *, by_weight: bool) -> None:
     """Add a batch's gradient and squared inputs to what has been seen of a layer.
 
-    by_weight: each weight has its own second moment, else all have their mean.
+    by_weight: each weight has its own second moment; walks need none.
     """
     if not seen:
-        v = torch.zeros_like(g) if by_weight else g.new_zeros(())
-        seen.update(step=0, sum=torch.zeros_like(g), v=v, inputs=torch.zeros_like(inputs))
+        seen.update(step=0, sum=torch.zeros_like(g), inputs=torch.zeros_like(inputs))
+        if by_weight:
+            seen["v"] = torch.zeros_like(g)
     seen["step"] += 1
     seen["sum"].add_(g)
-    square = g.square() if by_weight else g.square().mean()
-    seen["v"].mul_(beta).add_(square, alpha=1 - beta)
+    if by_weight:
+        seen["v"].mul_(beta).add_(g.square(), alpha=1 - beta)
     seen["inputs"].mul_(beta).add_(inputs, alpha=1 - beta)
 
 

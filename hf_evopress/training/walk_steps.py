@@ -1,11 +1,12 @@
 """The P-step of PV-Tuning for trellis codes: tiles are coded again, a step downhill.
 
-Malinovskii et al. 2024 (arXiv:2405.14852), where codes are walks. With W = s Q_o^T Y Q_i and u
-the direction of descent in the rotated basis, the walk of a tile becomes the one nearest to
-Y - eta u, found by Viterbi's algorithm among those that begin and end as the tile's own. The own
-walk is one of them, so that a tile that changes has <u, dY> <= -|dY|^2 / (2 eta): no change goes
-uphill. eta is such that a tile's proposal lies as far away as coding Gaussian weights errs; much
-nearer no other walk is the nearest, much further the direction holds no longer.
+Malinovskii et al. 2024 (arXiv:2405.14852), where codes are walks. With W = s Q_o^T Y Q_i, G = dL/dW
+and x the inputs, the direction is u = G diag(1 / E x^2): what lowers the loss most for what it
+changes of the outputs, as a column of large inputs has a large gradient whatever is wrong. The walk
+of a tile becomes the one nearest to Y - eta u, in the rotated basis, found by Viterbi's algorithm
+among those that begin and end as the tile's own; only tiles with <G, dW> < 0 change. eta is such
+that a tile's proposal lies as far away as coding Gaussian weights errs; much nearer no other walk
+is the nearest, much further the direction holds no longer.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from ..methods.base import State
 from ..methods.maths.codebook import codebook
-from ..methods.maths.tile_order import along_walk
-from ..methods.maths.trellis_rounding import rotate_inputs, rotate_outputs
+from ..methods.maths.tile_order import along_walk, in_rows
+from ..methods.maths.trellis_rounding import rotate_inputs, rotate_outputs, unrotate_sides
 from ..methods.maths.two_sided import TILE
 from ..methods.maths.viterbi import nearest_walks
 from ..methods.maths.walks import LENGTH, pack_starts, pack_walks, unpack_walks
 
 REACH = 1.0  # of a proposal, in root mean square errors of the code
+DAMPING = 1e-2  # of the mean squared inputs, in their mean
 
 
 def rotated_gradient(G: Tensor, params: Mapping[str, Any], state: State | None = None) -> Tensor:
@@ -34,27 +36,44 @@ def rotated_gradient(G: Tensor, params: Mapping[str, Any], state: State | None =
     With a state of scales=channels Q_o diag(a) G diag(b) Q_i^T, with its scales a and b.
     """
     if state is not None and params["scales"] == "channels":
-        G = G * state["row_scales"].float().unsqueeze(1) * state["column_scales"].float()
+        G = G * _channels(state)
     rotation, seed = params["rotation"], params["seed"]
     half = rotate_outputs(G, rotation, seed)
     return rotate_inputs(half.T.contiguous(), rotation, seed).T.contiguous()
 
 
 def move_walks(
-    state: State, u: Tensor, params: Mapping[str, Any], *, max_change: float, trust: float
+    state: State,
+    G: Tensor,
+    inputs: Tensor,
+    params: Mapping[str, Any],
+    *,
+    max_change: float,
+    trust: float,
 ) -> tuple[Tensor, int]:
     """Code tiles of a weight again, in place; return where (rows, columns) bool, and how many
     weights have another value.
 
-    u (out, in): against which the rotated weight moves. Of all tiles at most a share `max_change`
-    (rounded up), those with the longest u, and as long as |dW| <= trust |W|.
+    G (out, in): the gradient of the weight; inputs (in,): the mean square of each of its inputs. Of
+    all tiles at most a share `max_change` (rounded up), those with the longest u, and as long as
+    |dW|_x <= trust |W|_x, |.|_x weighing columns with `inputs`.
     """
     bits, state_bits = params["bits"], params["state_bits"]
     codes, starts = state["codes"], state.get("starts")
     rows, columns = codes.shape[:2]
     moved = torch.zeros(rows * columns, dtype=torch.bool, device=codes.device)
-    sign = state["scale"].sign() if "scale" in state else 1.0  # u has those of channels
-    tiles = along_walk(_tiles(u * sign, rows, columns), params["order"])
+    sign = state["scale"].sign() if "scale" in state else 1.0  # the others' lie in u and G
+    damped = (inputs + DAMPING * inputs.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    away = G / damped
+    if "scale" not in state:  # twice: `rotated_gradient` multiplies by it, a step is divided by it
+        scale = _channels(state)
+        away = torch.where(scale == 0, 0.0, away / scale.square())
+
+    def tiles_of(X: Tensor) -> Tensor:
+        rotated = rotated_gradient(X, params, state) * sign
+        return along_walk(_tiles(rotated, rows, columns), params["order"])
+
+    tiles, uphill = tiles_of(away), tiles_of(G)
     sizes = tiles.square().mean(1).sqrt()
     most = min(math.ceil(max_change * len(tiles)), int((sizes > 0).sum()))
     if not most:
@@ -63,22 +82,36 @@ def move_walks(
     values = codebook(params["codebook"], state_bits, bits, codes.device)
     flat = codes.view(rows * columns, -1)
     if starts is None:
-        old = unpack_walks(flat[order], bits, state_bits)
+        every = unpack_walks(flat, bits, state_bits)
     else:  # the starts lie in one string for all
         every = unpack_walks(flat, bits, state_bits, starts)
-        old = every[order]
+    old = every[order]
     Y = values[old.long()]
     width = float(values.square().mean().sqrt())
     eta = REACH * width * 2.0**-bits / sizes[order].unsqueeze(1)
     past = old[:, 0] >> bits if starts is None else None
     new = nearest_walks(Y - eta * tiles[order], values, bits, past)
     change = values[new.long()] - Y
-    gain = -(tiles[order] * change).sum(1)
+    gain = -(uphill[order] * change).sum(1)
     best = gain.argsort(descending=True, stable=True)
     best = best[: int((gain > 0).sum())]
-    within = change[best].double().square().sum(1).cumsum(0)
-    limit = (trust * width) ** 2 * (rows * columns * LENGTH)
-    best = best[: int((within <= limit).sum())]
+
+    def weighed(which: Tensor, tiles: Tensor) -> float:
+        """Return |.|_x^2 of the weight that has these tiles and zeros elsewhere."""
+        dY = torch.zeros(rows * columns, LENGTH, device=tiles.device)
+        dY[which] = tiles
+        dY = in_rows(dY, params["order"]).view(rows, columns, TILE, TILE).transpose(1, 2)
+        dY = dY.reshape(rows * TILE, -1)[: G.shape[0], : G.shape[1]]
+        dW = unrotate_sides(dY.contiguous(), params["rotation"], params["seed"])
+        scale = state["scale"] if "scale" in state else _channels(state)
+        return float(((dW * scale).square() * inputs).sum(dtype=torch.float64))
+
+    whole = torch.arange(rows * columns, device=codes.device)
+    limit = trust**2 * weighed(whole, values[every.long()])
+    n = len(best)
+    while n and weighed(order[best[:n]], change[best[:n]]) > limit:
+        n //= 2
+    best = best[:n]
     chosen = order[best]
     flat[chosen] = pack_walks(new[best], bits)
     if starts is not None:
@@ -86,6 +119,11 @@ def move_walks(
         starts.copy_(pack_starts(every, bits, state_bits))
     moved[chosen] = True
     return moved.view(rows, columns), int((change[best] != 0).sum())
+
+
+def _channels(state: State) -> Tensor:
+    """Return the scale of each weight (out, in) of a state of scales=channels."""
+    return state["row_scales"].float().unsqueeze(1) * state["column_scales"].float()
 
 
 def _tiles(u: Tensor, rows: int, columns: int) -> Tensor:

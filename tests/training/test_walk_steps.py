@@ -52,6 +52,10 @@ def packed(shape: tuple[int, int], text: str) -> tuple[Any, dict[str, Tensor], d
     return level, state, next(compose.terms(level, state))[1]
 
 
+def ones(shape: tuple[int, int]) -> Tensor:
+    return torch.ones(shape[1])
+
+
 @pytest.mark.parametrize("shape", [(64, 96), (40, 33)])  # whole tiles, and padded ones
 @pytest.mark.parametrize("text", [LEVEL, FREE, CHANNELS])
 def test_a_step_codes_few_tiles_again_and_goes_downhill(shape: tuple[int, int], text: str) -> None:
@@ -59,8 +63,7 @@ def test_a_step_codes_few_tiles_again_and_goes_downhill(shape: tuple[int, int], 
     G = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     before = compose.decompress(level, state, shape, torch.float32)
     sizes = {name: tensor.shape for name, tensor in state.items()}
-    u = rotated_gradient(G, params, state)
-    moved, n_changed = move_walks(state, u, params, max_change=0.25, trust=10.0)
+    moved, n_changed = move_walks(state, G, ones(shape), params, max_change=0.25, trust=10.0)
     change = compose.decompress(level, state, shape, torch.float32) - before
     assert 0 < int(moved.sum()) <= math.ceil(0.25 * moved.numel()) and n_changed > 0
     assert float((change * G).sum()) < 0
@@ -80,9 +83,9 @@ def test_a_step_is_the_same_on_any_device(device: torch.device, text: str) -> No
     there = {name: tensor.clone().to(device) for name, tensor in state.items()}
     G = torch.randn(64, 96, generator=torch.Generator().manual_seed(5))
     how = {"max_change": 0.25, "trust": 10.0}
-    moved, n_changed = move_walks(state, rotated_gradient(G, params), params, **how)
-    u = rotated_gradient(G.to(device), params)
-    moved_there, n_there = move_walks(there, u, params, **how)
+    x = torch.rand(96, generator=torch.Generator().manual_seed(7)) + 0.1
+    moved, n_changed = move_walks(state, G, x, params, **how)
+    moved_there, n_there = move_walks(there, G.to(device), x.to(device), params, **how)
     assert moved_there.device.type == device.type and n_there == n_changed > 0
     assert torch.equal(moved_there.cpu(), moved)
     assert all(torch.equal(there[name].cpu(), tensor) for name, tensor in state.items())
@@ -92,15 +95,35 @@ def test_the_trust_ratio_bounds_what_a_step_changes() -> None:
     level, state, params = packed((64, 96), f"{LEVEL},feedback=none")
     before = compose.decompress(level, state, (64, 96), torch.float32)
     G = torch.randn(64, 96, generator=torch.Generator().manual_seed(5))
-    move_walks(state, rotated_gradient(G, params), params, max_change=1.0, trust=0.06)
+    move_walks(state, G, ones((64, 96)), params, max_change=1.0, trust=0.06)
     after = compose.decompress(level, state, (64, 96), torch.float32)
     assert 0.02 < float((after - before).norm() / before.norm()) < 0.065
+
+
+@pytest.mark.parametrize("text", [LEVEL, CHANNELS])
+def test_outputs_are_what_is_bounded_and_large_inputs_do_not_lead(text: str) -> None:
+    """Two columns with a thousand times the inputs of others have all of the gradient's size."""
+    level, state, params = packed((64, 96), f"{text},feedback=none")
+    before = compose.decompress(level, state, (64, 96), torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.ones(96)
+    x[:2] = 1e6
+    G = torch.randn(64, 96, generator=generator) * x.sqrt()
+    G[:, 40:48] *= 10  # of ordinary inputs these have the most to gain
+    move_walks(state, G, x, params, max_change=1.0, trust=0.15)
+    change = compose.decompress(level, state, (64, 96), torch.float32) - before
+    size = (change.square() * x).sum().sqrt() / (before.square() * x).sum().sqrt()
+    assert 0 < float(size) < 0.155
+    along = -(change * G / x).sum(0)  # how far each column went downhill
+    assert float(along[40:48].mean()) > 3 * float(along[48:].abs().mean())
+    assert float((change * G).sum()) < 0
 
 
 def test_no_gradient_changes_nothing() -> None:
     _, state, params = packed((32, 32), f"{LEVEL},feedback=none")
     before = {name: tensor.clone() for name, tensor in state.items()}
-    moved, n_changed = move_walks(state, torch.zeros(32, 32), params, max_change=1.0, trust=1.0)
+    how = {"max_change": 1.0, "trust": 1.0}
+    moved, n_changed = move_walks(state, torch.zeros(32, 32), ones((32, 32)), params, **how)
     assert not moved.any() and n_changed == 0
     assert all(torch.equal(tensor, state[name]) for name, tensor in before.items())
 
