@@ -93,6 +93,7 @@ class Bench:
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
+            bf16=self.words.bf16,
             seed=0,
         )
         trainer = DistillationTrainer(model, args, train_dataset=self.data, **options)
@@ -502,6 +503,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5], help="of heal")
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--calibration", type=int, help="of the sequences; default: all")
