@@ -264,7 +264,8 @@ def shared_units(compressed: nn.Module, dense: nn.Module) -> list[Unit]:
         if None not in shape and shape != unit.shape:
             raise ValueError(
                 f"{unit.name} is {shape} in the compressed model and {unit.shape} in the dense "
-                "one; give the dense model that the compressed one was made from"
+                "one; give the dense model that the compressed one was made from (of a model that "
+                "`widths` narrowed, the folder dense in its work folder's width-...)"
             )
     return units
 

@@ -59,15 +59,20 @@ def describe(group: str, name: str) -> str:
     return _docstring(path)
 
 
-def describe_module(module: str) -> str:
-    """Return the docstring of a module of the package, such as "training.quest", without a run."""
+def describe_module(module: str, name: str | None = None) -> str:
+    """Return the docstring of a module of the package, such as "training.quest", without a run.
+
+    name: of a class or function in it, whose own docstring is returned.
+    """
     path = _PACKAGE.joinpath(*module.split("."))
-    return _docstring(path / "__init__.py" if path.is_dir() else path.with_suffix(".py"))
+    return _docstring(path / "__init__.py" if path.is_dir() else path.with_suffix(".py"), name)
 
 
-def _docstring(path: Path | None) -> str:
-    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path else None
-    return doc or ""
+def _docstring(path: Path | None, name: str | None = None) -> str:
+    tree: ast.AST | None = ast.parse(path.read_text(encoding="utf-8")) if path else None
+    if tree is not None and name is not None:
+        tree = next((node for node in ast.walk(tree) if getattr(node, "name", None) == name), None)
+    return (ast.get_docstring(tree) or "") if tree is not None else ""  # type: ignore[arg-type]
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

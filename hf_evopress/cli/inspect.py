@@ -12,6 +12,7 @@ from ..base import plugins
 from ..jobs.search_log import ENDING, read_log
 from ..plans.plan import Plan
 from ..plans.repo import FILE_NAME, INDEX_NAME, list_plans
+from ..search.ask_tell import STRATEGIES, describe
 from .console import console, table
 
 # What is neither a plug-in nor a name to import, and the module that describes it.
@@ -20,7 +21,9 @@ _BESIDE = {
     "kick": "scoring.kick",
     "share": "jobs.shared_levels",
     "stack": "jobs.stack",
+    "resize": "loading.blocks",
     "tune": "training.tune",
+    "widths": "jobs.widths",
 }
 
 
@@ -158,7 +161,12 @@ def list_plugins(
     }
     others = {"beside levels": _BESIDE, "training, from Python": _training()}
     for title, modules in others.items():
-        listed[title] = {n: plugins.describe_module(module) for n, module in modules.items()}
+        first = {module: n for n, module in reversed(modules.items())}  # what it is about
+        listed[title] = {
+            n: plugins.describe_module(module, None if first[module] == n else n)
+            for n, module in modules.items()
+        }
+    listed["search strategies"] = {n: describe(n) for n in STRATEGIES}
     if name is not None:
         known = {n: text for texts in reversed(listed.values()) for n, text in texts.items()}
         if name not in known:

@@ -41,7 +41,6 @@ from ..calibration.token_cache import cached_splits
 from ..models.classes import set_pooling
 from ..models.experts import warn_of_experts
 from ..models.images import give_images
-from ..models.narrow import kept_channels
 from ..models.plain import make_plain
 from ..models.source import (
     check_context,
@@ -55,7 +54,6 @@ from ..models.source import (
 from ..models.stream import check_streamable
 from ..plans.level import Level
 from ..plans.plan import Plan
-from ..recipes.limit import Limit
 from ..recipes.recipe import Recipe
 from ..refine.levels import chosen
 from ..scoring.evaluator import Evaluator
@@ -67,6 +65,7 @@ from .class_rules import fitted, masked, pooling_said
 from .for_target import for_this_machine
 from .problem import pose
 from .reporting import Reports
+from .widths_tried import channels_to_try, has_own_width
 from .with_images import image_text
 from .with_sound import sound_text
 
@@ -106,6 +105,7 @@ class Job:
         self.fitness = fitness if fitness is not None else fitness_of(recipe.search.fitness)
         self.fitness_words = recipe.search.fitness if fitness is None else repr(fitness)
         self.progress = progress if self.ranks.is_first else None
+        self.report_to = report_to
         self.reports = Reports(report_to if self.ranks.is_first else (), self.work)
         if recipe.search.dtype == "bfloat16" and self.dtype != torch.bfloat16:
             raise ValueError(
@@ -131,25 +131,15 @@ class Job:
         make_plain(skeleton)
         check_streamable(skeleton)
         warn_of_experts(skeleton)
-        tried = recipe.widths if whole is None else ()
-        self.channels = kept_channels(skeleton, tried, skip=recipe.skip)
-        self.problem = pose(skeleton, posed := self._posed())
+        self.channels = channels_to_try(skeleton, recipe) if whole is None else ()
+        is_searched = has_own_width(skeleton, self.channels)
+        self.problem = pose(skeleton, recipe, is_searched=is_searched)
         self.units, self.menus = self.problem.units, self.problem.menus
         chosen((x for menu in self.menus.values() for x in menu), recipe.refine_levels)
         self.space, self.budget = self.problem.space, self.problem.budget
         self.starts = self.problem.starts(recipe.search.start)
-        if self.budget.note and posed is recipe:
+        if self.budget.note:
             logger.warning(self.budget.note)
-
-    def _posed(self) -> Recipe:
-        """Return the recipe of the search; where only narrower models are tried, without its size.
-
-        Of the whole one then its statistics are needed alone, and no plan has to be small enough.
-        """
-        recipe = self.recipe
-        if not recipe.widths or 1 in recipe.widths or self.whole is not self:
-            return recipe
-        return replace(recipe, widths=(), budget=Limit(ratio=1.0))
 
     # -- inputs --------------------------------------------------------------------------------
 

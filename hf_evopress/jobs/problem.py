@@ -103,12 +103,15 @@ class Problem:
         return found
 
 
-def pose(skeleton: nn.Module, recipe: Recipe) -> Problem:
+def pose(skeleton: nn.Module, recipe: Recipe, *, is_searched: bool = True) -> Problem:
     """Return the problem that `recipe` poses for a model, in the dtype to ship, on any device.
 
     Where no plan is within the budget, the ends are offered their smallest levels as well.
+    is_searched: False where its units are looked at alone, so that any size will do.
     """
     parts = _parts(skeleton, recipe)
+    if not is_searched:
+        return Problem(**parts, budget=Budget(parts["space"].max_cost, "none"))
     try:
         budget = _budget(recipe, parts)
     except ValueError:

@@ -67,6 +67,7 @@ def refine_plan(
         revision=revision or found.revision,
     )
     job = Job(recipe, progress=progress)
+    found.check({**found.shapes, **{unit.name: unit.shape for unit in job.units}})
     unseen, length = unseen_tokens(job, test, window)
     store = build_levels(job)
     made = job.plan(

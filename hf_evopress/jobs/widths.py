@@ -8,6 +8,7 @@ is fitted to them. Levels and search are then its own, the model to come close t
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,19 +40,27 @@ def best_width(job: Job) -> tuple[Job, LevelStore, Plan]:
     """
     n = widths(job.model)[CHANNELS]
     rows: list[dict[str, Any]] = []
-    best: tuple[Job, LevelStore, Plan] | None = None
+    last: tuple[Job, LevelStore, Plan] | None = None
     for channels in job.channels:
-        one = job if channels == n else narrow(job, channels)
-        store = build_levels(one)
-        plan = find_plan(one, store)
+        last = None  # one narrower model at a time
+        last = one, store, plan = _searched(job, channels, n)
         lost = loss(one, store, plan.levels)
         logger.info("%d of %d channels: %s %.4f", channels, n, job.recipe.search.fitness, lost)
-        if best is None or lost < min(row["loss"] for row in rows):
-            best = one, store, plan  # the models of others are let go
-        rows.append({"channels": channels, "of": n, "loss": lost})
-    assert best is not None  # the recipe names a width
-    one, store, plan = best
+        is_number = math.isfinite(lost)  # a collapsed model's may be none
+        rows.append({"channels": channels, "of": n, "loss": lost if is_number else None})
+    best = min(rows, key=lambda row: math.inf if row["loss"] is None else row["loss"])
+    if last is None or best is not rows[-1]:
+        last = None
+        last = _searched(job, best["channels"], n)  # from its files
+    one, store, plan = last
     return one, store, plan.replace(search={**plan.search, "widths": rows})
+
+
+def _searched(job: Job, channels: int, n: int) -> tuple[Job, LevelStore, Plan]:
+    """Return the job of a width, which may be its own, with levels and plan."""
+    one = job if channels == n else narrow(job, channels)
+    store = build_levels(one)
+    return one, store, find_plan(one, store)
 
 
 def narrow(job: Job, channels: int) -> Job:
@@ -62,7 +71,14 @@ def narrow(job: Job, channels: int) -> Job:
         write_narrow(job, channels, folder)
     job.ranks.wait()
     progress = partial(_named, job.progress, channels) if job.progress else None
-    return Job(job.recipe, fitness=job.fitness, progress=progress, whole=job, dense=folder)
+    return Job(
+        job.recipe,
+        fitness=job.fitness,
+        report_to=job.report_to,
+        progress=progress,
+        whole=job,
+        dense=folder,
+    )
 
 
 @torch.no_grad()

@@ -18,14 +18,14 @@ from .units import find_blocks, find_units
 
 KV, CHANNELS = "kv", "channels"
 DOWN = "mlp.down_proj"  # of a block
-STEP = 64  # of channels: what groups and tiles of codes divide
+MLP = ("mlp.gate_proj", "mlp.up_proj", DOWN)
 
 
 def widths(model: Any) -> dict[str, int]:
     """Return how many KV groups and channels each block has; ValueError for other blocks."""
     config = model.config.get_text_config(decoder=True)
     names = [f"self_attn.{part}_proj" for part in "qkvo"]
-    names += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    names += MLP
     for block in find_blocks(model)[1]:
         found = {name for name, _ in block.named_modules()}
         if missing := [name for name in names if name not in found]:
@@ -37,15 +37,13 @@ def widths(model: Any) -> dict[str, int]:
 
 
 def kept_channels(
-    model: Any, shares: Sequence[float], *, skip: Sequence[str] = ()
+    model: Any, shares: Sequence[float], *, skip: Sequence[str] = (), step: int = 64
 ) -> tuple[int, ...]:
-    """Return how many channels of each MLP the shares leave, in multiples of 64 where it has such.
+    """Return how many channels of each MLP the shares leave, in multiples of `step` if it is one.
 
     skip: patterns of units that are left as they are. ValueError for blocks that cannot be
     narrowed, or where a share leaves none.
     """
-    if not shares:
-        return ()
     if getattr(model.config, "auto_map", None):
         raise ValueError(
             f"{type(model).__name__} brings its own code, which may not know other widths: widths "
@@ -54,11 +52,10 @@ def kept_channels(
     n = widths(model)[CHANNELS]
     path, blocks = find_blocks(model)
     units = {unit.name for unit in find_units(model, skip=skip)}
-    if missing := [i for i in range(len(blocks)) if f"{path}.{i}.{DOWN}" not in units]:
-        raise ValueError(
-            f"widths fits {path}.{missing[0]}.{DOWN} to fewer channels, and skip leaves it as it is"
-        )
-    step = math.gcd(n, STEP)
+    names = [f"{path}.{i}.{part}" for i in range(len(blocks)) for part in MLP]
+    if missing := [name for name in names if name not in units]:
+        raise ValueError(f"widths changes {missing[0]}, which skip leaves as it is")
+    step = math.gcd(n, step)
     found = tuple(step * round(share * n / step) for share in shares)
     for share, kept in zip(shares, found, strict=True):
         if not kept:

@@ -59,7 +59,8 @@ def model_size(model: nn.Module, *, shapes: Mapping[str, tuple[int, int]] | None
         else:
             other_bits += 8 * tensor.nbytes
             other_weights += tensor.numel()
-    everything = {**units, **(shapes or {})}
+    here = {name for name, _ in model.named_modules()}  # ends are no units, and in plans
+    everything = {**units, **{u: s for u, s in (shapes or {}).items() if u not in here}}
     unit_weights = sum(rows * columns for rows, columns in everything.values())
     return Size(unit_bits, unit_weights, other_bits, other_weights)
 

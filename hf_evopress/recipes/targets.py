@@ -33,6 +33,8 @@ EXPORTS = tuple(FAMILIES)
 APART = ("exl3", "gguf", "vllm")  # which hold their own levels only, for every weight
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one layer in vLLM
 ACCELERATORS = ("cuda", "xpu")  # with kernels of ours
+# What the groups and tiles of a target's levels divide, of the channels of a narrower MLP.
+_STEPS = {"gguf": 256, "exl3": 128, "vllm": 128, "gpu": 128}
 
 
 def default_target(device_type: str) -> str:
@@ -50,6 +52,11 @@ def families_for(target: str, *, removes_weights: bool = False) -> tuple[str, ..
 def fused_for(target: str) -> tuple[tuple[str, ...], ...]:
     """Return last name parts of layers that a target computes as one."""
     return _FUSED if target == "vllm" else ()
+
+
+def channel_step(target: str) -> int:
+    """Return what the number of channels of a narrower MLP should be a multiple of."""
+    return _STEPS.get(target, 64)
 
 
 def without_for(recipe: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -7,6 +7,8 @@ restoring tells a new search the same losses again, which takes it to exactly wh
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import Any
@@ -60,6 +62,15 @@ TABLES: dict[str, str | None] = {
     "window": "window",
     "drop_perplexity": "perplexity",
     **dict.fromkeys(("evopress", "uniform", "random", "brute_force")),  # they look at none
+}
+# What each published baseline goes by; the others' functions say it.
+ABOUT = {
+    "layer_error": "Knapsack over each layer's output error (SPDY, L-GreCo: arXiv:2210.17357).",
+    "owl": "Knapsack over errors weighed by a layer's outliers (OWL, arXiv:2310.05175).",
+    "pq_index": "Knapsack over what the PQ-index says a layer can spare (SAP, arXiv:2302.05601).",
+    "block_influence": "Drops the blocks that turn hidden states least (arXiv:2403.03853).",
+    "window": "Drops a window of blocks whose ends are most alike (arXiv:2403.17887).",
+    "drop_perplexity": "Drops the blocks whose loss alone is least (arXiv:2402.02834).",
 }
 WORST_LOSS = 1e6  # nats; stands for inf and nan, which a collapsed model gives
 STATE_VERSION = 2  # of what the strategies ask for, too
@@ -191,6 +202,14 @@ class Search:
             "starts": [list(start) for start in run.starts],
             "table": None if run.table is None else [list(row) for row in run.table],
         }
+
+
+def describe(strategy: str) -> str:
+    """Return what a strategy does, one paragraph or more."""
+    run, _ = STRATEGIES[strategy]
+    has_file = run.__module__.endswith(f".{strategy}")
+    about = inspect.getdoc(sys.modules[run.__module__] if has_file else run)
+    return ABOUT.get(strategy) or about or ""
 
 
 def check_settings(strategy: str, given: Mapping[str, Any]) -> Any:

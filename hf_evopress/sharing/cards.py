@@ -27,7 +27,7 @@ from ..plans.card_template import (
 from ..plans.plan import Plan
 from ..plans.repo import INDEX_NAME, TAG, plan_rows, read_index
 from ..recipes.recipe import REFINE, Recipe
-from .report import cache_lines, widths_line
+from .report import cache_lines, widths_line, widths_tried
 from .task_results import model_index, read_results, table_rows
 
 CARD = "README.md"
@@ -284,9 +284,9 @@ def _kept_bytes(plan: Plan, stored: Mapping[str, int]) -> int | None:
 
 def _is_narrow(plan: Plan) -> bool:
     """Return whether a plan is of fewer channels than its base model has."""
-    rows = plan.search.get("widths")
-    said = widths_line(plan)
-    return bool(said) and isinstance(rows, list) and f"keep {rows[0]['of']} of" not in said
+    known = [row for row in widths_tried(plan) if row["loss"] is not None]
+    best = min(known, key=lambda row: row["loss"], default={"channels": 0, "of": 0})
+    return bool(best["channels"] < best["of"])
 
 
 def _pictures(folder: Path, plan: Plan, bits: Mapping[str, float] | None) -> dict[str, Any]:

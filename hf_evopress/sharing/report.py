@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..plans.level import Level, Term
 from ..plans.plan import Plan, Shape
@@ -177,20 +178,30 @@ def ends_line(plan: Plan) -> str:
 
 def widths_line(plan: Plan) -> str:
     """Return which width the MLPs got and what each that was tried lost, "" where none was."""
-    rows = plan.search.get("widths")
-    keys = {"channels": int, "of": int, "loss": float}
-    known = isinstance(rows, list) and all(
-        isinstance(row, Mapping) and all(isinstance(row.get(k), t) for k, t in keys.items())
+    rows = widths_tried(plan)
+    known = [row for row in rows if row["loss"] is not None]
+    if not known:
+        return ""
+    best = min(known, key=lambda row: row["loss"])
+    tried = ", ".join(
+        f"{row['channels']} ({'collapsed' if row['loss'] is None else format(row['loss'], '.4f')})"
         for row in rows
     )
-    if not rows or not known:
-        return ""
-    best = min(rows, key=lambda row: float(row["loss"]))
-    tried = ", ".join(f"{row['channels']} ({row['loss']:.4f})" for row in rows)
     return (
         f"The MLPs keep {best['channels']} of {best['of']} channels in every block, fitted to the "
         f"outputs of all. Tried at this size, with their loss on search text: {tried}."
     )
+
+
+def widths_tried(plan: Plan) -> list[Mapping[str, Any]]:
+    """Return channels, of how many, and loss or None of each width that was tried for a plan."""
+    rows: Any = plan.search.get("widths")
+    types = {"channels": (int,), "of": (int,), "loss": (float, type(None))}
+    is_known = isinstance(rows, list) and all(
+        isinstance(row, Mapping) and all(isinstance(row.get(k), t) for k, t in types.items())
+        for row in rows
+    )
+    return [*rows] if is_known else []
 
 
 def cache_lines(plan: Plan) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,18 +63,7 @@ def move_walks(
     codes, starts = state["codes"], state.get("starts")
     rows, columns = codes.shape[:2]
     moved = torch.zeros(rows * columns, dtype=torch.bool, device=codes.device)
-    sign = state["scale"].sign() if "scale" in state else 1.0  # the others' lie in u and G
-    damped = (inputs + DAMPING * inputs.mean()).clamp_min(torch.finfo(torch.float32).tiny)
-    away = G / damped
-    if "scale" not in state:  # twice: `rotated_gradient` multiplies by it, a step is divided by it
-        scale = _channels(state)
-        away = torch.where(scale == 0, 0.0, away / scale.square())
-
-    def tiles_of(X: Tensor) -> Tensor:
-        rotated = rotated_gradient(X, params, state) * sign
-        return along_walk(_tiles(rotated, rows, columns), params["order"])
-
-    tiles, uphill = tiles_of(away), tiles_of(G)
+    tiles, uphill = _directions(state, G, inputs, params)
     sizes = tiles.square().mean(1).sqrt()
     most = min(math.ceil(max_change * len(tiles)), int((sizes > 0).sum()))
     if not most:
@@ -81,10 +71,8 @@ def move_walks(
     order = sizes.topk(most).indices
     values = codebook(params["codebook"], state_bits, bits, codes.device)
     flat = codes.view(rows * columns, -1)
-    if starts is None:
-        every = unpack_walks(flat, bits, state_bits)
-    else:  # the starts lie in one string for all
-        every = unpack_walks(flat, bits, state_bits, starts)
+    own_start = () if starts is None else (starts,)  # all in one string
+    every = unpack_walks(flat, bits, state_bits, *own_start)
     old = every[order]
     Y = values[old.long()]
     width = float(values.square().mean().sqrt())
@@ -95,23 +83,12 @@ def move_walks(
     gain = -(uphill[order] * change).sum(1)
     best = gain.argsort(descending=True, stable=True)
     best = best[: int((gain > 0).sum())]
-
-    def weighed(which: Tensor, tiles: Tensor) -> float:
-        """Return |.|_x^2 of the weight that has these tiles and zeros elsewhere."""
-        dY = torch.zeros(rows * columns, LENGTH, device=tiles.device)
-        dY[which] = tiles
-        dY = in_rows(dY, params["order"]).view(rows, columns, TILE, TILE).transpose(1, 2)
-        dY = dY.reshape(rows * TILE, -1)[: G.shape[0], : G.shape[1]]
-        dW = unrotate_sides(dY.contiguous(), params["rotation"], params["seed"])
-        scale = state["scale"] if "scale" in state else _channels(state)
-        return float(((dW * scale).square() * inputs).sum(dtype=torch.float64))
-
-    whole = torch.arange(rows * columns, device=codes.device)
-    limit = trust**2 * weighed(whole, values[every.long()])
-    n = len(best)
-    while n and weighed(order[best[:n]], change[best[:n]]) > limit:
-        n //= 2
-    best = best[:n]
+    size_of = partial(_output_size, state, inputs, params, (G.shape[0], G.shape[1]))
+    limit = trust**2 * size_of(
+        torch.arange(rows * columns, device=codes.device), values[every.long()]
+    )
+    while len(best) and size_of(order[best], change[best]) > limit:
+        best = best[: len(best) // 2]
     chosen = order[best]
     flat[chosen] = pack_walks(new[best], bits)
     if starts is not None:
@@ -119,6 +96,42 @@ def move_walks(
         starts.copy_(pack_starts(every, bits, state_bits))
     moved[chosen] = True
     return moved.view(rows, columns), int((change[best] != 0).sum())
+
+
+def _directions(
+    state: State, G: Tensor, inputs: Tensor, params: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return u and G of each tile (tiles, 256), in the rotated basis and the order of walks."""
+    rows, columns = state["codes"].shape[:2]
+    sign = state["scale"].sign() if "scale" in state else 1.0  # the others' lie in u and G
+    damped = (inputs + DAMPING * inputs.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    away = G / damped
+    if "scale" not in state:  # twice: `rotated_gradient` multiplies by it, a step is divided by it
+        scale = _channels(state)
+        away = torch.where(scale == 0, 0.0, away / scale.square())
+    made = []
+    for X in (away, G):
+        rotated = rotated_gradient(X, params, state) * sign
+        made.append(along_walk(_tiles(rotated, rows, columns), params["order"]))
+    return made[0], made[1]
+
+
+def _output_size(
+    state: State,
+    inputs: Tensor,
+    params: Mapping[str, Any],
+    shape: tuple[int, int],
+    which: Tensor,
+    tiles: Tensor,
+) -> float:
+    """Return |.|_x^2 of the weight that has `tiles` (n, 256) at the places `which`, else zeros."""
+    rows, columns = state["codes"].shape[:2]
+    Y = torch.zeros(rows * columns, LENGTH, device=tiles.device)
+    Y[which] = in_rows(tiles, params["order"])
+    Y = Y.view(rows, columns, TILE, TILE).transpose(1, 2).reshape(rows * TILE, -1)
+    W = unrotate_sides(Y[: shape[0], : shape[1]].contiguous(), params["rotation"], params["seed"])
+    scale = state["scale"] if "scale" in state else _channels(state)
+    return float(((W * scale).square() * inputs).sum(dtype=torch.float64))
 
 
 def _channels(state: State) -> Tensor:

@@ -12,11 +12,14 @@ from transformers import AutoModelForCausalLM
 from hf_evopress.base.devices import using
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.pipeline import Result, compress
+from hf_evopress.jobs.refine_existing_plan import refine_plan
 from hf_evopress.jobs.widths import best_width, narrow
 from hf_evopress.models.narrow import kept_channels
 from hf_evopress.models.size import stored_bytes
 from hf_evopress.recipes.recipe import Recipe
+from hf_evopress.recipes.targets import channel_step
 from hf_evopress.refine.distillation import distillation_loss, teacher_targets
+from hf_evopress.sharing.report import widths_line
 
 from .. import second_device  # noqa: F401  registers the device
 
@@ -96,13 +99,75 @@ def test_the_closest_is_kept_and_a_second_run_makes_the_same(home: Path) -> None
     assert again.to_json() == plan.to_json()
 
 
-def test_a_width_may_fit_where_the_whole_model_does_not(home: Path) -> None:
-    small = {"levels": ["gptq:bits=8,group_size=32"], "budget": {"size": "170KB"}, "ends": "dense"}
-    job = Job(recipe(home, "tight", widths=[0.5], **small))
+def test_a_width_may_fit_where_the_whole_model_does_not(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tight = {"levels": ["gptq:bits=8,group_size=32"], "budget": {"size": "170KB"}, "ends": "dense"}
+    job = Job(recipe(home, "tight", widths=[1, 0.5], **tight))
+    assert job.channels == (64,)
+    assert "128 channels: no plan fits a budget of 170KB" in caplog.text
     _, _, plan = best_width(job)
     assert plan.shapes["model.layers.0.mlp.down_proj"] == (64, 64)
     with pytest.raises(ValueError, match="no plan fits a budget of 170KB"):
-        Job(recipe(home, "tight", widths=[1, 0.5], **small))
+        Job(recipe(home, "tight", widths=[1], **tight))
+
+
+def test_a_share_that_rounds_to_all_channels_keeps_the_size(home: Path) -> None:
+    job = Job(recipe(home, "near", widths=[0.99]))
+    assert job.channels == (128,) and job.budget.text == "70KB"
+
+
+def test_only_narrower_models_under_a_size_with_a_cache(home: Path) -> None:
+    budget = {"size": "120KB", "context": 256}
+    settings = ["kv:bits=4,group_size=16", "kv:bits=8,group_size=16"]
+    said: dict[str, Any] = {"budget": budget, "cache": settings, "widths": [0.5]}
+    data = {"sources": [str(home / "text.txt")], **SMALL, "seq_len": 128, "calibration": 6}
+    _, _, plan = best_width(Job(recipe(home, "cache", data=data, **said)))
+    assert plan.cache and plan.budget["memory_bytes_at_most"] <= 120_000
+
+
+def test_a_width_whose_model_collapses_is_not_taken(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([float("nan"), 0.5])
+    monkeypatch.setattr("hf_evopress.jobs.widths.loss", lambda *_: next(losses))
+    _, _, plan = best_width(Job(recipe(home, "both")))
+    assert [row["loss"] for row in plan.search["widths"]] == [None, 0.5]
+    assert plan.shapes["model.layers.0.mlp.down_proj"] == (64, 64)
+    assert "128 (collapsed), 64 (0.5000)" in widths_line(plan)
+    plan.to_json()
+
+
+def test_blocks_one_at_a_time_with_drops_and_refinement(home: Path) -> None:
+    """On a device that blocks only visit; every part of the line is of the narrower model."""
+    said = recipe(
+        home,
+        "visit",
+        widths=[0.5],
+        device="sim",
+        offload="cpu",
+        refine="fast",
+        drop={"kinds": ["attention", "mlp"], "tokens": 256},
+    )
+    result = compress(said)
+    assert result.plan.search["widths"][0]["channels"] == 64
+    assert AutoModelForCausalLM.from_pretrained(result.folder).config.intermediate_size == 64
+
+
+def test_steps_are_what_the_target_divides(tiny_model: Any) -> None:
+    model = tiny_model("llama", intermediate_size=512)
+    assert kept_channels(model, [0.7], step=channel_step("cpu")) == (384,)
+    assert kept_channels(model, [0.6], step=channel_step("gpu")) == (256,)
+    assert kept_channels(model, [0.7], step=channel_step("gguf")) == (256,)
+    assert kept_channels(tiny_model("llama", intermediate_size=96), [0.7]) == (64,)
+
+
+def test_a_plan_of_a_narrower_model_is_not_refined_on_the_whole_one(
+    home: Path, small: Result, tmp_path: Path
+) -> None:
+    text = [str(home / "text.txt")]
+    with pytest.raises(ValueError, match="fewer channels in its MLPs: run the recipe"):
+        refine_plan(str(small.folder), tmp_path / "out", data=text, mode="fast", seq_len=64)
 
 
 def test_another_device_makes_the_same_model(home: Path, tmp_path: Path) -> None:
@@ -153,7 +218,8 @@ def test_what_the_model_cannot_be_is_said_before_it_is_loaded(home: Path) -> Non
     for changes, message in (
         ({"widths": [0.1]}, "a width of 0.1 leaves none of 128 channels, in steps of 64"),
         ({"widths": [0.5, 0.6]}, "leave those out that are the same"),
-        ({"skip": ["*.1.mlp.down_proj"]}, "layers.1.mlp.down_proj to fewer channels, and skip"),
+        ({"skip": ["*.1.mlp.down_proj"]}, "layers.1.mlp.down_proj, which skip leaves as it is"),
+        ({"skip": ["*.gate_proj"]}, "layers.0.mlp.gate_proj, which skip leaves as it is"),
     ):
         with pytest.raises(ValueError, match=message):
             Job(recipe(home, "bad", **changes))

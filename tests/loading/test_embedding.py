@@ -113,6 +113,14 @@ def test_tied_tensors_are_counted_once(tiny_model: Any) -> None:
     assert model_size(model).other_bits == bits + others
 
 
+def test_ends_in_a_plan_are_no_weights_of_dropped_blocks(tiny_model: Any) -> None:
+    model = compressed(tiny_model("llama", tie_word_embeddings=True))
+    size = model_size(model)
+    gone = {"model.embed_tokens": (256, 64), "model.layers.9.mlp.up_proj": (128, 64)}
+    with_gone = model_size(model, shapes=gone)
+    assert with_gone.unit_weights == size.unit_weights + 128 * 64
+
+
 def test_tie_weights_keeps_the_ends_together(tiny_model: Any) -> None:
     model = compressed(tiny_model("llama", tie_word_embeddings=True))
     expected = logits(model)
