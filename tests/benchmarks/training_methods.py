@@ -16,6 +16,8 @@ truncate: low-rank factors cut by Trained Rank Pruning as they are trained, agai
 of the same ranks, trained as long and not trained.
 quest: --bits trained by QuEST against GPTQ at the same bytes, with and without trained scales; with
 --activation-bits inputs are rounded as well, in training and in a row of its own.
+alignment: cosine between the gradient of the dense weights and QuEST's, on one batch, beside that of
+straight-through estimation with the same codes, and with a step set by a row's largest weight.
 structured: three quarters of each MLP's channels, learned by gates while LoRA is trained, against
 those of the largest output in the dense model with LoRA trained as long, and not trained at all.
 groups: the same of key-value groups, all but one of each block's.
@@ -281,6 +283,53 @@ def quest(bench: Bench) -> dict[str, Any]:
     return found | dict(zip(names, bench.kl(model, untrained, gptq, tuned), strict=True))
 
 
+def alignment(bench: Bench) -> dict[str, Any]:
+    from hf_evopress.methods.maths.quest import RotatedRows
+    from hf_evopress.training.quest import QuESTLinear, make_quest
+
+    class Same(QuESTLinear):
+        """Computes what QuEST does; the gradient of what it computes with is that of the weight."""
+
+        def forward(self, input: Tensor) -> Tensor:
+            with torch.no_grad():
+                Y, seed, block = self.rotated_weight(), self.params["seed"], self.params["block"]
+                rounded = RotatedRows.apply(Y, seed, block, True)
+            W = self.weight + (rounded - self.weight).detach()
+            return torch.nn.functional.linear(input, W, self.bias)
+
+    class Largest(torch.nn.Linear):
+        """A row's largest weight sets the step, as is usual; the gradient passes."""
+
+        def forward(self, input: Tensor) -> Tensor:
+            W, half = self.weight, 2 ** (bits - 1)
+            step = W.detach().abs().amax(1, keepdim=True) / (half - 0.5)
+            rounded = (W.detach() / step - 0.5).round().clamp(-half, half - 1).add(0.5) * step
+            W = W + (rounded - W).detach()
+            return torch.nn.functional.linear(input, W, self.bias)
+
+    ids = bench.tokens[: bench.words.batch]
+    found: dict[str, Any] = {}
+    names = [unit.name for unit in find_units(bench.dense)]
+    for bits in (2, 3, 4):
+        gradients = {}
+        for kind in ("dense", "QuEST", "straight-through, same codes", "largest weight"):
+            model = bench.model(trained=True)
+            if kind not in ("dense", "largest weight"):
+                make_quest(model, bits=bits)
+            for name in names if kind in ("straight-through, same codes", "largest weight") else ():
+                model.get_submodule(name).__class__ = Largest if kind == "largest weight" else Same
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            parts = [model.get_submodule(name).weight.grad.flatten() for name in names]
+            gradients[kind] = torch.cat(parts)
+        dense = gradients.pop("dense")
+        found[f"{bits} bits"] = {
+            kind: round(float(torch.nn.functional.cosine_similarity(g, dense, dim=0)), 4)
+            for kind, g in gradients.items()
+        }
+        print(found, flush=True)
+    return found
+
+
 def structured(bench: Bench, kind: str = "channels") -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
 
@@ -466,6 +515,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "levels": levels,
     "heal": heal,
     "fold": fold,
+    "alignment": alignment,
 }
 
 
