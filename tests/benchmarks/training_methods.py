@@ -16,8 +16,8 @@ truncate: low-rank factors cut by Trained Rank Pruning as they are trained, agai
 of the same ranks, trained as long and not trained.
 quest: --bits trained by QuEST against GPTQ at the same bytes, with and without trained scales; with
 --activation-bits inputs are rounded as well, in training and in a row of its own.
-alignment: cosine between the gradient of the dense weights and QuEST's, on one batch, beside that of
-straight-through estimation with the same codes, and with a step set by a row's largest weight.
+alignment: cosine between the gradient of the dense weights and QuEST's, on one batch, beside that
+of straight-through estimation with the same codes, and with a row's largest weight as the step.
 structured: three quarters of each MLP's channels, learned by gates while LoRA is trained, against
 those of the largest output in the dense model with LoRA trained as long, and not trained at all.
 groups: the same of key-value groups, all but one of each block's.
