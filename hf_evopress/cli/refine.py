@@ -32,6 +32,15 @@ Steps = Annotated[
 ]
 LearningRate = Annotated[float | None, typer.Option(help="Of end-to-end; default: 1e-4.", min=0)]
 
+Codes = Annotated[
+    bool,
+    typer.Option(
+        "--codes",
+        help="In end-to-end codes and walks move as well (PV-Tuning); kept only if held-out text "
+        "says so.",
+    ),
+]
+
 Mode = Annotated[
     str,
     typer.Option(
@@ -63,6 +72,7 @@ def refine(
     written: Written = 0,
     steps: Steps = None,
     learning_rate: LearningRate = None,
+    codes: Codes = False,
     revision: Revision = None,
     overwrite: Overwrite = False,
     window: Window = None,
@@ -82,7 +92,7 @@ def refine(
     from ..jobs.refine_existing_model import refine_end_to_end
     from ..jobs.refine_existing_plan import refine_plan
 
-    training = {"--steps": steps, "--learning-rate": learning_rate}
+    training = {"--steps": steps, "--learning-rate": learning_rate, "--codes": codes or None}
     if mode == END_TO_END:
         _check(mode, {"--work": work, "--revision": revision})
     else:
@@ -96,7 +106,7 @@ def refine(
     }
     with bars() as progress:
         common["progress"] = progress
-        given = {"steps": steps, "learning_rate": learning_rate}
+        given = {"steps": steps, "learning_rate": learning_rate, "codes": codes}
         common |= {key: value for key, value in given.items() if value is not None}
         if mode == END_TO_END:
             result = refine_end_to_end(plan, out, dense=model, **common)

@@ -44,6 +44,7 @@ def refine_end_to_end(
     dense: str | None = None,
     steps: int = 200,
     learning_rate: float | None = None,
+    codes: bool = False,
     test: str | None = None,
     window: int | None = None,
     max_windows: int | None = 10,
@@ -58,7 +59,8 @@ def refine_end_to_end(
 
     dense: the teacher, by default the model that the plan names. data: text to learn from, of
     which four sequences are held out: the model stays as it was unless they say it is closer.
-    written: sequences that the dense model writes itself, to learn from as well.
+    written: sequences that the dense model writes itself, to learn from as well. codes: they move
+    as well (PV-Tuning's P-step), not only what is continuous.
     test: text for the final figures. A stopped run goes on from its last checkpoint, in OUT.work.
     """
     config = _check_compressed(model)
@@ -73,6 +75,7 @@ def refine_end_to_end(
         device=find_device(),
         steps=steps,
         learning_rate=learning_rate,
+        codes=codes,
         seq_len=seq_len,
         sequences=n_sequences,
         column=column,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..base.devices import on_device
 from ..base.fingerprint import versions
@@ -27,6 +28,7 @@ def refine_plan(
     mode: str = "best",
     steps: int | None = None,
     learning_rate: float | None = None,
+    codes: bool = False,
     data: Sequence[str] = (),
     column: str = "text",
     test: str | None = None,
@@ -45,7 +47,8 @@ def refine_plan(
 
     plan: a file, a folder, a compressed model or a repository on the Hub. model: the dense model,
     by default the plan's own. Only the plan's levels are made, then finished in a mode of
-    `recipes.recipe.REFINE`; steps and learning_rate are of its end-to-end part. written: sequences
+    `recipes.recipe.REFINE`; steps, learning_rate and codes
+    (whether they move as well) are of its end-to-end part. written: sequences
     that the dense model writes itself, to learn from as well.
     """
     found = Plan.from_pretrained(plan)
@@ -55,7 +58,7 @@ def refine_plan(
         out=str(out),
         work=str(work) if work is not None else None,
         mode=mode,
-        distil={"steps": steps, "learning_rate": learning_rate},
+        distil={"steps": steps, "learning_rate": learning_rate, "codes": codes},
         data={
             "sources": list(data),
             "column": column,
@@ -95,7 +98,7 @@ def recipe_of_plan(
     out: str,
     work: str | None,
     mode: str,
-    distil: Mapping[str, float | None],
+    distil: Mapping[str, Any],
     data: dict[str, object],
     revision: str | None,
 ) -> Recipe:

@@ -26,13 +26,15 @@ from ..calibration.output_moments import load_moments
 from ..calibration.two_streams import BATCH_TOKENS
 from ..plans.level import Level
 from ..plans.plan import Plan
+from ..recipes.after_search import CODES_EVERY
 from ..recipes.recipe import END_TO_END
 from ..refine.block_tuning import Tuning as BlockTuning
 from ..refine.blockwise import Settings, refine
 from ..refine.distillation import Targets, precompute_targets
 from ..refine.levels import refine_levels
 from ..store.level_store import LevelStore
-from ..training.settings import Tuning
+from ..training.pv_tuning import has_p_step
+from ..training.settings import CODES, Tuning
 from ..training.tune import Tuned, trained
 from .job import Job
 
@@ -125,10 +127,10 @@ def refine_blocks(
 def distil(job: Job, plan: Plan, folder: Path) -> tuple[bool, Plan]:
     """Return whether the model in `folder` came closer to the dense one, and the plan with notes.
 
-    Scales, factors and norms learn end to end from the dense model on the calibration and search
-    sequences and those it wrote itself; the held-out ones judge. The folder is replaced where they
-    say that it is closer. Files are in work/end-to-end-<fingerprint>; a run that was stopped goes
-    on from there.
+    Scales, factors and norms, and codes where the recipe says so, learn end to end from the dense
+    model on the calibration and search sequences and those it wrote itself; the held-out ones
+    judge. The folder is replaced where they say that it is closer. Files are in
+    work/end-to-end-<fingerprint>; a run that was stopped goes on from there.
     """
     parts = [job.tokens[kind] for kind in ("calibration", "search", "heldout")]
     learn, judge = torch.cat(parts[:2]), parts[2]
@@ -139,6 +141,7 @@ def distil(job: Job, plan: Plan, folder: Path) -> tuple[bool, Plan]:
         job.recipe.model,
         steps=job.recipe.distil.steps,
         learning_rate=job.recipe.distil.learning_rate,
+        codes=job.recipe.distil.codes and any(map(has_p_step, plan.levels.values())),
         seed=job.recipe.data.seed,
         device=job.device,
     )
@@ -187,9 +190,14 @@ def _targets(job: Job, tokens: Tensor) -> Targets:
     return Targets(precompute_targets(whole.model, tokens, folder, progress=job.progress))
 
 
-def end_to_end_settings(teacher: str, *, device: torch.device, **settings: Any) -> Tuning:
-    """Return how a compressed model learns end to end from `teacher`."""
-    return Tuning(train=KINDS, teacher=teacher, batch=1, bf16=has_bfloat16(device), **settings)
+def end_to_end_settings(
+    teacher: str, *, device: torch.device, codes: bool = False, **settings: Any
+) -> Tuning:
+    """Return how a compressed model learns end to end from `teacher`; codes: they move as well."""
+    if codes:
+        settings |= {"train": f"{CODES},{KINDS}", "every": CODES_EVERY}
+    settings = {"train": KINDS, "teacher": teacher, "batch": 1, **settings}
+    return Tuning(bf16=has_bfloat16(device), **settings)
 
 
 def distilled_notes(done: Tuned, steps: int, *, written: int) -> dict[str, Any]:

@@ -30,15 +30,24 @@ class Adapter:
         at_least(self, 1, "calibration")
 
 
+CODES_EVERY = 8  # steps
+
+
 @dataclass(frozen=True)
 class Distil:
     """How long a model learns from the dense one where refine says end-to-end."""
 
     steps: int = 200  # of one sequence each
     learning_rate: float | None = None  # none: 1e-4
+    codes: bool = False  # codes and walks move as well, every 8 steps (PV-Tuning)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps")
+        if self.codes and self.steps <= CODES_EVERY:
+            raise ValueError(
+                f"codes change every {CODES_EVERY} steps, and distil.steps is {self.steps}: give "
+                "more steps"
+            )
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"distil.learning_rate must be above 0, got {self.learning_rate}")
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from hf_evopress.cli import main
@@ -95,6 +96,20 @@ def test_one_command_refines_block_by_block_and_end_to_end(
     assert files[1].read_bytes() == before  # run again, it is all there
 
 
+def test_codes_move_end_to_end_where_the_recipe_says_so(home: Path, plain: pipeline.Result) -> None:
+    distil = Distil(steps=40, learning_rate=2e-4, codes=True)
+    wanted = replace(recipe(home, "moved", "end-to-end"), distil=distil)
+    result = pipeline.compress(wanted)
+    notes = result.plan.results["distilled"]
+    assert notes["is_kept"] and notes["after"] < notes["before"]
+    assert Recipe.load(result.folder / "evopress_recipe.yaml") == wanted
+    old, new = (load_file(r.folder / "model.safetensors") for r in (plain, result))
+    moved = [k for k in new if k.endswith("codes") and not torch.equal(old[k], new[k])]
+    assert moved and {k: v.shape for k, v in new.items()} == {k: v.shape for k, v in old.items()}
+    with pytest.raises(ValueError, match="codes change every 8 steps, and distil.steps is 8"):
+        Distil(steps=8, codes=True)
+
+
 def test_refinement_that_does_not_help_is_not_kept(
     home: Path, plain: pipeline.Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +151,7 @@ def test_the_command_refines_a_compressed_model_end_to_end(
 ) -> None:
     words = ["refine", plain.folder, "--mode", "end-to-end", "--data", home / "text.txt"]
     small = ["--calibration", "24", "--seq-len", "64", "--steps", "20", "--learning-rate", "2e-4"]
-    small += ["--written", "4"]
+    small += ["--written", "4", "--codes"]
     with pytest.raises(SystemExit) as ended:
         main([*map(str, words), *small, "--test", str(home / "text.txt"), "--out", str(home / "e")])
     assert not ended.value.code, capsys.readouterr().err
@@ -194,6 +209,7 @@ def test_an_unknown_mode_is_refused(
         (["--mode", "end-to-ent"], "did you mean 'end-to-end'"),
         (["--mode", "bets+end-to-end"], "did you mean 'best+end-to-end'"),
         (["--mode", "fast", "--steps", "9"], "mode fast takes no --steps"),
+        (["--mode", "best", "--codes"], "mode best takes no --codes"),
         (["--mode", "end-to-end", "--work", "w"], "mode end-to-end takes no --work"),
     ],
 )
