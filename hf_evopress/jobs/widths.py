@@ -43,8 +43,8 @@ def best_width(job: Job) -> tuple[Job, LevelStore, Plan]:
     last: tuple[Job, LevelStore, Plan] | None = None
     for channels in job.channels:
         last = None  # one narrower model at a time
-        last = one, store, plan = _searched(job, channels, n)
-        lost = loss(one, store, plan.levels)
+        last = _searched(job, channels, n)
+        lost = loss(last[0], last[1], last[2].levels)
         logger.info("%d of %d channels: %s %.4f", channels, n, job.recipe.search.fitness, lost)
         is_number = math.isfinite(lost)  # a collapsed model's may be none
         rows.append({"channels": channels, "of": n, "loss": lost if is_number else None})
