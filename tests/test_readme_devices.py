@@ -84,7 +84,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     tuning = BlockTuning(steps=2, looks=1, attempts=1, bfloat16=True)
     settings = lambda job, mode: Settings(mode, tuning=tuning)  # noqa: E731
     monkeypatch.setattr("hf_evopress.jobs.refinement.refine_settings", settings)
-    monkeypatch.setattr(Distil.__init__, "__defaults__", (2, None))
+    monkeypatch.setattr(Distil.__init__, "__defaults__", (2, None, False))
     names = [field.name for field in fields(Data)]
     known = dict(zip(names, Data.__init__.__defaults__, strict=True))
     monkeypatch.setattr(

@@ -95,7 +95,7 @@ class Job:
         dense: Path | None = None,
     ) -> None:
         self.device = find_device(recipe.device)
-        self.whole, self.dense = whole or self, dense
+        self._whole, self.dense = whole, dense  # not itself, which would keep it alive
         self.source = recipe.model if dense is None else str(dense)
         self.revision = recipe.revision if dense is None else None
         self.config = _dense_config(recipe, self.source, self.revision)
@@ -140,6 +140,11 @@ class Job:
         self.starts = self.problem.starts(recipe.search.start)
         if self.budget.note:
             logger.warning(self.budget.note)
+
+    @property
+    def whole(self) -> Job:
+        """The job of the model that plans are to come close to: this one, unless one was given."""
+        return self._whole or self
 
     # -- inputs --------------------------------------------------------------------------------
 
