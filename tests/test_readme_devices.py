@@ -98,6 +98,7 @@ def adjusted(line: str) -> list[str]:
     line = re.sub(r"--device \S+", "", line).replace("--drop-ratio 0.25", "--drop-ratio 0.5")
     line = line.replace("--family trellis", TRELLIS)
     line = line.replace("--family all", LEVELS + " -l sparsegpt:sparsity=0.5")
+    line = line.replace("--width 0.75", "--width 0.5")  # 128 channels, in steps of 64
     line = line.replace("--context 8192", "--context 256 --seq-len 128")
     line = re.sub(r"--written \d+", "--written 2", line)
     words = shlex.split(line)
