@@ -104,6 +104,7 @@ def write_narrow(job: Job, channels: int, folder: Path) -> Path:
             job.progress(f"{channels} channels", number + 1, len(blocks))
     with whole_folder(folder) as new:
         narrowed(model, channels=kept).save_pretrained(new)
+        job.tokenizer.save_pretrained(new)  # so that it is a model to evaluate, and to adapt from
     return folder
 
 

@@ -17,6 +17,7 @@ from ..base.resources import atomic_write
 from .level import Level
 from .push import push_plans
 from .repo import FILE_NAME, read_plan, read_text
+from .widths import is_narrow
 
 FORMAT_VERSION = 1
 MAX_UNITS = 500_000  # the largest mixtures of experts have 70 000
@@ -237,7 +238,7 @@ class Plan(Mapping[str, Level]):
         if wrong:
             origin = f" (made for {self.base_model})" if self.base_model else ""
             narrowed = ""
-            if self.search.get("widths"):
+            if is_narrow(self.search):
                 narrowed = (
                     "\nIt is of that model with fewer channels in its MLPs: run the recipe that "
                     "made it (evopress_recipe.yaml), or load the compressed model"

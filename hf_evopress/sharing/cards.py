@@ -26,8 +26,9 @@ from ..plans.card_template import (
 )
 from ..plans.plan import Plan
 from ..plans.repo import INDEX_NAME, TAG, plan_rows, read_index
+from ..plans.widths import is_narrow
 from ..recipes.recipe import REFINE, Recipe
-from .report import cache_lines, widths_line, widths_tried
+from .report import cache_lines, widths_line
 from .task_results import model_index, read_results, table_rows
 
 CARD = "README.md"
@@ -122,7 +123,7 @@ def model_card(folder: Path, plan: Plan, recipe: Recipe | None, *, name: str) ->
         needs_data=any(compose.needs_stats(compose.normalize(v)) for v in plan.values()),
         cache=cache_lines(plan),
         widths=widths_line(plan),
-        is_narrow=_is_narrow(plan),
+        is_narrow=is_narrow(plan.search),
         parts=_parts(plan),
         checkpoint_bytes=sum(stored.values()) or None,
         kept_bytes=_kept_bytes(plan, stored),
@@ -280,13 +281,6 @@ def _kept_bytes(plan: Plan, stored: Mapping[str, int]) -> int | None:
         return None
     packed = sum(bits[unit] * math.prod(shape) for unit, shape in plan.shapes.items()) / 8
     return max(0, sum(stored.values()) - round(packed))
-
-
-def _is_narrow(plan: Plan) -> bool:
-    """Return whether a plan is of fewer channels than its base model has."""
-    known = [row for row in widths_tried(plan) if row["loss"] is not None]
-    best = min(known, key=lambda row: row["loss"], default={"channels": 0, "of": 0})
-    return bool(best["channels"] < best["of"])
 
 
 def _pictures(folder: Path, plan: Plan, bits: Mapping[str, float] | None) -> dict[str, Any]:

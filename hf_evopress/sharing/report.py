@@ -11,10 +11,10 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..plans.level import Level, Term
 from ..plans.plan import Plan, Shape
+from ..plans.widths import width_kept, widths_tried
 
 DENSE_BITS = 16
 
@@ -178,11 +178,9 @@ def ends_line(plan: Plan) -> str:
 
 def widths_line(plan: Plan) -> str:
     """Return which width the MLPs got and what each that was tried lost, "" where none was."""
-    rows = widths_tried(plan)
-    known = [row for row in rows if row["loss"] is not None]
-    if not known:
+    rows, best = widths_tried(plan.search), width_kept(plan.search)
+    if best is None:
         return ""
-    best = min(known, key=lambda row: row["loss"])
     tried = ", ".join(
         f"{row['channels']} ({'collapsed' if row['loss'] is None else format(row['loss'], '.4f')})"
         for row in rows
@@ -191,17 +189,6 @@ def widths_line(plan: Plan) -> str:
         f"The MLPs keep {best['channels']} of {best['of']} channels in every block, fitted to the "
         f"outputs of all. Tried at this size, with their loss on search text: {tried}."
     )
-
-
-def widths_tried(plan: Plan) -> list[Mapping[str, Any]]:
-    """Return channels, of how many, and loss or None of each width that was tried for a plan."""
-    rows: Any = plan.search.get("widths")
-    types = {"channels": (int,), "of": (int,), "loss": (float, type(None))}
-    is_known = isinstance(rows, list) and all(
-        isinstance(row, Mapping) and all(isinstance(row.get(k), t) for k, t in types.items())
-        for row in rows
-    )
-    return [*rows] if is_known else []
 
 
 def cache_lines(plan: Plan) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_evopress.base.devices import using
 from hf_evopress.jobs.job import Job
@@ -191,7 +191,7 @@ def test_another_device_makes_the_same_model(home: Path, tmp_path: Path) -> None
 def test_another_model_in_the_work_folder_is_refused(home: Path) -> None:
     work = str(home / "mixed.work")
     job = Job(recipe(home, "mixed", work=work))
-    narrow(job, 64)
+    assert AutoTokenizer.from_pretrained(narrow(job, 64).source).vocab_size  # a whole model
     changed = {"data": {"sources": [str(home / "text.txt")], **SMALL, "calibration": 10}}
     other = Job(recipe(home, "mixed", work=work, **changed))
     with pytest.raises(ValueError, match="made with other"):
