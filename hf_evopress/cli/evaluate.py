@@ -18,6 +18,7 @@ COLUMNS = {  # of the table of probes
     "n_tokens": "tokens",
     "accuracy": "right",
     "dense_accuracy": "dense",
+    "difference": "difference",
     "gain": "gain by reading",
     "dense_gain": "dense",
     "changed": "answers changed",
@@ -26,6 +27,10 @@ COLUMNS = {  # of the table of probes
     "kl_nats": "KL (nats)",
     "top1_agreement": "same top-1",
     "rouge_l": "ROUGE-L",
+}
+ERRORS = {  # the standard errors that are shown behind figures
+    "accuracy": "accuracy_standard_error",
+    "difference": "difference_standard_error",
 }
 
 Text = Annotated[str | None, typer.Option("--data", "-d", help="A text file or a table.")]
@@ -144,17 +149,19 @@ def _show(model: str, found: Mapping[str, Any]) -> None:
     if "kick" in found:
         used = [key for key in COLUMNS if any(key in row for row in found["kick"].values())]
         cells = [
-            [name, *(_cell(key, row.get(key)) for key in used)]
+            [name, *(_cell(key, row.get(key), row.get(ERRORS.get(key, ""))) for key in used)]
             for name, row in found["kick"].items()
         ]
         console.print(table(["probe", *(COLUMNS[key] for key in used)], cells))
 
 
-def _cell(key: str, value: float | None) -> str:
+def _cell(key: str, value: float | None, error: float | None) -> str:
     if value is None:
         return ""
     if isinstance(value, int):
         return f"{value:,}"
+    if error is not None:
+        return f"{value:.1%} ± {100 * error:.1f}"
     return f"{value:.4f}" if key in ("kl_nats", "rouge_l") else f"{value:.1%}"
 
 

@@ -7,6 +7,7 @@ for agreement with the dense model; both are comparisons of paired answers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,3 +65,25 @@ def count_flips(dense: Sequence[Answer], compressed: Sequence[Answer]) -> Flips:
 def accuracy(answers: Sequence[Answer]) -> float:
     """Return the share of right answers."""
     return sum(bool(answer.is_correct) for answer in answers) / len(answers)
+
+
+def standard_error(answers: Sequence[Answer]) -> float:
+    """Return the standard error of `accuracy`, were the questions drawn at random: binomial.
+
+    >>> standard_error([Answer("x", True)] * 2 + [Answer("y", False)] * 2)
+    0.25
+    """
+    p = accuracy(answers)
+    return math.sqrt(p * (1 - p) / len(answers))
+
+
+def difference_error(flips: Flips) -> float | None:
+    """Return the standard error of the difference in accuracy, paired question by question.
+
+    Only answers that changed sides count: of n, a share b from right to wrong and c back, the
+    difference c - b has variance (b + c - (c - b)^2) / n, smaller than of two lists unpaired.
+    """
+    b, c = flips.correct_to_wrong, flips.wrong_to_correct
+    if b is None or c is None:
+        return None
+    return math.sqrt((b + c - (c - b) ** 2) / flips.n_answers)

@@ -1,8 +1,18 @@
 """Flips count paired answers, question by question."""
 
+import math
+import statistics
+
 import pytest
 
-from hf_evopress.scoring.flips import Answer, Flips, accuracy, count_flips
+from hf_evopress.scoring.flips import (
+    Answer,
+    Flips,
+    accuracy,
+    count_flips,
+    difference_error,
+    standard_error,
+)
 
 
 def answers(words: str, right: str) -> list[Answer]:
@@ -28,3 +38,14 @@ def test_without_right_answers_only_changes_are_counted() -> None:
 def test_answers_to_other_questions_cannot_be_paired(n: int) -> None:
     with pytest.raises(ValueError, match=f"got {n} and"):
         count_flips([Answer("a")] * n, [Answer("a")] * (n // 2))
+
+
+def test_standard_errors_are_those_of_means_over_questions() -> None:
+    dense, compressed = answers("abcxef", "abcdef"), answers("xbcdxf", "abcdef")
+    right = [[float(answer.is_correct or 0) for answer in said] for said in (dense, compressed)]
+    gained = [b - a for a, b in zip(*right, strict=True)]
+    root = math.sqrt(6)
+    assert standard_error(dense) == pytest.approx(statistics.pstdev(right[0]) / root)
+    paired = difference_error(count_flips(dense, compressed))
+    assert paired == pytest.approx(statistics.pstdev(gained) / root)
+    assert difference_error(count_flips([Answer("a")], [Answer("b")])) is None

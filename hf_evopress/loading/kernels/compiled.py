@@ -26,6 +26,7 @@ import torch
 from ...methods.maths import codebook
 from . import (
     blocks,
+    butterflies,
     computed,
     dots,
     floats,
@@ -36,6 +37,7 @@ from . import (
     places,
     rows,
     strips,
+    turns,
     vectors,
     walk_rows,
     walks,
@@ -65,8 +67,8 @@ LEAST = 2**17  # multiplications that are worth another thread
 Task = ctypes.c_int64 * SIZE
 _FAST = ("dot_floats",)  # sums in any order
 # Put into their one caller: else LLVM optimises all that they call once more for each.
-_INLINE = ("take_rows", "part", "sum_strip", "turn", "multiply")
-_OWNERS = (rows, walk_rows, inputs, blocks, native, computed, strips)
+_INLINE = ("take_rows", "part", "sum_strip", "turn_token", "turn_part", "multiply")
+_OWNERS = (rows, walk_rows, inputs, blocks, native, computed, strips, turns)
 _FUNCTIONS = (  # callees first
     *("to_float", "round_bfloat16", "to_bfloat16", "unpack_range", "unpack_row", "read_mask"),
     *("put_codes", "put_floats"),
@@ -76,7 +78,8 @@ _FUNCTIONS = (  # callees first
     *("dot_row", "dot", "dots", "add_rest", "write_sums", "multiply_block", "multiply_codes"),
     *("dot_floats", "multiply_row", "expand_row", "is_in_strips", "run", "multiply"),
     *("weyl_half", "words_of", "sum_chunks", "sum_computed", "decode", "sum_strip"),
-    *("multiply_strip", "expand_strip", "take_rows", "part", "hadamard", "mix", "turn"),
+    *("multiply_strip", "expand_strip", "take_rows", "part"),
+    *("scale_row", "transform", "mix", "turn_token", "turn_part", "turn_all"),
 )
 
 
@@ -143,7 +146,8 @@ class Kernels:
         self.work: int = entries["part"].address
         self.run: Callable[[int, int], None] = _callable(entries["run"], 2)
         self.multiply: Callable[..., None] = _callable(entries["multiply"], 6)
-        self.turn: Callable[..., None] = _callable(entries["turn"], 8)
+        self.turn_work: int = entries["turn_part"].address
+        self.turn: Callable[[int], None] = _callable(entries["turn"], 1)
         self.parallel = _openmp()
 
 
@@ -158,7 +162,7 @@ def compiled() -> Kernels:
     logger.info("CPU kernels: compiled by numba, or read from its cache")
     made = memory.intrinsics() | lanes.intrinsics() | floats.intrinsics() | vectors.intrinsics()
     made |= dots.intrinsics(width=vector_bytes()) | walks.intrinsics(has_bmi=has_bmi())
-    made |= weyl.intrinsics(width=weyl_bytes())
+    made |= weyl.intrinsics(width=weyl_bytes()) | butterflies.intrinsics()
     made |= places.intrinsics(width=vector_bytes(), has_vbmi2=has_vbmi2())
     made["AT_ONCE"] = dots.AT_ONCE[vector_bytes()]
     for name, value in made.items():
@@ -258,23 +262,31 @@ def _part(version: int) -> Callable[..., Any]:
 
 
 def _turn(version: int) -> Callable[..., Any]:
-    def turn_rows(x, y, signs, matrix, is_back, q, p, tokens):  # type: ignore[no-untyped-def]
-        return strips.turn(x, y, signs, matrix, is_back, q, p, tokens, version)
+    def turn_rows(job):  # type: ignore[no-untyped-def]
+        return turns.turn_all(job, version)
 
     return turn_rows
+
+
+def _turn_part(version: int) -> Callable[..., Any]:
+    def turn_some(job):  # type: ignore[no-untyped-def]
+        return turns.turn_part(job, version)
+
+    return turn_some
 
 
 _ENTRIES = {
     "run": (_run, 2),
     "multiply": (_multiply, 6),
     "part": (_part, 1),
-    "turn": (_turn, 8),
+    "turn": (_turn, 1),
+    "turn_part": (_turn_part, 1),
 }
 
 
 def _version() -> int:
     total = zlib.crc32(str((vector_bytes(), has_bmi(), weyl_bytes(), has_vbmi2())).encode())
-    emitters = (memory, lanes, floats, vectors, dots, places, walks, weyl)
+    emitters = (memory, lanes, floats, vectors, dots, places, walks, weyl, butterflies)
     for module in (*emitters, codebook, *_OWNERS, task_places):
         total = zlib.crc32(_source(module), total)
     return total

@@ -25,7 +25,7 @@ def intrinsics() -> dict[str, Any]:
     }
 
 
-def _rounded(b: Any, value: Any) -> Any:
+def rounded(b: Any, value: Any) -> Any:
     """Return floats as bfloat16, to nearest, ties to even."""
     ints = vector_of(32, value.type.count)
     bits = b.bitcast(value, ints)
@@ -37,7 +37,7 @@ def _rounded(b: Any, value: Any) -> Any:
 
 def _narrow(b: Any, i: Any, source: Any, target: Any) -> None:
     value = b.load(place_of(b, source, i, vector_of(0, WIDE), 4 * WIDE), align=1)
-    b.store(_rounded(b, value), place_of(b, target, i, vector_of(16, WIDE), 2 * WIDE), align=1)
+    b.store(rounded(b, value), place_of(b, target, i, vector_of(16, WIDE), 2 * WIDE), align=1)
 
 
 def _moved(b: Any, i: Any, codes: Any, zero: Any) -> Any:
@@ -60,7 +60,7 @@ def _weigh(b: Any, i: Any, codes: Any, scale: Any, zero: Any, target: Any) -> No
 
 def _weigh_bfloat16(b: Any, i: Any, codes: Any, scale: Any, zero: Any, target: Any) -> None:
     place = place_of(b, target, i, vector_of(16, WIDE), 2 * WIDE)
-    b.store(_rounded(b, _weight(b, i, codes, scale, zero)), place, align=1)
+    b.store(rounded(b, _weight(b, i, codes, scale, zero)), place, align=1)
 
 
 def _dot(b: Any, i: Any, w: Any, x: Any) -> Any:

@@ -42,7 +42,6 @@ class TritonKernel(Kernel):
 
     runtime = "triton"
     most_tokens = MOST_TOKENS
-    tile = TILE
     takes_half = True
 
     def __init__(self, level: Level, shape: Shape, own: Kernel) -> None:
@@ -61,6 +60,9 @@ class TritonKernel(Kernel):
     @property
     def _name(self) -> str:
         return f"{'+'.join(sorted(self.families))} at {self.text}"
+
+    def tile(self) -> int:
+        return TILE
 
     def most_of(self, dtype: torch.dtype) -> int:
         return self.most_tokens

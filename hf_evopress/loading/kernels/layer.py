@@ -22,7 +22,8 @@ from .terms import factors
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations
 MOST_TOKENS = 16  # up to which unpacking a row for a dot product beats unpacking it for a matmul
 SLICE = 64  # tokens whose integers the second-level cache holds
-TILE = 2**21  # weights that are unpacked at once for a matmul: 4 MB in bfloat16
+TILE = 2**21  # weights that are unpacked at once for a matmul, for each thread: 4 MB in bfloat16
+MOST_TILES = 4
 
 
 class Kernel:
@@ -35,7 +36,6 @@ class Kernel:
 
     runtime = "auto"  # what an operator of PyTorch finds the kernel again by
     most_tokens = MOST_TOKENS
-    tile = TILE
     takes_half = False  # float16 is float32 on the way
 
     def __init__(self, level: Level, shape: Shape, terms: Sequence[Sequence[Any]]) -> None:
@@ -139,8 +139,12 @@ class Kernel:
             y[:, first:last] = F.linear(x, W, None if bias is None else bias[first:last])
         return y
 
+    def tile(self) -> int:
+        """Return how many weights are unpacked at once: few enough for the caches of cores."""
+        return TILE * min(MOST_TILES, torch.get_num_threads())
+
     def _rows_of_tile(self) -> int:
-        step = self.tile // self.shape[1]
+        step = self.tile() // self.shape[1]
         return step - step % 16 if step > 16 else max(1, step)  # strips of trellis codes have 16
 
     def __reduce__(self) -> Any:

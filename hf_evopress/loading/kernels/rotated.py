@@ -20,11 +20,9 @@ from ...methods.maths.trellis_rounding import (
     unrotate_outputs,
 )
 from . import task as T
-from .compiled import compiled
 from .matrix import Matrix, Tensors
 from .steps import Steps
-
-MOST_THREADS = 2  # up to which one thread of ours rotates many tokens sooner than PyTorch
+from .turning import rotate_rows
 
 
 @dataclass(frozen=True)
@@ -56,58 +54,67 @@ class Rotated(Matrix):
         bias: Tensor | None = None,
         start: Tensor | None = None,
     ) -> Steps:
-        own = x.float() if self.scale else x.float() * state[self.column_scales]
-        own = self._turned(own, 2 * self.seed, is_back=False)
+        own = self._entered(x, state, torch.float32)
         chunk = self.summed if x.dtype == torch.bfloat16 else 0
         y = yield from self.summed_steps(state, own, torch.float32, chunk)
-        y = self._turned(y, 2 * self.seed + 1, is_back=True) * state[self.scale or self.row_scales]
-        for more in (start, bias):
-            y = y if more is None else y + more
+        more = [added for added in (start, bias) if added is not None]
+        y = self._left(y, state, torch.float32 if more else dtype)
+        for added in more:
+            y = y + added
         return y.to(dtype)
 
-    def _turned(self, x: Tensor, seed: int, *, is_back: bool) -> Tensor:
-        """Return the rows of x (tokens, n) float32 rotated, or rotated back.
+    def _entered(self, x: Tensor, state: Tensors, dtype: torch.dtype) -> Tensor:
+        scales = None if self.scale else state[self.column_scales]
+        return self._turned(x, 2 * self.seed, dtype, scales, is_back=False)
 
-        As PyTorch does in a hundred small operations, which use many threads and move more bytes.
+    def _left(self, y: Tensor, state: Tensors, dtype: torch.dtype) -> Tensor:
+        scales = state[self.scale or self.row_scales]
+        return self._turned(y, 2 * self.seed + 1, dtype, scales, is_back=True)
+
+    def _turned(
+        self, x: Tensor, seed: int, dtype: torch.dtype, scales: Tensor | None, *, is_back: bool
+    ) -> Tensor:
+        """Return the rows of x (tokens, n) rotated, or rotated back, with scales outside of that.
+
+        As PyTorch does in a hundred small operations, which move more bytes.
         """
         if self.rotation == "none":
-            return x
-        tokens, n = x.shape
-        turned = parts(n, seed, block_of(self.rotation))
-        matrix = 0 if turned.matrix is None else turned.matrix.data_ptr()
-        own = x.clone(memory_format=torch.contiguous_format)
-        y = torch.empty(tokens, n, dtype=torch.float32, device="cpu")
-        signs, sizes = turned.signs.data_ptr(), (turned.q, turned.p)
-        compiled().turn(own.data_ptr(), y.data_ptr(), signs, matrix, is_back, *sizes, tokens)
-        return y
+            own = x.float()
+            return (own if scales is None else own * scales).to(dtype)
+        turned = parts(x.shape[1], seed, block_of(self.rotation))
+        if scales is not None:
+            scales = scales.float().contiguous()
+        return rotate_rows(x, turned, dtype, scales, is_back=is_back)
 
     def enter(self, x: Tensor, state: Tensors) -> Tensor:
+        if _is_ours(x):
+            return self._entered(x, state, x.dtype)
         own = x if self.scale else x.float() * state[self.column_scales]
-        if _in_few_threads(x):
-            return self._turned(own.float(), 2 * self.seed, is_back=False).to(x.dtype)
         return rotate_inputs(own.T, self.rotation, self.seed).T.to(x.dtype)
 
     def leave(self, y: Tensor, state: Tensors) -> Tensor:
-        if _in_few_threads(y):
-            turned = self._turned(y.float(), 2 * self.seed + 1, is_back=True)
-        else:
-            turned = unrotate_outputs(y.T, self.rotation, self.seed).T
+        if _is_ours(y):
+            return self._left(y, state, y.dtype)
+        turned = unrotate_outputs(y.T, self.rotation, self.seed).T
         return (turned * state[self.scale or self.row_scales]).to(y.dtype)
 
     def enter_back(self, grad: Tensor, state: Tensors) -> Tensor:
         """Return grad (tokens, rows) as the stored rows are added up with."""
-        own = grad.float() * state[self.scale or self.row_scales]
+        scales, seed = state[self.scale or self.row_scales], 2 * self.seed + 1
+        if _is_ours(grad):
+            return self._turned(grad, seed, grad.dtype, scales, is_back=False)
+        own = grad.float() * scales
         return rotate_outputs(own.T, self.rotation, self.seed).T.to(grad.dtype)
 
     def leave_back(self, total: Tensor, state: Tensors) -> Tensor:
         """Return the gradient of x from the sum of the stored rows."""
-        dtype = total.dtype
+        scales, dtype = None if self.scale else state[self.column_scales], total.dtype
+        if _is_ours(total):
+            return self._turned(total, 2 * self.seed, dtype, scales, is_back=True)
         if self.rotation != "none":
             total = unrotate(total.T, 2 * self.seed, block_of(self.rotation)).T
-        return (total if self.scale else total * state[self.column_scales]).to(dtype)
+        return (total if scales is None else total * scales).to(dtype)
 
 
-def _in_few_threads(x: Tensor) -> bool:
-    """Return whether one thread of ours rotates sooner: 512 tokens at 0.9 to 2.6 times PyTorch's
-    speed, of one thread and of two."""
-    return x.is_cpu and torch.get_num_threads() <= MOST_THREADS
+def _is_ours(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype in (torch.float32, torch.bfloat16, torch.float16)

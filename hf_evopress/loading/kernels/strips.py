@@ -1,4 +1,4 @@
-"""Trellis-coded rows times activations, 16 rows at a time, and rotations: numba compiles it.
+"""Trellis-coded rows times activations, 16 rows at a time: part of what numba compiles.
 
 A strip of 16 rows is read tile by tile: 256 values go to the cache of the core, and to the sums of
 all tokens. Beside the table of values there is little in the first-level cache. Values that are
@@ -37,6 +37,7 @@ MOST = 16  # tokens whose sums a thread has room for
 # bytes in a thread's memory, 17600 in all
 TILE, LAST, SCRATCH, PAST, SUMS, WORDS = 0, 1024, 1088, 1152, 1216, 9408
 OF_TOKEN = 512  # bytes of sums
+OTHER = 2048  # where a second tile is decoded, in the room for sums
 
 # what compiled.py puts here: loads and stores (memory.py), vectors (walks.py), native.write,
 # rows.to_bfloat16
@@ -50,8 +51,7 @@ past_of: Any = None
 float_words: Any = None
 add_tile: Any = None
 add_mma_tile: Any = None
-butterfly: Any = None
-add_times: Any = None
+put_tiles: Any = None
 decode_1: Any = None
 decode_2: Any = None
 decode_3: Any = None
@@ -137,14 +137,16 @@ def sum_strip(task, row, first, tokens, s):  # type: ignore[no-untyped-def]
 
 def expand_strip(task, at, row, end, s):  # type: ignore[no-untyped-def]
     """Write the weights of rows row .. end, of one strip, the at-th that is asked for and on."""
-    tiles, n, y, is_short = (
-        get(task, WIDTH),
-        get(task, N),
-        get(task, Y),
-        get(task, Y_KIND) == BFLOAT16,
-    )
-    for tile in range(tiles):
-        decode(task, (row // 16) * tiles + tile, s + PAST, s)
+    tiles, n, y, in_pairs = get(task, WIDTH), get(task, N), get(task, Y), 0
+    is_short, walk = get(task, Y_KIND) == BFLOAT16, (row // 16) * get(task, WIDTH)
+    if is_short and end - row == 16:
+        in_pairs = n // 32 * 2
+        for tile in range(0, in_pairs, 2):
+            decode(task, walk + tile, s + PAST, s)
+            decode(task, walk + tile + 1, s + PAST, s + OTHER)
+            put_tiles(s + TILE, s + OTHER + TILE, y + 2 * (at * n + 16 * tile), 2 * n, 16)
+    for tile in range(in_pairs, tiles):
+        decode(task, walk + tile, s + PAST, s)
         some = min(16, n - 16 * tile)
         for i in range(end - row):
             source, place = s + TILE + 64 * i, (at + i) * n + 16 * tile
@@ -153,59 +155,3 @@ def expand_strip(task, at, row, end, s):  # type: ignore[no-untyped-def]
             else:
                 for j in range(some):
                     set_f32(y + 4 * (place + j), f32(source + 4 * j))
-
-
-def hadamard(x, q, p):  # type: ignore[no-untyped-def]
-    """Multiply q vectors of p float32 by the Walsh-Hadamard matrix / sqrt(p), in place."""
-    size = 1
-    while size < p:
-        for first in range(0, q * p, 2 * size):
-            low, high = x + 4 * first, x + 4 * (first + size)
-            if size >= 8:
-                butterfly(low, high, size >> 3)
-            else:
-                for i in range(size):
-                    a, b = f32(low + 4 * i), f32(high + 4 * i)
-                    set_f32(low + 4 * i, a + b)
-                    set_f32(high + 4 * i, a - b)
-        size *= 2
-    factor = np.float32(1.0 / np.sqrt(p))
-    for i in range(q * p):
-        set_f32(x + 4 * i, f32(x + 4 * i) * factor)
-
-
-def mix(x, y, matrix, is_back, q, p):  # type: ignore[no-untyped-def]
-    """Write D X to y, or D^T X, for D (q, q) and X (q, p)."""
-    for i in range(q * p):
-        set_f32(y + 4 * i, np.float32(0.0))
-    for j in range(q):
-        for k in range(q):
-            factor, target = matrix + 4 * (k * q + j if is_back else j * q + k), y + 4 * j * p
-            source = x + 4 * k * p
-            add_times(source, factor, target, p >> 3)
-            for i in range(8 * (p >> 3), p):
-                value = f32(target + 4 * i) + f32(source + 4 * i) * f32(factor)
-                set_f32(target + 4 * i, value)
-
-
-def turn(x, y, signs, matrix, is_back, q, p, tokens, version):  # type: ignore[no-untyped-def]
-    """Rotate the rows of x (tokens, q p) float32, or rotate them back; x and y are written.
-
-    The result is in y. matrix: of the DCT that mixes q parts, 0 for none (methods/rotation.py).
-    """
-    n = q * p
-    for token in range(tokens):
-        a, b = x + 4 * n * token, y + 4 * n * token
-        if not is_back:
-            for i in range(n):
-                set_f32(a + 4 * i, f32(a + 4 * i) * f32(signs + 4 * i))
-            hadamard(a, q, p)
-        if matrix:
-            mix(a, b, matrix, is_back, q, p)
-        else:
-            for i in range(n):
-                set_f32(b + 4 * i, f32(a + 4 * i))
-        if is_back:
-            hadamard(b, q, p)
-            for i in range(n):
-                set_f32(b + 4 * i, f32(b + 4 * i) * f32(signs + 4 * i))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .floats import rounded
 from .lanes import LANES, llvm_ir, loop_of, place_of, vector_of
 
 SIDE = 16  # rows and columns of a tile
@@ -24,8 +25,7 @@ def intrinsics(*, has_bmi: bool) -> dict[str, Any]:
     made = {f"decode_{bits}": _decode(bits, has_bmi=has_bmi) for bits in WIDTHS}
     made["add_tile"] = loop_of(4, _add_tile)
     made["add_mma_tile"] = loop_of(4, _add_mma_tile)
-    made["butterfly"] = loop_of(3, _butterfly)
-    made["add_times"] = loop_of(4, _add_times)
+    made["put_tiles"] = loop_of(5, _put_tiles)
     return made
 
 
@@ -141,21 +141,14 @@ def _add_mma_tile(b: Any, i: Any, tile: Any, x: Any, sums: Any) -> None:
         b.store(total, place, align=4)
 
 
-def _butterfly(b: Any, i: Any, low: Any, high: Any) -> None:
-    """low, high = low + high, low - high."""
-    places = [place_of(b, base, i, vector_of(0), 4 * LANES) for base in (low, high)]
-    x, y = (b.load(place, align=4) for place in places)
-    b.store(b.fadd(x, y), places[0], align=4)
-    b.store(b.fsub(x, y), places[1], align=4)
+def _put_tiles(b: Any, row: Any, tile: Any, other: Any, target: Any, far: Any) -> None:
+    """target, whose rows lie `far` bytes apart, = two tiles side by side, as bfloat16.
 
-
-def _add_times(b: Any, i: Any, source: Any, factor: Any, target: Any) -> None:
-    """target += source * the number at `factor`."""
-    ir, floats = llvm_ir(), vector_of(0)
-    one = b.load(b.inttoptr(factor, ir.FloatType().as_pointer()), align=4)
-    nothing = ir.Constant(floats, ir.Undefined)
-    one = b.insert_element(nothing, one, ir.Constant(ir.IntType(32), 0))
-    one = b.shuffle_vector(one, one, ir.Constant(vector_of(32), [0] * LANES))
-    place = place_of(b, target, i, floats, 4 * LANES)
-    x = b.load(place_of(b, source, i, floats, 4 * LANES), align=4)
-    b.store(b.fadd(b.load(place, align=4), b.fmul(x, one)), place, align=4)
+    A whole line of the cache at a time: rows of 4096 weights are too far apart to keep 16 halves.
+    """
+    start = b.add(target, b.mul(row, far))
+    for half, values in enumerate((tile, other)):
+        kind = vector_of(0, SIDE)
+        value = b.load(place_of(b, values, row, kind, 4 * SIDE), align=4)
+        place = place_of(b, start, _number(half), vector_of(16, SIDE), 2 * SIDE)
+        b.store(rounded(b, value), place, align=2)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from ...base.progress import Progress, Tick, silent
-from ..flips import Answer, accuracy, count_flips
+from ..flips import Answer, accuracy, count_flips, difference_error, standard_error
 from .answer_tokens import agreement
 from .choices import choose, mean_kl
 from .closed_book import answer_from_memory
@@ -54,7 +54,8 @@ def kick(
     """Return probe -> figures; probes for which `data` has nothing are left out.
 
     With `dense`: its figures under dense_..., flips, agreement at the answers, and ROUGE-L of
-    the summaries against its own, for which there is no figure without it.
+    the summaries against its own, for which there is no figure without it. Accuracies have their
+    standard errors: of the model's own, and of its difference from the dense one's, paired.
     """
     probes = list(_probes(compressed, dense, data, noise))
     total, done, found = sum(probe.n_asked for probe in probes), 0, {}
@@ -129,12 +130,19 @@ def _asked(
 
 
 def _compared(answers: Sequence[Answer], dense: Sequence[Answer] | None) -> Figures:
-    found: Figures = {"n_questions": len(answers), "accuracy": accuracy(answers)}
+    found: Figures = {
+        "n_questions": len(answers),
+        "accuracy": accuracy(answers),
+        "accuracy_standard_error": standard_error(answers),
+    }
     if dense is None:
         return found
-    flips = count_flips(dense, answers).to_dict()
-    flips.pop("n_answers")
-    return {**found, "dense_accuracy": accuracy(dense), **flips}
+    flips = count_flips(dense, answers)
+    found |= {"dense_accuracy": accuracy(dense), **flips.to_dict()}
+    found["difference"] = found["accuracy"] - found["dense_accuracy"]
+    found["difference_standard_error"] = difference_error(flips)
+    del found["n_answers"]
+    return found
 
 
 def _read(

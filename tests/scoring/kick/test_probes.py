@@ -62,7 +62,7 @@ def test_another_model_disagrees(dense: Speaker, byte_tokenizer: Any) -> None:
 def test_without_a_dense_model_there_are_shares_only(dense: Speaker) -> None:
     found = kick(dense, None, DATA, noise=())
     assert list(found) == ["closed book", "choices", "in context"]
-    assert set(found["closed book"]) == {"n_questions", "accuracy"}
+    assert set(found["closed book"]) == {"n_questions", "accuracy", "accuracy_standard_error"}
 
 
 def test_probes_without_material_are_left_out(dense: Speaker) -> None:
