@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import rounding_loops
+
 # Shrink grid and norm of the clip search. Where nothing is known of the inputs, 2.4 is a little
 # better than 2 because it spares the large weights; a `weight` does that job itself.
 CLIP_FACTORS = tuple(1.0 - 0.05 * k for k in range(11))
@@ -38,6 +40,12 @@ def find_grid(
         low = -high
     if not clip:
         return _grid(low, high, maxq, symmetric, scale_dtype)
+    if weight is not None and weight.dim() == 1 and rounding_loops.serves(W.T):
+        factors = torch.tensor(CLIP_FACTORS).unsqueeze(1)
+        grids = _grid(low * factors, high * factors, maxq, symmetric, scale_dtype)
+        limits = maxq if isinstance(maxq, Tensor) else torch.full_like(low, maxq)
+        best = rounding_loops.least_error(W.T, *grids, limits, weight).unsqueeze(0)
+        return grids[0].gather(0, best)[0], grids[1].gather(0, best)[0]
     work = torch.empty_like(W)
     scale, zero = _grid(low, high, maxq, symmetric, scale_dtype)
     least = _error(W, scale, zero, maxq, weight, work)

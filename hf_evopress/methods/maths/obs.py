@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import rounding_loops
 from .grid import dequantize, find_grid, quantize
 
 BLOCK = 128  # inputs between two updates of all later weights
@@ -27,16 +28,22 @@ def solve(W: Tensor, U: Tensor, rule: Rule, group: int) -> None:
 
     n weights of one input lie in a row of W, so that the loop reads them once. U is upper, from
     `Stats.inverse_factor`. At an input that begins a group of `group` inputs, a block or a
-    strip of STRIP, the rows of W up to its end carry every earlier error.
+    strip of STRIP, the rows of W up to its end carry every earlier error. A plain `Rounding` on
+    a CPU takes whole groups instead of strips, by compiled loops.
     """
+    is_compiled = type(rule) is Rounding and rounding_loops.serves(W)
     for low, high in blocks(W.shape[0], group):
         errors = torch.empty(high - low, W.shape[1], device=W.device)
-        for start, stop in _cuts(low, high, min(group, high - low), STRIP):
-            for i in range(start, stop):
-                error = errors[i - low]
-                torch.div(W[i] - rule(W, i), U[i, i], out=error)
-                W[i + 1 : stop].addr_(U[i, i + 1 : stop], error, alpha=-1)
+        unit = min(group, high - low)
+        for start, stop in _cuts(low, high, unit, unit if is_compiled else STRIP):
             done = errors[start - low : stop - low]
+            if is_compiled and isinstance(rule, Rounding):
+                rule.round_strip(W, U, done, start, stop)
+            else:
+                for i in range(start, stop):
+                    error = done[i - start]
+                    torch.div(W[i] - rule(W, i), U[i, i], out=error)
+                    W[i + 1 : stop].addr_(U[i, i + 1 : stop], error, alpha=-1)
             W[stop:high].addmm_(U[start:stop, stop:high].T, done, alpha=-1)
         W[high:].addmm_(U[low:high, high:].T, errors, alpha=-1)
 
@@ -83,6 +90,15 @@ class Rounding:
         q = quantize(w, scale, zero, self._maxq)
         self.codes[i] = q
         return dequantize(q, scale, zero)
+
+    def round_strip(self, W: Tensor, U: Tensor, errors: Tensor, low: int, high: int) -> None:
+        """Round inputs low .. high of one group on a CPU; errors (high - low, n) is written."""
+        if low % self.group == 0:
+            self.begin(W[low : low + self.group], low)
+        own = slice(low, high)
+        rounding_loops.round_strip(
+            W[own], U[own, own], *self._grids[-1], self._maxq, self.codes[own], errors
+        )
 
     @property
     def grids(self) -> tuple[Tensor, Tensor]:
