@@ -79,7 +79,12 @@ def test_experts_are_compressed_loaded_and_run_there(
 def test_low_rank_layers_become_an_adapter_and_come_back_there(
     tmp_path: Path, tiny_model: Callable[..., nn.Module], write_model: Callable[..., Path]
 ) -> None:
-    write_model(tmp_path, tiny_model(), "gptq:bits=3,group_size=32,outputs=false + lowrank:rank=4", tokens=IDS)
+    write_model(
+        tmp_path,
+        tiny_model(),
+        "gptq:bits=3,group_size=32,outputs=false + lowrank:rank=4",
+        tokens=IDS,
+    )
     options: Any = {"dtype": torch.float32, "device_map": {"": "sim"}}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small", **options)
     with torch.no_grad():
