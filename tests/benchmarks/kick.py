@@ -6,8 +6,8 @@ LLM-KICK's claim (Jaiswal et al. 2024, arXiv:2310.01382) put to the test: a spar
 layers, and a plan of codes whose perplexity is within `--within` of its own: the knapsack's of
 some budget, found by halving the range of stored bits, or, where perplexity jumps from one budget
 to the next, the one above with so many layers at the first of --codes as it takes, those that lose
-least by it. Then both by the probes of `evaluate --kick` on the built-in questions. Checkpoints are
-left in --work.
+least by it. Then both by the probes of `evaluate --kick` on the built-in questions, against the
+dense model and against one another. Checkpoints are left in --work.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from hf_evopress.store.level_store import LevelStore
 
 def main() -> None:
     words = arguments()
+    if words.probes_only:
+        print_probes(words)
+        return
     job = job_of(words, words.bits[1])
     store = build_levels(job)
     tokens = tokenize_file(words.test, job.tokenizer)
@@ -69,11 +72,17 @@ def main() -> None:
     for name, plan in (("sparse", sparse), ("coded", coded)):
         folder = Path(words.work) / name
         EvoPressExport().save(job.load_model(), plan, store.state, folder, tokenizer=job.tokenizer)
-        probes = evaluate_model(
-            str(folder), against=words.model, questions=kick_questions([], limit=words.limit)
-        )["kick"]
+    print_probes(words)
+
+
+def print_probes(words: argparse.Namespace) -> None:
+    """Print each model against the dense one, and the two against one another."""
+    sparse, coded = (str(Path(words.work) / name) for name in ("sparse", "coded"))
+    for folder, other in ((sparse, words.model), (coded, words.model), (coded, sparse)):
+        questions = kick_questions([], limit=words.limit)
+        probes = evaluate_model(folder, against=other, questions=questions)["kick"]
         for probe, figures in probes.items():
-            print(name, probe, figures, flush=True)
+            print(f"{Path(folder).name} against {Path(other).name}: {probe} {figures}", flush=True)
 
 
 def equal(
@@ -154,6 +163,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--within", type=float, default=0.01, help="of the perplexity")
     parser.add_argument("--calibration", type=int, default=24)
     parser.add_argument("--limit", type=int, help="questions and documents of each kind")
+    parser.add_argument("--probes-only", action="store_true", help="of models made before")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=6)
     return parser.parse_args()

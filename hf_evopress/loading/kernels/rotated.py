@@ -76,15 +76,20 @@ class Rotated(Matrix):
     ) -> Tensor:
         """Return the rows of x (tokens, n) rotated, or rotated back, with scales outside of that.
 
-        As PyTorch does in a hundred small operations, which move more bytes.
+        As PyTorch does in a hundred small operations, which move more bytes. scales: of all rows,
+        (n,) or (1,), or of each of them.
         """
-        if self.rotation == "none":
-            own = x.float()
-            return (own if scales is None else own * scales).to(dtype)
-        turned = parts(x.shape[1], seed, block_of(self.rotation))
-        if scales is not None:
-            scales = scales.float().contiguous()
-        return rotate_rows(x, turned, dtype, scales, is_back=is_back)
+        is_given = scales is not None and scales.dim() == 1 and self.rotation != "none"
+        apart = None if is_given else scales
+        if apart is not None and not is_back:
+            x = x.float() * apart
+        if self.rotation != "none":
+            turned = parts(x.shape[1], seed, block_of(self.rotation))
+            kind = dtype if apart is None else torch.float32
+            x = rotate_rows(x, turned, kind, scales if is_given else None, is_back)
+        if apart is not None and is_back:
+            x = x.float() * apart
+        return x.to(dtype)
 
     def enter(self, x: Tensor, state: Tensors) -> Tensor:
         if _is_ours(x):

@@ -17,7 +17,7 @@ WORK_OF_NUMBER = 16  # multiplications that take as long as one number's rotatio
 
 
 def rotate_rows(
-    x: Tensor, parts: Parts, dtype: torch.dtype, scales: Tensor | None, *, is_back: bool
+    x: Tensor, parts: Parts, dtype: torch.dtype, scales: Tensor | None, is_back: bool
 ) -> Tensor:
     """Return the rows of x (tokens, n) on a CPU rotated, or rotated back, in `dtype`.
 
@@ -25,6 +25,9 @@ def rotate_rows(
     """
     tokens, n = x.shape
     x = x.contiguous()
+    if scales is not None:
+        scales = scales.float().contiguous()
+        assert scales.shape in ((1,), (n,))
     out = torch.float32 if dtype == torch.float16 else dtype
     y = torch.empty(tokens, n, dtype=out, device="cpu")
     if not x.numel():
