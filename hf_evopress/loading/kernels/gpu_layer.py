@@ -61,7 +61,7 @@ class TritonKernel(Kernel):
     def _name(self) -> str:
         return f"{'+'.join(sorted(self.families))} at {self.text}"
 
-    def tile(self) -> int:
+    def tile(self, tokens: int) -> int:
         return TILE
 
     def most_of(self, dtype: torch.dtype) -> int:

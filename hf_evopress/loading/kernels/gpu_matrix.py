@@ -91,7 +91,13 @@ class OnGPU(ABC):
         )
 
     def weights(
-        self, state: Tensors, dtype: torch.dtype, *, first: int = 0, last: int | None = None
+        self,
+        state: Tensors,
+        dtype: torch.dtype,
+        *,
+        first: int = 0,
+        last: int | None = None,
+        room: Tensor | None = None,
     ) -> Tensor:
         """Return rows first .. last of the weight in `dtype`."""
         last = self.shape[0] if last is None else last

@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations
 MOST_TOKENS = 16  # up to which unpacking a row for a dot product beats unpacking it for a matmul
 SLICE = 64  # tokens whose integers the second-level cache holds
 TILE = 2**21  # weights that are unpacked at once for a matmul, for each thread: 4 MB in bfloat16
-MOST_TILES = 4
+MOST_TILES, FEW_TOKENS = 4, 128  # tiles at once of many tokens, whose products take longest
 
 
 class Kernel:
@@ -132,19 +132,20 @@ class Kernel:
     def _tiles(self, matrix: Any, x: Tensor, state: Tensors, bias: Tensor | None) -> Tensor:
         rows = matrix.shape[0]
         y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
-        step = self._rows_of_tile()
+        step = self._rows_of_tile(len(x))
+        room = x.new_empty(min(step, rows), matrix.shape[1]) if x.is_cpu else None
         for first in range(0, rows, step):
             last = min(first + step, rows)
-            W = matrix.weights(state, x.dtype, first=first, last=last)
+            W = matrix.weights(state, x.dtype, first=first, last=last, room=room)
             y[:, first:last] = F.linear(x, W, None if bias is None else bias[first:last])
         return y
 
-    def tile(self) -> int:
+    def tile(self, tokens: int) -> int:
         """Return how many weights are unpacked at once: few enough for the caches of cores."""
-        return TILE * min(MOST_TILES, torch.get_num_threads())
+        return TILE * (min(MOST_TILES, torch.get_num_threads()) if tokens > FEW_TOKENS else 1)
 
-    def _rows_of_tile(self) -> int:
-        step = self.tile() // self.shape[1]
+    def _rows_of_tile(self, tokens: int) -> int:
+        step = self.tile(tokens) // self.shape[1]
         return step - step % 16 if step > 16 else max(1, step)  # strips of trellis codes have 16
 
     def __reduce__(self) -> Any:
@@ -155,16 +156,17 @@ class Kernel:
         rows, n = self.shape
         flat = grad.reshape(-1, rows)
         total = flat.new_zeros(len(flat), n)
-        step = self._rows_of_tile()
+        step = self._rows_of_tile(len(flat))
         for matrices in self._terms:
             if len(matrices) == 2:
                 A, B = (m.weights(state, flat.dtype) for m in matrices)
                 total += (flat @ B) @ A
                 continue
             own, part = matrices[0].enter_back(flat, state), torch.zeros_like(total)
+            room = flat.new_empty(min(step, rows), n) if flat.is_cpu else None
             for first in range(0, rows, step):
                 last = min(first + step, rows)
-                W = matrices[0].weights(state, flat.dtype, first=first, last=last)
+                W = matrices[0].weights(state, flat.dtype, first=first, last=last, room=room)
                 part.addmm_(own[:, first:last], W)
             total += matrices[0].leave_back(part, state)
         return total.view(*grad.shape[:-1], n)

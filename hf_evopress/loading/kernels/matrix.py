@@ -106,20 +106,38 @@ class Matrix:
         return total
 
     def weights(
-        self, state: Tensors, dtype: torch.dtype, *, first: int = 0, last: int | None = None
+        self,
+        state: Tensors,
+        dtype: torch.dtype,
+        *,
+        first: int = 0,
+        last: int | None = None,
+        room: Tensor | None = None,
     ) -> Tensor:
-        """Return rows first .. last of the weight in `dtype`, float32 or bfloat16."""
+        """Return rows first .. last of the weight in `dtype`, float32 or bfloat16.
+
+        room: memory for them, (at least as many, in) in `dtype`, where a matrix can use it: pages
+        that are taken anew for each tile cost as much as unpacking.
+        """
         last = self.shape[0] if last is None else last
-        return self._weights(state, dtype, last - first, first, None)
+        out = None if room is None else room[: last - first]
+        return self._weights(state, dtype, last - first, first, None, out)
 
     def look_up(self, state: Tensors, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Return rows (n,) int64 of the weight in `dtype`, float32 or bfloat16."""
         return self._weights(state, dtype, len(ids), 0, ids.contiguous())
 
     def _weights(
-        self, state: Tensors, dtype: torch.dtype, count: int, first: int, ids: Tensor | None
+        self,
+        state: Tensors,
+        dtype: torch.dtype,
+        count: int,
+        first: int,
+        ids: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        out = torch.empty(count, self.shape[1], dtype=dtype, device="cpu")
+        if out is None:
+            out = torch.empty(count, self.shape[1], dtype=dtype, device="cpu")
         task, keep = self.filled(state)
         task[T.ROWS], task[T.FIRST] = count, first
         task[T.Y], task[T.Y_KIND] = out.data_ptr(), KINDS[dtype]

@@ -38,7 +38,13 @@ class Stacked(Matrix):
         return y.to(dtype)
 
     def weights(
-        self, state: Tensors, dtype: torch.dtype, *, first: int = 0, last: int | None = None
+        self,
+        state: Tensors,
+        dtype: torch.dtype,
+        *,
+        first: int = 0,
+        last: int | None = None,
+        room: Tensor | None = None,
     ) -> Tensor:
         last = self.shape[0] if last is None else last
         return self.look_up(state, torch.arange(first, last, device="cpu"), dtype)
