@@ -103,6 +103,10 @@ def _teach_generate() -> None:
     import_module(".loading.kv_cache.generation", __name__).teach_generate()
 
 
+def _teach_auto_models() -> None:
+    import_module(".jobs.sized_models", __name__).teach_auto_models()
+
+
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -117,6 +121,7 @@ def __dir__() -> list[str]:
 
 after_import("transformers.quantizers.auto", _offer)
 after_import("transformers.generation.utils", _teach_generate)
+after_import("transformers.models.auto.modeling_auto", _teach_auto_models)
 # only who has compressed layers needs a PEFT that knows them
 after_import(
     f"{__name__}.loading.layers", lambda: after_import("peft.tuners.lora.model", _teach_peft)

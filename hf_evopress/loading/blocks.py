@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..base.resources import format_size, parse_size
 from ..methods import compose
@@ -37,7 +38,7 @@ def resize(model: Any, size: str | int) -> Any:
     missing. A model that was saved smaller has no more to add.
 
     >>> model = AutoModelForCausalLM.from_pretrained("me/stack")        # doctest: +SKIP
-    >>> hf_evopress.resize(model, "60MB")                               # doctest: +SKIP
+    >>> model.resize("60MB")            # or hf_evopress.resize(model, ...)   # doctest: +SKIP
     """
     quantizer: Any = getattr(model, "hf_quantizer", None)
     config: Any = getattr(quantizer, "quantization_config", None)
@@ -192,3 +193,8 @@ def _check(key: str, tensor: Tensor, expected: str | None) -> None:
         raise ValueError(
             f"the checkpoint is damaged: {key} differs from its checksum; download it again"
         )
+
+
+# At the class: a method bound to one model would keep it from being freed and pickled.
+if not hasattr(PreTrainedModel, "resize"):
+    PreTrainedModel.resize = resize

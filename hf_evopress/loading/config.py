@@ -57,8 +57,8 @@ class EvoPressConfig(QuantizationConfigMixin):
         environment variable HF_EVOPRESS_RUNTIME names one, else it is "auto".
     size: of a model of many sizes (`hf-evopress stack`), how many bytes its tensors may take, such
         as "80MB"; of a folder's file no other block is read. transformers downloads a model on the
-        Hub whole before this is looked at: `hf_evopress.download(name, size="80MB")` fetches no
-        other block, into a folder to load. `hf_evopress.resize` changes the size later.
+        Hub whole before this is looked at: `AutoModel*.from_pretrained(name, size="80MB")` and
+        `hf_evopress.download` fetch no other block. `model.resize` changes the size later.
 
     It is not frozen, because transformers sets loading attributes on it.
 

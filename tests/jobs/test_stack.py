@@ -228,7 +228,7 @@ def test_what_a_smaller_model_saves_is_a_model_of_its_size(folder: Path, tmp_pat
     model.save_pretrained(tmp_path / "small")
     again = load(tmp_path / "small")
     assert torch.equal(logits(again), logits(model))
-    hf_evopress.resize(again, sizes_of(folder)[0])
+    again.resize(sizes_of(folder)[0])
     assert torch.equal(logits(again), logits(load(folder, size=sizes_of(folder)[0])))
 
 
@@ -275,6 +275,28 @@ def test_a_model_on_the_hub_is_loaded_from_the_bytes_of_its_size(
     # why there is download(): transformers asks for the files before it asks the quantizer
     assert n_bytes(load("me/sizes", size=size)) <= size
     assert hub.sent["model.safetensors"] == (folder / "model.safetensors").stat().st_size
+
+
+def test_auto_classes_take_a_size_and_models_resize(hub: Any, folder: Path) -> None:
+    size, auto = middle(folder), AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=torch.float32, size=size).eval()
+    wanted = logits(load(folder, size=size))
+    assert torch.equal(logits(model), wanted)
+    assert model.resize(sizes_of(folder)[0]) is model and n_bytes(model) <= sizes_of(folder)[0]
+    push_folder(folder, "me/sizes")
+    own = EvoPressConfig(runtime="packed")
+    there = auto.from_pretrained(
+        "me/sizes", dtype=torch.float32, size=size, quantization_config=own, revision="main"
+    )
+    assert n_bytes(there) <= size and own.size is None
+    assert hub.sent["model.safetensors"] < (folder / "model.safetensors").stat().st_size
+    assert there.hf_quantizer.quantization_config.runtime == "packed"
+    for wrong in ({"size": "much"}, {"size": "1MB", "quantization_config": {"bits": 4}}):
+        with pytest.raises(ValueError, match="much|of models of many sizes"):
+            auto.from_pretrained(folder, **wrong)
+    with pytest.raises(ValueError, match="of no other size"):
+        config = EvoPressConfig(size="2MB")
+        auto.from_pretrained(folder, size="1MB", quantization_config=config)
 
 
 def test_sizes_that_there_are_not_are_refused(folder: Path, tmp_path: Path) -> None:
