@@ -12,27 +12,6 @@ from .console import bars, console, table
 from .device import computes
 from .options import Column, TrustRemoteCode, Window
 
-COLUMNS = {  # of the table of probes
-    "n_questions": "questions",
-    "n_documents": "documents",
-    "n_tokens": "tokens",
-    "accuracy": "right",
-    "dense_accuracy": "dense",
-    "difference": "difference",
-    "gain": "gain by reading",
-    "dense_gain": "dense",
-    "changed": "answers changed",
-    "correct_to_wrong": "right to wrong",
-    "wrong_to_correct": "wrong to right",
-    "kl_nats": "KL (nats)",
-    "top1_agreement": "same top-1",
-    "rouge_l": "ROUGE-L",
-}
-ERRORS = {  # the standard errors that are shown behind figures
-    "accuracy": "accuracy_standard_error",
-    "difference": "difference_standard_error",
-}
-
 Text = Annotated[str | None, typer.Option("--data", "-d", help="A text file or a table.")]
 Against = Annotated[
     str | None, typer.Option(help="The dense model: adds KL divergence, agreement and flips.")
@@ -147,22 +126,40 @@ def _show(model: str, found: Mapping[str, Any]) -> None:
         headers, cells = table_rows(found["tasks"], is_markdown=False)
         console.print(table(headers, cells))
     if "kick" in found:
-        used = [key for key in COLUMNS if any(key in row for row in found["kick"].values())]
-        cells = [
-            [name, *(_cell(key, row.get(key), row.get(ERRORS.get(key, ""))) for key in used)]
-            for name, row in found["kick"].items()
-        ]
-        console.print(table(["probe", *(COLUMNS[key] for key in used)], cells))
+        rows = [(name, _told(row)) for name, row in found["kick"].items()]
+        console.print(table(("probe", "found"), rows))
 
 
-def _cell(key: str, value: float | None, error: float | None) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, int):
-        return f"{value:,}"
-    if error is not None:
-        return f"{value:.1%} ± {100 * error:.1f}"
-    return f"{value:.4f}" if key in ("kl_nats", "rouge_l") else f"{value:.1%}"
+def _told(row: Mapping[str, Any]) -> str:
+    """Return the figures of a probe in a sentence."""
+    key = next(key for key in ("n_questions", "n_documents", "n_tokens") if key in row)
+    asked = f"{row[key]} {key[2:-1]}{'s' if row[key] != 1 else ''}"
+    told = []
+    if "accuracy" in row:
+        told.append(f"{_share(row['accuracy'], row['accuracy_standard_error'])} right")
+    if "dense_accuracy" in row:
+        apart = _share(row["difference"], row["difference_standard_error"], sign="+")
+        told.append(f"dense {_share(row['dense_accuracy'])}, difference {apart}")
+    if "gain" in row:
+        dense = f" (dense {_share(row['dense_gain'], sign='+')})" if "dense_gain" in row else ""
+        told.append(f"{_share(row['gain'], sign='+')} by reading{dense}")
+    if "changed" in row:
+        told.append(f"{_share(row['changed'])} of answers changed")
+    if "correct_to_wrong" in row:
+        told.append(f"{_share(row['correct_to_wrong'])} right to wrong")
+        told.append(f"{_share(row['wrong_to_correct'])} wrong to right")
+    if "kl_nats" in row:
+        told.append(f"KL {row['kl_nats']:.4f} nats")
+    if "top1_agreement" in row:
+        told.append(f"same top-1 {_share(row['top1_agreement'])}")
+    if "rouge_l" in row:
+        told.append(f"ROUGE-L {row['rouge_l']:.4f}")
+    return f"of {asked}: {'; '.join(told)}"
+
+
+def _share(value: float, error: float | None = None, *, sign: str = "") -> str:
+    behind = "" if error is None else f" ± {100 * error:.1f}"
+    return f"{100 * value:{sign}.1f}{behind} %"
 
 
 COMMANDS = {"evaluate": evaluate}
