@@ -65,7 +65,9 @@ def _config(given: Any, size: str | int) -> Any:
 
 def _folder(name: Any, size: str | int, kwargs: dict[str, Any]) -> Any:
     """Return where to load from: of a model on the Hub, a folder with what that size takes."""
-    if os.path.isdir(name) or any(kwargs.get(key) for key in _OF_TRANSFORMERS):
+    from huggingface_hub import is_offline_mode
+
+    if os.path.isdir(name) or is_offline_mode() or any(map(kwargs.get, _OF_TRANSFORMERS)):
         return name
     from .stack import download
 

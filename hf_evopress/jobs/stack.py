@@ -132,8 +132,8 @@ def download(repo_id: str, *, size: str | int, revision: str | None = None) -> P
     """Return a folder with the blocks of a model of many sizes on the Hub that fit into `size`.
 
     Only their bytes are downloaded, once: the folder stays in the assets of Hugging Face's cache,
-    until the Hub, which is asked at each call, has another commit. `from_pretrained` of the name
-    itself downloads the file whole before it asks for a size.
+    until the Hub, which is asked at each call, has another commit. So does
+    `AutoModel*.from_pretrained(name, size=...)`.
 
     >>> folder = hf_evopress.download("me/stack", size="80MB")          # doctest: +SKIP
     >>> model = AutoModelForCausalLM.from_pretrained(folder)            # doctest: +SKIP

@@ -62,6 +62,11 @@ class EvoPressQuantizer(AnyHfQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what cannot work; transformers calls this before anything is read."""
         config = self.quantization_config
+        if config.plan is None and config.size is not None:
+            raise ValueError(
+                f"size={config.size!r} is of a model of many sizes, and this one is dense: "
+                "`hf-evopress stack` makes one of it"
+            )
         if config.plan is None:
             raise ValueError(
                 "EvoPressConfig has no plan, as argument or in config.json: pass "

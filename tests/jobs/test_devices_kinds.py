@@ -65,7 +65,7 @@ def test_experts_are_compressed_loaded_and_run_there(
 ) -> None:
     write_model(tmp_path, tiny_model(architecture).to(torch.bfloat16))
     before = second_device.live_bytes()
-    result = pipeline.compress(recipe(tmp_path, "gptq:bits=4,group_size=32,outputs=false"))
+    result = pipeline.compress(recipe(tmp_path, "gptq:bits=4,group_size=32"))
     assert second_device.live_bytes() == before
     here = AutoModelForCausalLM.from_pretrained(result.folder, dtype=torch.float32)
     there = AutoModelForCausalLM.from_pretrained(
@@ -79,12 +79,7 @@ def test_experts_are_compressed_loaded_and_run_there(
 def test_low_rank_layers_become_an_adapter_and_come_back_there(
     tmp_path: Path, tiny_model: Callable[..., nn.Module], write_model: Callable[..., Path]
 ) -> None:
-    write_model(
-        tmp_path,
-        tiny_model(),
-        "gptq:bits=3,group_size=32,outputs=false + lowrank:rank=4",
-        tokens=IDS,
-    )
+    write_model(tmp_path, tiny_model(), "gptq:bits=3,group_size=32 + lowrank:rank=4", tokens=IDS)
     options: Any = {"dtype": torch.float32, "device_map": {"": "sim"}}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small", **options)
     with torch.no_grad():

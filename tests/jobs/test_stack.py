@@ -316,6 +316,8 @@ def test_models_of_one_size_say_so(home: Path, write_model: Any, tmp_path: Path)
         hf_evopress.resize(dense, "1MB")
     with pytest.raises(ValueError, match="this one is dense"):
         load(home / "dense", plan=Plan({"a": "rtn:bits=4,group_size=32"}), size="1MB")
+    with pytest.raises(ValueError, match="size='1MB' is of a model of many sizes.*dense"):
+        AutoModelForCausalLM.from_pretrained(home / "dense", size="1MB")
     one = write_model(tmp_path, dense, "rtn:bits=4,group_size=32") / "small"
     for call in (lambda: load(one, size="1MB"), lambda: hf_evopress.resize(load(one), "1MB")):
         with pytest.raises(ValueError, match="hf-evopress stack"):

@@ -11,7 +11,6 @@ from typing import Any
 
 from .lanes import LANES, constant_of, llvm_ir, loop_of, place_of, splat_at, vector_of
 
-ROOT = LANES * LANES  # neighbours that are transformed at once
 AT_ONCE = 4  # vectors of columns that are mixed at once
 
 

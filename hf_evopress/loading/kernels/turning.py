@@ -42,6 +42,7 @@ def rotate_rows(
     if scales is not None:
         job[J.SCALES], job[J.N_SCALES] = scales.data_ptr(), scales.numel()
     job[J.THREADS], job[J.PARALLEL], job[J.WORK] = threads, kernels.parallel, kernels.turn_work
-    job[J.ROOM] = scratch(threads * J.of_token(n))
+    job[J.OF_THREAD] = J.bytes_of_thread(n)
+    job[J.ROOM] = scratch(threads * job[J.OF_THREAD])
     kernels.turn(ctypes.addressof(job))
     return y.to(dtype)

@@ -28,11 +28,12 @@ Q = 11
 P = 12
 SCALES = 13  # float32, before a rotation or after one back; 0 for none
 N_SCALES = 14  # 1, or one per number
-ROOM = 15  # memory that threads work in, of_token() bytes each
-THREADS = 16
-PARALLEL = 17
-WORK = 18
-SIZE = 19
+ROOM = 15  # memory that threads work in
+OF_THREAD = 16  # bytes of it
+THREADS = 17
+PARALLEL = 18
+WORK = 19
+SIZE = 20
 FACTOR_BYTES = 64  # of that memory, before two vectors of float32
 
 # what compiled.py puts here: loads and stores (memory.py), vectors (butterflies.py, walks.py),
@@ -54,7 +55,7 @@ multiply_all: Any = None
 mix_columns: Any = None
 
 
-def of_token(n: int) -> int:
+def bytes_of_thread(n: int) -> int:
     """Return the bytes that a thread works in."""
     return FACTOR_BYTES + 2 * (4 * n + 63 & -64)
 
@@ -150,8 +151,7 @@ def turn_token(job, token, room):  # type: ignore[no-untyped-def]
 
 def turn_part(job, version):  # type: ignore[no-untyped-def]
     """Take tokens until none is left: what each thread does."""
-    n = get(job, Q) * get(job, P)
-    room = get(job, ROOM) + take(job + 8 * SEAT, 1) * (FACTOR_BYTES + 2 * ((4 * n + 63) & -64))
+    room = get(job, ROOM) + take(job + 8 * SEAT, 1) * get(job, OF_THREAD)
     step, tokens = get(job, STEP), get(job, TOKENS)
     while True:
         first = take(job + 8 * NEXT, step)

@@ -8,13 +8,14 @@ speed of the same loop in C, a walk at a time, by gcc -O3 -march=native with AVX
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .threads import pool
 
 LANES = 8
 PAD = 2  # states
@@ -50,13 +51,8 @@ def nearest_walks(x: Tensor, values: Tensor, bits: int, past: Tensor | None = No
     if threads == 1:
         work(0)
     else:
-        list(_pool(threads).map(work, range(threads)))
+        list(pool(threads).map(work, range(threads)))
     return torch.from_numpy(states.reshape(-1, length)[:n])
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="viterbi")
 
 
 @lru_cache(maxsize=None)

@@ -31,14 +31,14 @@ def solve(W: Tensor, U: Tensor, rule: Rule, group: int) -> None:
     strip of STRIP, the rows of W up to its end carry every earlier error. A plain `Rounding` on
     a CPU takes whole groups instead of strips, by compiled loops.
     """
-    is_compiled = type(rule) is Rounding and rounding_loops.serves(W)
+    whole = rule if type(rule) is Rounding and rounding_loops.serves(W) else None
     for low, high in blocks(W.shape[0], group):
         errors = torch.empty(high - low, W.shape[1], device=W.device)
         unit = min(group, high - low)
-        for start, stop in _cuts(low, high, unit, unit if is_compiled else STRIP):
+        for start, stop in _cuts(low, high, unit, STRIP if whole is None else unit):
             done = errors[start - low : stop - low]
-            if is_compiled and isinstance(rule, Rounding):
-                rule.round_strip(W, U, done, start, stop)
+            if whole is not None:
+                whole.round_strip(W, U, done, start, stop)
             else:
                 for i in range(start, stop):
                     error = done[i - start]

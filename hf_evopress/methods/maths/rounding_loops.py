@@ -8,7 +8,6 @@ over a group and updates within it, so a code here and there differs from anothe
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -16,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .threads import pool
+
 TILE = 128  # weights of one input that are worked on at once: a group of 128 stays in the cache
-LEAST = 2**15  # weights of a group that are worth another thread
+LEAST = 2**21  # steps of a loop that are worth another thread
 MOST = np.float32(1024.0)  # beyond any code, zero point included
 
 
@@ -52,18 +53,13 @@ def round_strip(
 
 def _shared(loop: Callable[..., None], arrays: list[Any], n: int, work: int) -> None:
     """Call loop(*arrays, first, last) for 0 .. n, on the threads that PyTorch would take."""
-    threads = min(torch.get_num_threads(), 1 + n * work // LEAST // 64)
+    threads = min(torch.get_num_threads(), 1 + n * work // LEAST)
     if threads == 1:
         loop(*arrays, 0, n)
         return
     step = -(-n // (threads * TILE)) * TILE
     parts = range(0, n, step)
-    list(_pool(threads).map(lambda low: loop(*arrays, low, min(low + step, n)), parts))
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="rounding")
+    list(pool(threads).map(lambda low: loop(*arrays, low, min(low + step, n)), parts))
 
 
 @lru_cache(maxsize=None)
