@@ -39,7 +39,9 @@ def main() -> None:
                 moment(torch.randn(4 * rows, rows)),
             )
             for known, outputs in (("inputs", ()), ("both", (G,))):
-                seconds, errors, stats = {}, {}, Stats(H, outputs=outputs)
+                seconds: dict[str, float] = {}
+                errors: dict[str, float] = {}
+                stats = Stats(H, outputs=outputs)
                 for turn in range(said.repeats + 1):  # the first compiles
                     for way, serves in (("compiled", served), ("PyTorch", lambda W: False)):
                         rounding_loops.serves = serves
