@@ -80,6 +80,8 @@ def direct(kernel: Kernel, tensors: Tensors, x: Tensor) -> Direct | None:
     matrix = kernel.matrix if type(kernel) is Kernel else None
     if matrix is None or not x.is_cpu or x.dtype not in DTYPES:
         return None
+    if _in_functorch() is not None:  # tensors without a place in memory
+        return None
     bias = tensors["bias"]
     own = [t for t in tensors.values() if t is not None]
     if any(not t.is_cpu or not t.is_contiguous() for t in own):

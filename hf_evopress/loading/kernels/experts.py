@@ -26,6 +26,7 @@ from .gpu_layer import CHECKED, TritonKernel, dense_kernel
 from .layer import DTYPES, Kernel
 from .operators import failures, give_up_on, kernel_on, known_layer
 from .steps import finish_all
+from .transforms import by_turns
 
 BETWEEN = " | "  # levels of experts in one text
 
@@ -293,3 +294,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _experts.register_autograd(_backward, setup_context=_save)
+_experts.register_vmap(by_turns(_experts))
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, expert, state, ctx.levels, ctx.which, _, ctx.runtime = inputs
+    ctx.save_for_backward(expert, *state)
+    ctx.rows = grad.shape[-1]
+
+
+def _backward_of_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    expert, *state = ctx.saved_tensors
+    back = None
+    if ctx.needs_input_grad[0]:
+        how = ctx.levels, ctx.which, ctx.rows, ctx.runtime
+        back = torch.ops.evopress.experts(grad, expert, state, [], *how)
+    return back, None, [None] * len(state), None, None, None, None
+
+
+_input_gradient.register_autograd(_backward_of_gradient, setup_context=_save_gradient)
+_input_gradient.register_vmap(by_turns(_input_gradient))

@@ -2,9 +2,10 @@
 
 `evopress::linear` and `evopress::look_up` take any level on any device: where there is no kernel
 they compute the weight, so that a compiled model holds one opaque call per layer and
-`fullgraph=True` works. Their gradient is that of the input (and bias); the weight is computed
-again for it. Where nothing is traced and nothing has a gradient, `linear` and `look_up` skip the
-operator, whose dispatch takes longer than a small layer.
+`fullgraph=True` works. Their gradient is that of the input (and bias), for which the weight is
+computed again; the gradient of that is `linear` once more. torch.func goes another way
+(transforms.py). Where nothing is traced and nothing has a gradient, `linear` and `look_up` skip
+the operator, whose dispatch takes longer than a small layer.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ...plans.level import Level
 from .gpu_layer import TritonKernel, give_up, triton_kernel_of
 from .launch import KernelError
 from .layer import DTYPES, Kernel, kernel_of
+from .transforms import Product, whole_batches
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +102,10 @@ def linear(
     has_graph = with_graph and (x.requires_grad or (bias is not None and bias.requires_grad))
     if has_graph or type(x) is not Tensor or is_traced():
         state = [tensors[name] for name in names]
-        return torch.ops.evopress.linear(
-            x, state, bias, kernel.text, kernel.shape[0], kernel.runtime
-        )
+        how = kernel.text, kernel.shape[0], kernel.runtime
+        if not torch.compiler.is_compiling() and _in_functorch() is not None:
+            return Product.apply(x, bias, how, *state)
+        return torch.ops.evopress.linear(x, state, bias, *how)
     if not with_graph:
         return _product(here, tensors, x, bias)
     with torch.no_grad():
@@ -320,6 +323,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _linear.register_autograd(_backward, setup_context=_save)
+_linear.register_vmap(whole_batches(_linear))
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, state, ctx.level, _, ctx.runtime = inputs
+    ctx.save_for_backward(*state)
+    ctx.rows = grad.shape[-1]
+
+
+def _backward_of_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    state = list(ctx.saved_tensors)
+    how = ctx.level, ctx.rows, ctx.runtime
+    back = torch.ops.evopress.linear(grad, state, None, *how) if ctx.needs_input_grad[0] else None
+    return back, [None] * len(state), None, None, None
+
+
+_input_gradient.register_autograd(_backward_of_gradient, setup_context=_save_gradient)
+_input_gradient.register_vmap(whole_batches(_input_gradient))
 
 
 @torch.library.custom_op("evopress::look_up", mutates_args=())
@@ -352,3 +373,6 @@ def _(
     runtime: str,
 ) -> Tensor:
     return state[0].new_empty(*ids.shape, shape[1], dtype=dtype)
+
+
+_look_up.register_vmap(whole_batches(_look_up))
