@@ -121,8 +121,8 @@ def any_state(level: Level, shape: tuple[int, int]) -> State:
     if not str(level).startswith("trellis"):
         return compose.compress(level, torch.randn(shape), None)
     empty = compose.empty(level, shape, torch.bfloat16)
-    codes = torch.randint(256, empty["codes"].shape, dtype=torch.uint8)
-    return {"codes": codes, "scale": torch.ones(1)}
+    scales = {name: torch.ones(x.shape, dtype=x.dtype) for name, x in empty.items()}
+    return {**scales, "codes": torch.randint(256, empty["codes"].shape, dtype=torch.uint8)}
 
 
 def arguments() -> argparse.Namespace:

@@ -47,11 +47,12 @@ def test_families_add_up_and_residuals_share_their_first_terms() -> None:
 
 def test_the_trellis_family_has_whole_bits_and_fits_any_shape() -> None:
     found = menus({"a": (64, 128), "b": (7, 30)}, families=["trellis"])
-    words = [f"trellis:bits={b},codebook=weyl" for b in (1, 2, 3, 4, 5, 6)]
+    tail = "codebook=weyl,scales=channels"
+    words = [f"trellis:bits={b},{tail}" for b in (1, 2, 3, 4, 5, 6)]
     assert [str(x) for x in found["a"]] == words
     assert found["b"] == found["a"]
     roomy = menus({"a": (64, 128)}, families=["trellis"], bits=5.5)
-    assert str(roomy["a"][-1]) == str(compose.normalize("trellis:bits=8,codebook=weyl"))
+    assert str(roomy["a"][-1]) == str(compose.normalize(f"trellis:bits=8,{tail}"))
     assert len(roomy["a"]) == len(found["a"]) + 1
     with pytest.raises(ValueError, match="family trellis removes no weights"):
         menus({"a": (64, 128)}, families=["trellis"], sparsity=0.5)
