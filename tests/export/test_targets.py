@@ -30,8 +30,7 @@ CODES = [
     *(f"gptq:bits={bits},group_size=64,symmetric=true" for bits in (3, 4, 8)),
     "gptq:bits=3,group_size=64 + lowrank:rank=8,factors=int8",
     *(f"trellis:bits={bits}" for bits in (2, 3, 4, 8)),
-    "trellis:bits=3,codebook=weyl",
-    "trellis:bits=3,scales=channels",
+    "trellis:bits=3,codebook=weyl,scales=channels",
     LEVEL.format(bits=3),
     "rows:bits=4,group_size=64,top_bits=6",
 ]
