@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_evopress.loading.kernels import gpu, gpu_experts, gpu_matrix
+from hf_evopress.loading.kernels import gpu, gpu_experts, gpu_lowrank, gpu_matrix
 from hf_evopress.loading.kernels.gpu_experts import Experts, can_group, grouped
 from hf_evopress.loading.kernels.gpu_layer import TritonKernel, dense_kernel, triton_kernel_of
 from hf_evopress.methods import compose
@@ -30,6 +30,7 @@ LEVELS = [
     "rows:bits=4,top_bits=7,top=0.2,group_size=128",
     "magnitude:sparsity=0.5",
     "magnitude:pattern=2:4,bits=4,group_size=32",
+    "magnitude:sparsity=0.5 + lowrank:rank=8,factors=int8,metric=plain",
     "rtn:bits=8,group_size=24,symmetric=true + lowrank:rank=5,metric=plain",
     "trellis:bits=3,state_bits=8,feedback=none",
     "trellis:bits=5,state_bits=8,feedback=none,codebook=mul1",
@@ -96,7 +97,7 @@ def compile_for_all(
 
 
 def main() -> None:
-    for module in (gpu, gpu_matrix, gpu_experts):
+    for module in (gpu, gpu_matrix, gpu_experts, gpu_lowrank):
         module.launch, module.needs_exact = compile_as_launched, lambda device: False
     viterbi_gpu.launch = compile_viterbi
     for bits, state_bits in ((2, 12), (3, 10), (8, 12), (4, 14)):

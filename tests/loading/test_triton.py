@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_evopress.loading.kernels import gpu_layer, launch
+from hf_evopress.loading.kernels import gpu_layer, gpu_lowrank, gpu_matrix, launch
 from hf_evopress.loading.kernels.gpu_layer import MOST_TOKENS, TritonKernel, triton_kernel_of
 from hf_evopress.loading.layers import CompressedLinear, prepare_layers
 from hf_evopress.loading.runtimes import KERNELS, TRITON_KERNELS, check_device, chosen
@@ -36,6 +36,9 @@ MORE = [
     "trellis:bits=3,state_bits=8,feedback=none,codebook=mcg",
     "trellis:bits=4,state_bits=8,feedback=none,codebook=3inst",
     "lowrank:rank=4,centred=true",
+    "magnitude:sparsity=0.5 + lowrank:rank=4,metric=plain,factors=int8",
+    "magnitude:pattern=2:4,bits=4,group_size=-1 + lowrank:rank=3,metric=plain",
+    "rtn:bits=5,group_size=-1 + lowrank:rank=20,metric=plain,factors=int4",
 ]
 SHAPES = [(17, 192), (33, 48), (16, 13)]  # the last: no whole bytes, no groups
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -97,6 +100,25 @@ def test_products_are_as_near_to_the_exact_ones_as_those_of_a_dense_layer(
     turns = 1.5 if "trellis" in level else 1.0  # rotated activations are rounded as well
     terms = 1.6 if "+" in level or "lowrank" in level else 1.0  # and each term by itself
     assert error(found, exact) <= turns * terms * most_error(dtype, error(dense, exact))
+
+
+@pytest.mark.parametrize("first", ["rtn:bits=3,group_size=48", "magnitude:sparsity=0.5"])
+@pytest.mark.parametrize("factors", ["float16", "int8"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_low_rank_term_is_added_in_the_kernel_that_it_is_beside(
+    first: str, factors: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, state = kernel_at(f"{first} + lowrank:rank=4,metric=plain,factors={factors}", (33, 48))
+    x = torch.randn(tokens, 48, device=DEVICE)
+    kernel.linear(x, state, None)  # the first result is compared with the reference
+    names = []
+    for module in (gpu_matrix, gpu_lowrank):
+        real = module.launch
+        monkeypatch.setattr(
+            module, "launch", lambda *given, real=real: names.append(given[:2]) or real(*given)
+        )
+    kernel.linear(x, state, None)
+    assert len(names) == 2 and names[1][0] == "lowrank" and names[1][1].startswith("product_")
 
 
 @pytest.mark.parametrize("level", CODES + SPARSE)

@@ -15,6 +15,8 @@ from ...methods.base import Shape
 from ...plans.level import DENSE, Level
 from . import task as T
 from .gpu import on_gpu
+from .gpu_lowrank import FAMILY as LOW_RANK
+from .gpu_lowrank import with_low_rank
 from .launch import KernelError, why_not
 from .layer import Kernel, kernel_of
 from .matrix import KINDS, Matrix, Tensors
@@ -47,7 +49,9 @@ class TritonKernel(Kernel):
     def __init__(self, level: Level, shape: Shape, own: Kernel) -> None:
         terms = [[on_gpu(matrix) for matrix in matrices] for matrices in own._terms]
         super().__init__(level, shape, terms)
-        self.families = frozenset(name for t in terms for m in t for name in m.families)
+        self._sum = with_low_rank(self._terms)
+        own_families = frozenset(name for t in terms for m in t for name in m.families)
+        self.families = own_families | ({LOW_RANK} if self._sum else frozenset())
         self._checked: set[tuple[torch.device, str]] = set()
 
     def on(self, device: torch.device) -> Kernel | None:
@@ -79,6 +83,11 @@ class TritonKernel(Kernel):
                 wanted = compose.product(self.level, known, bias, self.shape, some)
                 self.check(x.device, way, own, wanted)
         return y
+
+    def _by_rows(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Steps:
+        if self._sum is not None:
+            return self._sum.product(state, x, x.dtype, bias)
+        return (yield from super()._by_rows(x, state, bias))
 
     def look_up(self, ids: Tensor, state: Tensors, dtype: torch.dtype) -> Tensor:
         rows = super().look_up(ids, state, dtype)
