@@ -13,8 +13,9 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.nn import functional as F
 
 from hf_evopress.loading.embedding import compress_embedding
-from hf_evopress.loading.layers import CompressedLinear
+from hf_evopress.loading.layers import CompressedLinear, prepare_layers
 from hf_evopress.methods import compose
+from hf_evopress.models.units import find_units
 
 LEVELS = [
     "rtn:bits=4,group_size=32",
@@ -24,14 +25,14 @@ LEVELS = [
 Layer = Callable[[Tensor], Tensor]
 
 
-def pair(level: str, seed: int = 0) -> tuple[CompressedLinear, Layer]:
+def pair(level: str, seed: int = 0, runtime: str = "auto") -> tuple[CompressedLinear, Layer]:
     """Return a packed layer of 96 inputs and 48 outputs, and the dense one of its weight."""
     torch.manual_seed(seed)
     shape, bias = (48, 96), torch.randn(48)
     known = compose.normalize(level)
     state = compose.compress(known, torch.randn(shape) / 10, None)
     packed = CompressedLinear.from_state(level, state, bias, shape)
-    packed.prepare("auto")
+    packed.prepare(runtime)
     W = compose.decompress(known, state, shape, torch.float32)
     return packed.requires_grad_(False), lambda x: F.linear(x, W, bias)
 
@@ -55,12 +56,13 @@ def test_vmap_takes_batches_along_any_dimension(level: str) -> None:
     assert torch.allclose(vmap(vmap(packed))(x), dense(x), atol=1e-4)
 
 
+@pytest.mark.parametrize("runtime", ["auto", "packed"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_gradients_of_each_sample_are_those_of_a_dense_layer(level: str) -> None:
+def test_gradients_of_each_sample_are_those_of_a_dense_layer(level: str, runtime: str) -> None:
     x = torch.randn(5, 96)
     found, wanted = (
         vmap(grad(lambda one, f=f: f(one).square().sum()))(x)  # type: ignore[misc]
-        for f in pair(level)
+        for f in pair(level, runtime=runtime)
     )
     assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
 
@@ -77,10 +79,11 @@ def test_jacobians_and_hessians_are_those_of_a_dense_layer(level: str) -> None:
     assert torch.allclose(moved, jvp(dense, (x,), (torch.ones(96),))[1], atol=1e-4)
 
 
+@pytest.mark.parametrize("runtime", ["auto", "packed"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_penalty_on_gradients_is_trained_as_with_a_dense_layer(level: str) -> None:
+def test_a_penalty_on_gradients_is_trained_as_with_a_dense_layer(level: str, runtime: str) -> None:
     got = []
-    for f in pair(level):
+    for f in pair(level, runtime=runtime):
         torch.manual_seed(1)
         x, scale = torch.randn(4, 96, requires_grad=True), torch.ones(96, requires_grad=True)
         y = f(x * scale).tanh().sum()
@@ -138,3 +141,30 @@ def test_a_network_under_vmap_answers_as_by_itself() -> None:
     net = nn.Sequential(pair(LEVELS[0])[0], nn.GELU(), nn.Linear(48, 96), pair(LEVELS[1])[0])
     x = torch.randn(6, 2, 96)
     assert torch.allclose(vmap(net)(x), net(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("runtime", ["auto", "packed"])
+def test_a_model_gives_each_sample_its_own_gradient(
+    runtime: str, tiny_model: Callable[..., Any]
+) -> None:
+    model = tiny_model("llama", attn_implementation="eager").requires_grad_(False)
+    for unit in find_units(model):
+        linear = model.get_submodule(unit.name)
+        level = compose.normalize(LEVELS[0])
+        state = compose.compress(level, linear.weight.float(), None)
+        model.set_submodule(unit.name, CompressedLinear.from_state(level, state, None, unit.shape))
+    prepare_layers(model, runtime)
+    norms = {name: p for name, p in model.named_parameters() if "norm" in name}
+    ids = torch.randint(0, 100, (3, 7))
+
+    def loss(norms: dict[str, Tensor], ids: Tensor) -> Tensor:
+        logits = functional_call(model, norms, (ids[None],), {"use_cache": False}).logits[0]
+        return F.cross_entropy(logits[:-1], ids[1:])
+
+    found = vmap(grad(loss), in_dims=(None, 0))(norms, ids)
+    for own in norms.values():
+        own.requires_grad_()
+    for i, one in enumerate(ids):
+        wanted = torch.autograd.grad(loss(norms, one), list(norms.values()))
+        for name, slope in zip(norms, wanted, strict=True):
+            assert torch.allclose(found[name][i], slope, rtol=1e-3, atol=1e-5), name

@@ -121,6 +121,38 @@ def test_a_low_rank_term_is_added_in_the_kernel_that_it_is_beside(
     assert len(names) == 2 and names[1][0] == "lowrank" and names[1][1].startswith("product_")
 
 
+@pytest.mark.parametrize("how, rank", [("raises", 5), ("is wrong", 6)])  # kernels are kept
+def test_where_that_kernel_fails_the_low_rank_term_is_a_product_by_itself(
+    how: str, rank: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = layer(f"rtn:bits=3,group_size=48 + lowrank:rank={rank},metric=plain", prepared=False)
+    x = torch.randn(3, 96, device=DEVICE)
+    wanted = made(x)  # as packed
+
+    def fails(*given: Any) -> None:
+        if how == "raises":
+            raise launch.KernelError("lowrank", ValueError("no"))
+        given[-1]["y"].zero_()
+
+    monkeypatch.setattr(gpu_lowrank, "launch", fails)
+    made.prepare("triton")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert torch.allclose(made(x), wanted, atol=1e-4)
+    assert len(caplog.records) == 1 and "low-rank terms apart" in caplog.text
+    use_no_reference(monkeypatch)
+    assert torch.allclose(made(x), wanted, atol=1e-4)
+
+
+def test_torch_func_goes_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, x = layer().requires_grad_(False), torch.randn(2, 3, 96, device=DEVICE)
+    W = made(torch.eye(96, device=DEVICE)).T - made.bias[:, None]
+    use_no_reference(monkeypatch)
+    assert torch.allclose(torch.func.vmap(made)(x), made(x), atol=1e-4)
+    slopes = torch.func.vmap(torch.func.grad(lambda one: made(one).square().sum()))(x)
+    assert torch.allclose(slopes, 2 * made(x) @ W, atol=1e-2)
+
+
 @pytest.mark.parametrize("level", CODES + SPARSE)
 def test_rows_are_those_of_the_reference_to_the_bit(level: str) -> None:
     shape = fitting(level)[-1]
@@ -190,11 +222,16 @@ def test_nothing_beside_the_packed_tensors_gets_into_the_result(level: str, toke
     assert torch.allclose(found, wanted, atol=1e-4)
 
 
-def layer(level: str = "rtn:bits=3,group_size=32", **how: torch.dtype) -> CompressedLinear:
+def layer(
+    level: str = "rtn:bits=3,group_size=32", *, prepared: bool = True, **how: torch.dtype
+) -> CompressedLinear:
     torch.manual_seed(0)
     shape = (24, 96)
     state = compose.compress(compose.normalize(level), torch.randn(shape), None)
     made = CompressedLinear.from_state(level, state, torch.randn(24), shape, **how).to(DEVICE)
+    if not prepared:
+        made.prepare("packed")
+        return made
     assert made.prepare("triton") == TRITON_KERNELS
     for tokens in (1, 3):  # each kind of product is compared with the reference once
         made(torch.randn(tokens, 96, device=DEVICE, dtype=made.weight_dtype))

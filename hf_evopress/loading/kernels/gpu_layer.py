@@ -50,8 +50,7 @@ class TritonKernel(Kernel):
         terms = [[on_gpu(matrix) for matrix in matrices] for matrices in own._terms]
         super().__init__(level, shape, terms)
         self._sum = with_low_rank(self._terms)
-        own_families = frozenset(name for t in terms for m in t for name in m.families)
-        self.families = own_families | ({LOW_RANK} if self._sum else frozenset())
+        self.families = frozenset(name for t in terms for m in t for name in m.families)
         self._checked: set[tuple[torch.device, str]] = set()
 
     def on(self, device: torch.device) -> Kernel | None:
@@ -81,11 +80,12 @@ class TritonKernel(Kernel):
                 names = compose.empty(self.level, self.shape, torch.float32)
                 known = {name: state[name] for name in names}
                 wanted = compose.product(self.level, known, bias, self.shape, some)
-                self.check(x.device, way, own, wanted)
+                is_sum = self._sum is not None and way != "many" and not has_failed(LOW_RANK)
+                self.check(x.device, way, own, wanted, LOW_RANK if is_sum else "")
         return y
 
     def _by_rows(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Steps:
-        if self._sum is not None:
+        if self._sum is not None and not has_failed(LOW_RANK):
             return self._sum.product(state, x, x.dtype, bias)
         return (yield from super()._by_rows(x, state, bias))
 
@@ -155,8 +155,9 @@ def give_up(error: KernelError) -> None:
     if error.family not in _failed:
         logger.warning(
             "the Triton kernel '%s' of hf_evopress does not work here (%s): layers that need it "
-            "compute as with runtime 'packed', which is slower",
+            "compute %s, which is slower",
             error.family,
             error,
+            "low-rank terms apart" if error.family == LOW_RANK else "as with runtime 'packed'",
         )
     _failed[error.family] = error

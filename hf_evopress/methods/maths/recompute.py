@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def forgetful_linear(
@@ -21,8 +20,10 @@ def forgetful_linear(
     """Return x W^T + bias, with a graph that holds `remake` (returns W again) in W's place.
 
     x (..., in), W (out, in), which gets no gradient, bias (out,). One more dequantisation per
-    backward pass, which is a few percent of a training step.
+    backward pass, which is a few percent of a training step. Under torch.func the graph holds W.
     """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return F.linear(x, W, bias)
     return _ForgetfulLinear.apply(x, bias, W, remake)
 
 
@@ -36,7 +37,6 @@ class _ForgetfulLinear(torch.autograd.Function):
         return F.linear(x, W, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         for_x = for_bias = None
