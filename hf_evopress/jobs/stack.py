@@ -28,9 +28,10 @@ from ..search.block_order import order_blocks
 from ..sharing.cards import write_card
 from ..sharing.checkpoint_source import LocalSource, open_source
 from ..store.block_layout import NAME, arrange, arranged, file_bytes
-from ..store.checksums import verify_files
+from ..store.checksums import verify_tensors
+from ..store.header import entries, entries_of
 from ..store.level_store import LevelStore
-from ..store.tensor_bytes import entries, write_tensors
+from ..store.tensor_bytes import write_tensors
 from .job import Job
 from .levels import build_levels
 from .measure import verify
@@ -160,7 +161,7 @@ def sizes_of(folder: Path) -> tuple[int, int]:
     """Return the bytes of the smallest and of the largest file that a model of many sizes gives."""
     _, plan = _config_of(folder / "config.json", str(folder))
     file, order = folder / NAME, order_of(plan)
-    tensors = entries(str(file), file.stat().st_size)
+    tensors = entries_of(file)
     return file_bytes(arranged(tensors, plan, len(set(order)))), file.stat().st_size
 
 
@@ -181,7 +182,7 @@ def _write_config(path: Path, config: dict[str, Any], plan: Plan, names: set[str
     """Write config.json for the tensors of `names`, after comparing them with their checksums."""
     quantized = dict(config["quantization_config"])
     checksums = {k: v for k, v in quantized.get("checksums", {}).items() if k in names}
-    verify_files([path.with_name(NAME)], checksums)
+    verify_tensors(entries_of(path.with_name(NAME)), checksums)
     quantized |= {"plan": json.loads(plan.to_json()), "checksums": checksums}
     text = json.dumps({**config, "quantization_config": quantized}, indent=2) + "\n"
     atomic_write(path, text)

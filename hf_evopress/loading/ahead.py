@@ -9,41 +9,44 @@ from the loop until it is done. All others are loaded by the loop.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
-import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..base.ranks import is_in_group
+from ..store.header import Entry
+from ..store.mapped import mapped
 from .layers import CompressedLinear
 from .packed import PackedWeight
 
 
-def read_ahead(model: Any, files: Sequence[str], device_map: Any, quantizer: Any) -> list[str]:
+def read_ahead(model: Any, tensors: Sequence[Entry], device_map: Any, quantizer: Any) -> list[str]:
     """Give packed linear layers their tensors; return the names of those in the files."""
     if not _stays_here(device_map):
         return []
     prefix = f"{model.base_model_prefix}."
     tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied_names = {*tied, *tied.values()}
     places: dict[str, tuple[PackedWeight, str]] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, CompressedLinear) and not layer.is_tied:
-            names = {f"{path}.{name}": name for name in layer.state}
-            if not any(full in tied or full in tied.values() for full in names):
-                places |= {full.removeprefix(prefix): (layer, n) for full, n in names.items()}
+            names_of = {f"{path}.{name}": name for name in layer.state}
+            if tied_names.isdisjoint(names_of):
+                places |= {full.removeprefix(prefix): (layer, n) for full, n in names_of.items()}
     conversions = import_module("transformers.conversion_mapping")
     rules = conversions.get_model_conversion_mapping(model, None, quantizer)
+    wanted = [entry for entry in tensors if entry.name.removeprefix(prefix) in places]
     found = []
-    with torch.device("cpu"):  # transformers builds models inside torch.device("meta")
-        for file in files:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                for key in _as_they_are(opened.keys(), rules):
-                    place = places.get(key.removeprefix(prefix))
-                    if place is not None and _give(*place, opened.get_slice(key)[...]):
-                        found.append(key)
+    hidden: dict[PackedWeight, set[str]] = {}
+    for entry, tensor in mapped(_as_they_are(wanted, rules)):
+        layer, name = places[entry.name.removeprefix(prefix)]
+        if _give(layer, name, tensor):
+            hidden.setdefault(layer, set()).add(name)
+            found.append(entry.name)
+    for layer, names in hidden.items():
+        layer.hidden = frozenset(names)
     return found
 
 
@@ -61,14 +64,17 @@ def _stays_here(device_map: Any) -> bool:
     return is_mapped and not is_in_group() and all(str(p) == "cpu" for p in places)
 
 
-def _as_they_are(keys: Iterable[str], rules: Sequence[Any]) -> list[str]:
-    """Return the keys that transformers gives no other name while it loads."""
-    return [k for k in keys if all(rule.rename_source_key(k)[0] == k for rule in rules)]
+def _as_they_are(tensors: Iterable[Entry], rules: Sequence[Any]) -> Iterator[Entry]:
+    """Yield the tensors that transformers gives no other name while it loads."""
+    for entry in tensors:
+        if all(rule.rename_source_key(entry.name)[0] == entry.name for rule in rules):
+            yield entry
 
 
 def _give(layer: PackedWeight, name: str, tensor: Tensor) -> bool:
     """Put a tensor of a file in its place; return False for one of another kind."""
-    expected = getattr(layer, name)
+    expected = layer._parameters[name]
+    assert expected is not None  # it is of the layer's state
     if tensor.shape != expected.shape:
         return False
     if tensor.dtype != expected.dtype:
@@ -78,5 +84,4 @@ def _give(layer: PackedWeight, name: str, tensor: Tensor) -> bool:
     parameter = nn.Parameter(tensor, requires_grad=False)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     layer._parameters[name] = parameter
-    layer.hidden |= {name}
     return True

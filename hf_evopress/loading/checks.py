@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..models.dropped import dropped_modules, dropped_units
 from ..plans.plan import Plan
-from ..store.checksums import checksum, file_shapes
+from ..store.checksums import checksum
+from ..store.header import Entry
 from .layers import compressed_layers, planned_levels
 
 
-def check_shapes(model: Any, files: Sequence[str]) -> None:
+def check_shapes(model: Any, tensors: Iterable[Entry]) -> None:
     """Raise ValueError that names packed tensors that have another shape in the files.
 
     transformers reports some of them, reads others from disk as they are, and draws random
@@ -24,13 +25,14 @@ def check_shapes(model: Any, files: Sequence[str]) -> None:
     expected = {
         f"{path.removeprefix(prefix)}.{name}": tuple(tensor.shape)
         for path, layer in compressed_layers(model).items()
-        for name, tensor in layer.named_parameters(recurse=False)
+        for name, tensor in layer.own_tensors()
     }
     wrong = [
-        f"{name} is {shape}, not {expected[key]}"
-        for file in files
-        for name, shape in file_shapes(file).items()
-        if (key := name.removeprefix(prefix)) in expected and shape != expected[key]
+        f"{entry.name} is {entry.shape}, not {expected[key]}"
+        for entry in tensors
+        if (key := entry.name.removeprefix(prefix)) in expected
+        and entry.n_bytes
+        and entry.shape != expected[key]
     ]
     if wrong:
         raise ValueError(
@@ -44,7 +46,7 @@ def check_loaded(model: Any, plan: Plan) -> None:
     check_levels_match(model, plan)
     missing = []
     for path, layer in compressed_layers(model).items():
-        for name, tensor in layer.named_parameters(recurse=False):
+        for name, tensor in layer.own_tensors():
             full = f"{path}.{name}"
             loaded = getattr(tensor, "_is_hf_initialized", False)
             if not loaded and not _is_offloaded(model, full, tensor):

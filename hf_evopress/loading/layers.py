@@ -33,6 +33,12 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
     After `prepare()` it also holds what a runtime computes with, and calls are faster.
     """
 
+    is_tied = False  # its packed tensors are those of another module
+    _runtime: Runtime | None = None
+    _direct: Direct | None = None
+    _made: tuple[str, ...] = ()  # names of the tensors that the runtime made
+    _made_of: tuple[tuple[int, int], ...] = ()  # places and versions of those it made them of
+
     def __init__(
         self,
         level: Level | str,
@@ -44,11 +50,6 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
     ) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
-        self.is_tied = False  # its packed tensors are those of another module
-        self._runtime: Runtime | None = None
-        self._direct: Direct | None = None
-        self._made: tuple[str, ...] = ()
-        self._made_of: list[tuple[int, int]] = []
         default = torch.get_default_dtype() if bias is None else bias.dtype
         self.hold(level, shape, state, dtype or default)
         self.register_parameter("bias", bias)
@@ -152,7 +153,7 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
         if self._runtime is None or any(t.requires_grad or t.is_meta for t in tensors):
             return None
         # a change in place, such as load_state_dict, counts a version up
-        made_of = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        made_of = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
         if made_of != self._made_of:
             self._forget()
             with torch.no_grad():
@@ -165,7 +166,8 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
     def _forget(self) -> None:
         for name in self._made:
             delattr(self, f"made_{name}")
-        self._made, self._made_of = (), []
+        if self._made_of:
+            self._made, self._made_of = (), ()
 
     def dequantize(self, *, dtype: torch.dtype | None = None) -> nn.Linear:
         """Return a stock nn.Linear with this weight and bias, in `dtype` or `weight_dtype`."""

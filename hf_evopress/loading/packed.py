@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -33,6 +33,7 @@ class PackedWeight(nn.Module):
     shape: Shape  # (out_features, in_features), of an embedding (tokens, features)
     weight_dtype: torch.dtype
     hidden: frozenset[str] = frozenset()  # tensors that are not in state_dict() now (ahead.py)
+    _kernel: Kernel | None = None
 
     def hold(self, level: Level | str, shape: Shape, state: State, dtype: torch.dtype) -> None:
         """Become what stores `state`, a weight at `level` that is computed in `dtype`."""
@@ -40,7 +41,7 @@ class PackedWeight(nn.Module):
         self.weight_dtype = dtype
         self._is_hf_initialized = True  # transformers must not draw a new random weight
         self._state_names = tuple(sorted(state))
-        self._kernel: Kernel | None = None
+        self._kernel = None
         self.level_text = str(self.level)
         for name in self._state_names:
             tensor = state[name]
@@ -79,6 +80,10 @@ class PackedWeight(nn.Module):
         own = self.state
         if value.keys() != own.keys() or any(value[name] is not own[name] for name in own):
             raise AttributeError("the packed tensors are parameters of the layer: change those")
+
+    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the packed tensors and the bias, if there is one, by name."""
+        yield from ((n, t) for n, t in self._parameters.items() if t is not None)
 
     def prepare(self, runtime: str) -> str:
         """Compute as `runtime` says from now on; return what that is for this layer."""

@@ -21,7 +21,8 @@ from ..models.size import NOTICE
 from ..plans.block_order import has_order
 from ..plans.level import DENSE, Level
 from ..plans.plan import Plan
-from ..store.checksums import verify_files
+from ..store.checksums import verify_tensors
+from ..store.header import entries_of
 from .ahead import read_ahead, show_again
 from .blocks import Stack, cut
 from .checks import check_levels_match, check_loaded, check_shapes, on_cpu, tensor_checksum
@@ -127,12 +128,13 @@ class EvoPressQuantizer(AnyHfQuantizer):
             replace(model, name, level)
         share(model, compressed_layers(model))
         skipped = self._cut(model, plan, files)
+        tensors = [entry for file in files for entry in entries_of(file)]
         if config.verify and config.checksums and files:
-            verify_files(files, config.checksums, left_out=skipped)
-        check_shapes(model, files)
+            verify_tensors(tensors, config.checksums, left_out=skipped)
+        check_shapes(model, tensors)
         self.look_at(model)
         self._dtypes = dtypes_of(model)
-        read = [] if skipped else read_ahead(model, files, kwargs.get("device_map"), self)
+        read = [] if skipped else read_ahead(model, tensors, kwargs.get("device_map"), self)
         ignore_keys(model, [*(f"{name}.weight" for name in levels), *skipped, *read])
 
     def _cut(self, model: Any, plan: Plan, files: Sequence[str]) -> list[str]:

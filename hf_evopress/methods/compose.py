@@ -256,9 +256,14 @@ def _sum(operators: Sequence[Operator]) -> Callable[[Tensor], Tensor]:
 
 def parts(level: Level) -> Iterator[tuple[Method, dict[str, Any], str]]:
     """Yield for each term of `level` its method, all parameters, and its tensors' suffix."""
-    for i, term in enumerate(level.terms):
-        part = method(term.method)
-        yield part, part.filled(term.kwargs), _suffix(i)
+    for part, params, suffix in _resolved(level):
+        yield part, dict(params), suffix
+
+
+@lru_cache(maxsize=4096)
+def _resolved(level: Level) -> tuple[tuple[Method, dict[str, Any], str], ...]:
+    found = ((method(term.method), term, _suffix(i)) for i, term in enumerate(level.terms))
+    return tuple((part, part.filled(term.kwargs), suffix) for part, term, suffix in found)
 
 
 def _suffix(i: int) -> str:

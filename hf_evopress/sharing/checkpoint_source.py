@@ -7,7 +7,7 @@ from typing import Any
 
 from ..plans.hub_errors import clear_errors, patiently
 from ..plans.repo import is_repo_id
-from ..store.tensor_bytes import read_local
+from ..store.header import read_local
 from .hub import check_paths
 
 

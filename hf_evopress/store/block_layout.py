@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ..plans.block_order import order_of
 from ..plans.plan import Plan
-from .tensor_bytes import Entry, entries, in_step, write_tensors
+from .header import Entry, entries_of
+from .tensor_bytes import in_step, write_tensors
 
 _BLOCK = re.compile(r"block(\d+)_\w+")
 NAME = "model.safetensors"
@@ -49,7 +50,7 @@ def arranged(tensors: Iterable[Entry], plan: Plan, n: int) -> list[Entry]:
 def arrange(folder: Path, plan: Plan) -> Path:
     """Write the safetensors files of `folder` anew as one, in the plan's order; return it."""
     files = sorted(folder.glob("*.safetensors"))
-    tensors = [e for file in files for e in entries(str(file), file.stat().st_size)]
+    tensors = [e for file in files for e in entries_of(file)]
     made = folder / f"arranged.{NAME}"
     write_tensors(made, arranged(tensors, plan, len(order_of(plan))))
     for file in files:

@@ -1,23 +1,22 @@
 """CRC-32 of the tensors in safetensors files, to tell a damaged checkpoint from a good one.
 
 safetensors notices a file that is too short, not a flipped bit. Files are read in pieces (about
-2 GB/s), never mapped, so that checking a checkpoint does not add to the memory it takes.
+2 GB/s a thread), never mapped, so that checking a checkpoint does not add to the memory it takes.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import struct
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-from ..base.reading import reading
+import torch
 
-_PIECE_BYTES = 1 << 22
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+from .header import Entry
+
+_PIECE_BYTES = 1 << 20  # what is read at a time; the next step then finds it in the cache
+_PART_BYTES = 1 << 24  # what a thread is given at a time
+_MOST_THREADS = 8  # a disk gives no more to more
 
 
 def checksum(data: bytes | memoryview, shape: Sequence[int]) -> str:
@@ -25,110 +24,74 @@ def checksum(data: bytes | memoryview, shape: Sequence[int]) -> str:
     return f"{zlib.crc32(data, _start(shape)):08x}"
 
 
-def file_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Return tensor name -> shape for every tensor with elements in a safetensors file."""
-    with open(path, "rb") as file:
-        header, _ = _read_header(file, path)
-    return {
-        name: tuple(entry["shape"])
-        for name, entry in header.items()
-        if entry["data_offsets"][0] < entry["data_offsets"][1]
-    }
+def checksums_of(tensors: Iterable[Entry]) -> Iterator[tuple[Entry, str]]:
+    """Yield (tensor, checksum) for every tensor with elements, read by PyTorch's threads."""
+    parts = _parts(entry for entry in tensors if entry.n_bytes)
+    pool = ThreadPoolExecutor(min(_MOST_THREADS, torch.get_num_threads()))
+    try:
+        for part, values in zip(parts, pool.map(_read, parts), strict=True):
+            yield from zip(part, values, strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # also where somebody pressed Ctrl-C
 
 
-def file_checksums(
-    path: str | Path, *, left_out: Collection[str] = ()
-) -> Iterator[tuple[str, str]]:
-    """Yield (tensor name, checksum) for every tensor with elements in a safetensors file.
-
-    Those that are `left_out` are not read.
-    """
-    with open(path, "rb") as file:
-        header, start = _read_header(file, path)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            first, end = entry["data_offsets"]
-            if first == end or name in left_out:
-                continue
-            file.seek(start + first)
-            crc, left = _start(entry["shape"]), end - first
-            while left:
-                piece = file.read(min(left, _PIECE_BYTES))
-                if not piece:
-                    raise ValueError(f"{path} is truncated: it ends inside {name}")
-                crc = zlib.crc32(piece, crc)
-                left -= len(piece)
-            yield name, f"{crc:08x}"
-
-
-def verify_files(
-    paths: Iterable[str | Path], expected: Mapping[str, str], *, left_out: Collection[str] = ()
+def verify_tensors(
+    tensors: Sequence[Entry], expected: Mapping[str, str], *, left_out: Collection[str] = ()
 ) -> None:
-    """Raise ValueError that names the damaged or missing tensors of a checkpoint.
+    """Raise ValueError that names the damaged or missing tensors of a checkpoint's files.
 
     Tensors that `expected` does not know are left alone, and those that are `left_out`. A tensor
     that no file has counts as missing only if every name in the files is known: some models are
     written under other names than their modules have, and what is missing then shows after loading.
     """
-    left_out = set(left_out)
-    damaged, found, n_unknown = [], set(left_out), 0
-    for path in paths:
-        for name, value in file_checksums(path, left_out=left_out):
-            if name not in expected:
-                n_unknown += 1
-                continue
-            found.add(name)
-            if expected[name] != value:
-                damaged.append(f"{name} in {path}")
+    names = {entry.name for entry in tensors if entry.n_bytes}.union(left_out)
+    wanted = set(expected).difference(left_out)
+    damaged = [
+        f"{entry.name} in {entry.file}"
+        for entry, value in checksums_of(entry for entry in tensors if entry.name in wanted)
+        if expected[entry.name] != value
+    ]
     if damaged:
         raise ValueError(
             f"the checkpoint is damaged, {len(damaged)} tensors differ from their checksum; "
             f"download or export it again: {_some(damaged)}"
         )
-    missing = sorted(set(expected) - found)
-    if missing and not n_unknown:
+    missing = sorted(set(expected) - names)
+    if missing and names <= set(expected).union(left_out):
         raise ValueError(
             f"the checkpoint lacks {len(missing)} tensors; "
             f"download or export it again: {_some(missing)}"
         )
 
 
-def _read_header(file: Any, path: str | Path) -> tuple[dict[str, Any], int]:
-    """Return the tensors' entries and the offset at which their bytes start."""
-    size, length = os.fstat(file.fileno()).st_size, file.read(8)
-    n_bytes = struct.unpack("<Q", length)[0] if len(length) == 8 else 0
-    return parse_header(file.read, n_bytes, size, path), 8 + n_bytes
+def _parts(tensors: Iterable[Entry]) -> list[list[Entry]]:
+    """Return runs of tensors of one file, each of several megabytes."""
+    parts: list[list[Entry]] = []
+    size = 0
+    for entry in tensors:
+        if not parts or size >= _PART_BYTES or entry.file != parts[-1][-1].file:
+            parts.append([])
+            size = 0
+        parts[-1].append(entry)
+        size += entry.n_bytes
+    return parts
 
 
-def parse_header(
-    read: Callable[[int], bytes], n_bytes: int, size: int, path: str | Path
-) -> dict[str, Any]:
-    """Return the entries that `read(n_bytes)` has, of a safetensors file of `size` bytes."""
-    try:
-        with reading(path):
-            if not 2 <= n_bytes <= min(_MAX_HEADER_BYTES, size - 8):
-                raise ValueError(f"it claims {n_bytes} bytes, and the file has {size}")
-            header = json.loads(read(n_bytes))
-            if not isinstance(header, dict):
-                raise TypeError(f"it is not an object but {type(header).__name__}")
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                _check_entry(name, entry)
-    except (ValueError, TypeError) as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        raise ValueError(
-            f"{path} is damaged or no safetensors file: its header cannot be read ({reason}); "
-            "export or download it again"
-        ) from error
-    return header
-
-
-def _check_entry(name: str, entry: Any) -> None:
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    whole = all(isinstance(x, list) and all(type(n) is int for n in x) for x in (shape, offsets))
-    if not whole or len(offsets) != 2 or min(shape, default=0) < 0:
-        raise TypeError(f"{name} has no shape or no place: {shape!r:.100}, {offsets!r:.100}")
-    if not 0 <= offsets[0] <= offsets[1]:
-        raise ValueError(f"the bytes of {name} run backwards: {offsets}")
+def _read(part: list[Entry]) -> list[str]:
+    """Return the checksums of tensors of one file."""
+    values, buffer = [], memoryview(bytearray(_PIECE_BYTES))
+    with open(part[0].file, "rb", buffering=0) as file:
+        for entry in part:
+            file.seek(entry.start)
+            crc, left = _start(entry.shape), entry.n_bytes
+            while left:
+                n = file.readinto(buffer[: min(left, _PIECE_BYTES)])
+                if not n:
+                    raise ValueError(f"{entry.file} is truncated: it ends inside {entry.name}")
+                crc = zlib.crc32(buffer[:n], crc)
+                left -= n
+            values.append(f"{crc:08x}")
+    return values
 
 
 def _start(shape: Sequence[int]) -> int:

@@ -8,64 +8,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..base.resources import atomic_path
-from .checksums import parse_header
-
-Read = Callable[[str, int, int], bytes]  # (file, first byte, end) -> bytes
+from .header import Entry, Read, read_local
 
 _PIECE_BYTES = 1 << 24
 _ALIGNED = 8  # bytes; a tensor of another length would put those behind it out of step
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: its place in it, from `start` to `end`."""
-
-    name: str
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def n_bytes(self) -> int:
-        """Its length."""
-        return self.end - self.start
-
-
-def read_local(file: str, start: int, end: int) -> bytes:
-    """Return the bytes of a file from `start` to before `end`."""
-    with open(file, "rb") as opened:
-        opened.seek(start)
-        return opened.read(end - start)
-
-
-def entries(file: str, size: int, read: Read = read_local) -> list[Entry]:
-    """Return the tensors of a safetensors file of `size` bytes, in the order of their bytes."""
-    length = read(file, 0, 8)
-    n_bytes = struct.unpack("<Q", length)[0] if len(length) == 8 else 0
-    header = parse_header(lambda n: read(file, 8, 8 + n), n_bytes, size, file)
-    base = 8 + n_bytes
-    made = [
-        Entry(
-            name,
-            file,
-            str(entry["dtype"]),
-            tuple(entry["shape"]),
-            base + entry["data_offsets"][0],
-            base + entry["data_offsets"][1],
-        )
-        for name, entry in header.items()
-    ]
-    if late := [entry.name for entry in made if entry.end > size]:
-        raise ValueError(f"{file} is truncated: it ends before {late[0]}")
-    return sorted(made, key=lambda entry: (entry.start, entry.name))
 
 
 def in_step(wanted: Sequence[Entry]) -> list[Entry]:

@@ -40,7 +40,13 @@ def foreign_method(tmp_path, monkeypatch):
     monkeypatch.setattr(
         plugins, "entry_points", lambda group: [point] if "methods" in group else []
     )
-    caches = (plugins._entry_points, plugins.load, compose.method, compose.normalize)
+    caches = (
+        plugins._entry_points,
+        plugins.load,
+        compose.method,
+        compose.normalize,
+        compose._resolved,
+    )
     for cache in caches:
         cache.cache_clear()
     yield "halve"

@@ -22,7 +22,7 @@ from hf_evopress.models.size import stored_bytes
 from hf_evopress.plans.block_order import order_of
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.sharing.hub import push_folder
-from hf_evopress.store.tensor_bytes import Entry, entries
+from hf_evopress.store.header import entries_of
 
 TOKENS = torch.arange(40).view(2, 20)
 
@@ -91,10 +91,6 @@ def load(folder: Path | str, **options: Any) -> Any:
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(TOKENS).logits
-
-
-def entries_of(file: Path) -> list[Entry]:
-    return entries(str(file), file.stat().st_size)
 
 
 def n_bytes(model: Any) -> int:

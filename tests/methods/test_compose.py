@@ -64,7 +64,7 @@ def dummies(monkeypatch):
     known = {"scaled": Scaled, "first": First}
     load = compose.load
     monkeypatch.setattr(compose, "load", lambda group, n: known.get(n) or load(group, n))
-    caches = (compose.method, compose.normalize)
+    caches = (compose.method, compose.normalize, compose._resolved)
     for cache in caches:
         cache.cache_clear()
     yield

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_evopress.store.tensor_bytes import Entry, entries, in_step, read_local, write_tensors
+from hf_evopress.store.header import Entry, entries, read_local
+from hf_evopress.store.tensor_bytes import in_step, write_tensors
 
 TENSORS = {
     "a": torch.arange(24, dtype=torch.float16).view(4, 6),
