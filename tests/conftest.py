@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from hf_evopress.loading.kernels import compiled
 from hf_evopress.loading.quantizer import attach
 from hf_evopress.loading.stitch import compress_model
 from hf_evopress.models.units import find_units
@@ -35,6 +37,9 @@ os.environ.setdefault("HF_EVOPRESS_RUNTIME", "packed")
 # as much by that as they gain by tuning. So tests compute in float32 on any machine.
 _capabilities = torch.cpu.get_capabilities()
 torch.cpu.get_capabilities = lambda: {**_capabilities, "avx512_bf16": False}
+
+# Which test is the first to compile kernels, and warns of it, differs from run to run.
+compiled._PATIENCE = float(threading.TIMEOUT_MAX)
 
 ARCHITECTURES = ("llama", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox", "opt")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -478,6 +479,20 @@ def test_kernels_are_for_the_processor_that_numba_compiles_for(
     assert is_x86
     assert compiled.has_feature.__wrapped__("avx2") == ("+avx2" in told)
     assert not compiled.has_feature.__wrapped__("avx512bw")
+
+
+def test_that_kernels_are_being_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, entry = threading.Event(), compiled._entry
+
+    def slow(numba: Any, make: Any, arguments: int) -> Any:
+        assert said.wait(60)  # as long as compiling takes
+        return entry(numba, make, arguments)
+
+    monkeypatch.setattr(compiled, "_PATIENCE", 0.01)
+    monkeypatch.setattr(compiled, "_entry", slow)
+    monkeypatch.setattr(compiled.logger, "warning", lambda text: said.set())
+    compiled.compiled.__wrapped__()
+    assert said.is_set()
 
 
 @pytest.mark.skipif(not compiled.vector_bytes(), reason="a processor without AVX2")

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ...base.progress import saying
 from ...methods.maths import codebook
 from . import (
     blocks,
@@ -63,6 +64,11 @@ from .task import (
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE = 3.0  # seconds; from the cache they take one
+_COMPILING = (
+    "the first product with compressed layers compiles kernels for this processor, "
+    "20 to 30 seconds once per machine"
+)
 LEAST = 2**17  # multiplications that are worth another thread
 Task = ctypes.c_int64 * SIZE
 _FAST = ("dot_floats",)  # sums in any order
@@ -172,7 +178,8 @@ def compiled() -> Kernels:
         inline = "always" if name in _INLINE else "never"
         options = {"fastmath": name in _FAST, "error_model": "numpy", "inline": inline}
         _put(name, numba.njit(plain, **options))
-    entries = {name: _entry(numba, *how) for name, how in _ENTRIES.items()}
+    with saying(logger, _COMPILING, after=_PATIENCE):
+        entries = {name: _entry(numba, *how) for name, how in _ENTRIES.items()}
     return Kernels(entries)
 
 
