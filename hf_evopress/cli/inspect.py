@@ -74,7 +74,18 @@ def show(
     if png is not None:
         from ..sharing.plots import heat_map_plot
 
-        console.print(f"heat map drawn to {heat_map_plot(loaded, png)}", markup=False)
+        drawn = heat_map_plot(loaded, png, _stored_bits(loaded))
+        console.print(f"heat map drawn to {drawn}", markup=False)
+
+
+def _stored_bits(plan: Plan) -> dict[str, float] | None:
+    """Return the stored bits per weight of each unit, None where they cannot be known here."""
+    from ..sharing.cards import exact_bits  # not above: it imports torch, which takes seconds
+
+    try:
+        return exact_bits(plan)
+    except ValueError:  # a level of a method that is not installed
+        return None
 
 
 def _show_runtime(plan: Plan) -> None:

@@ -173,9 +173,11 @@ def model(words: argparse.Namespace) -> None:
     for name, report in reports.items():
         n = sum(u.shape[0] * u.shape[1] for u in store.units.values())
         bits = sum(store.cost_bits(unit, name) for unit in store.units) / n
+        error = report.kl_standard_error
+        spread = "" if error is None else f" ± {error:.4f}"  # None of one window
         print(
-            f"| {name} | {bits:.3f} | {predicted[name]:.4f} | {report.kl_nats:.4f} "
-            f"± {report.kl_standard_error:.4f} | {report.perplexity:.2f} |",
+            f"| {name} | {bits:.3f} | {predicted[name]:.4f} | {report.kl_nats:.4f}{spread} | "
+            f"{report.perplexity:.2f} |",
             flush=True,
         )
     print(f"dense perplexity {next(iter(reports.values())).dense_perplexity:.2f}")
