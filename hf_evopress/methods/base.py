@@ -44,6 +44,7 @@ class Param:
 
     def check(self, method: str, name: str, value: Value) -> Value:
         """Return `value` as `kind`; raise ValueError that names it and what is allowed."""
+        given = value
         if self.kind is float and type(value) is int:
             value = float(value)
         if self.kind is str and not isinstance(value, str):
@@ -54,7 +55,9 @@ class Param:
             )
         if self.choices is not None and value not in self.choices:
             allowed = ", ".join(map(str, self.choices))
-            raise ValueError(f"{method} takes {name} from {allowed}; got {name}={value}")
+            raise ValueError(f"{method} takes {name} from {allowed}; got {name}={given}")
+        if self.choices is not None:
+            value = next(choice for choice in self.choices if choice == value)  # 3, not 3.0
         if self.at_least is not None and value < self.at_least:  # type: ignore[operator]
             raise ValueError(f"{method} needs {name} >= {self.at_least}, got {name}={value}")
         if self.at_most is not None and value > self.at_most:  # type: ignore[operator]

@@ -8,7 +8,7 @@ same, 2025, arXiv:2505.22988). W = s Q_o^T Y Q_i: Q are rotations with a formula
 statistics know the outputs' moments, along the outputs (`maths/two_sided.py`).
 
 Stores exactly `bits` per weight of whole tiles and a scale of 32 bits; without tail_biting also
-state_bits - bits per tile. Sides that 16 does not divide are padded to whole tiles, and the padding
+state_bits - bits per tile (half bits rounded up). Sides that 16 does not divide are padded to whole tiles, and the padding
 is stored. With scales=channels W is diag(a) Q_o^T Y Q_i diag(b), and 16 bits for each row and each
 column are stored instead of the one scale (`maths/channel_scales.py`). Making a weight takes
 2^state_bits steps per weight, whatever the bits.
@@ -43,7 +43,7 @@ from .maths.trellis_rounding import (
     unrotate_sides,
 )
 from .maths.two_sided import DAMP_OUTPUTS, TILE
-from .maths.walks import LENGTH, start_bytes, unpack_walks
+from .maths.walks import BITS, LENGTH, own_bits, start_bytes, unpack_walks, walk_bytes
 
 MAX_STATE_BITS = 16
 MAX_ODD = 1024  # of a side: rotating takes its square in memory, and as much time per weight
@@ -59,7 +59,7 @@ class Trellis(SharedWork):
     can_follow = True
     is_trainable = True
     params: ClassVar[Mapping[str, Param]] = {
-        "bits": Param(int, "bits per weight", choices=(1, 2, 3, 4, 5, 6, 7, 8)),
+        "bits": Param(float, "bits per weight", choices=BITS),
         "state_bits": Param(
             int, "log2 of the trellis' states", default=12, at_least=4, at_most=MAX_STATE_BITS
         ),
@@ -91,10 +91,12 @@ class Trellis(SharedWork):
         "trellis:bits=4,rotation=none,state_bits=5,feedback=none,codebook=gauss",
         "trellis:bits=3,state_bits=7,scales=channels,order=mma,codebook=mcg",
         "trellis:bits=3,state_bits=6,codebook=weyl",
+        "trellis:bits=2.5,state_bits=7",
+        "trellis:bits=1.5,state_bits=6,codebook=weyl,tail_biting=false,order=mma",
     )
 
     def check(self, **params: Any) -> None:
-        if params["bits"] > params["state_bits"]:
+        if own_bits(params["bits"])[1] > params["state_bits"]:
             raise ValueError(
                 f"trellis needs state_bits >= bits: a state holds the last bits of its walk; got "
                 f"bits={params['bits']}, state_bits={params['state_bits']}"
@@ -126,7 +128,7 @@ class Trellis(SharedWork):
         if not params["tail_biting"]:
             starts = start_bytes(rows * columns, params["bits"], params["state_bits"])
         scales = 16 * sum(shape) if params["scales"] == "channels" else 32
-        return rows * columns * LENGTH * params["bits"] + 8 * starts + scales
+        return 8 * (rows * columns * walk_bytes(params["bits"]) + starts) + scales
 
     def compress_many(
         self, Ws: Sequence[Tensor], stats: Stats | None, settings: Sequence[Mapping[str, Any]]
@@ -156,9 +158,7 @@ class Trellis(SharedWork):
         rows, columns = _tiles(shape)
         bits = params["bits"]
         state = {
-            "codes": torch.empty(
-                rows, columns, LENGTH * bits // 8, dtype=torch.uint8, device="meta"
-            ),
+            "codes": torch.empty(rows, columns, walk_bytes(bits), dtype=torch.uint8, device="meta"),
             **_empty_scales(shape, params["scales"]),
         }
         if not params["tail_biting"]:
@@ -191,11 +191,11 @@ def _slabs(state: State, shape: Shape, piece: int, **params: Any) -> Iterator[tu
     """Yield rows of tiles of Y, of about `piece` weights: the first one's number and
     (n, 16, columns, 16) float32."""
     (rows, columns), bits, state_bits = _tiles(shape), params["bits"], params["state_bits"]
-    codes = state["codes"]
-    if codes.shape != (rows, columns, LENGTH * bits // 8):
+    codes, wanted = state["codes"], (rows, columns, walk_bytes(bits))
+    if codes.shape != wanted:
         raise ValueError(
             f"trellis: a weight of shape {tuple(shape)} at {bits} bits has codes of shape "
-            f"{(rows, columns, LENGTH * bits // 8)}, got {tuple(codes.shape)}"
+            f"{wanted}, got {tuple(codes.shape)}"
         )
     if (state.get("starts") is None) != params["tail_biting"]:
         raise ValueError(f"trellis: tail_biting={params['tail_biting']}, and starts do not fit it")

@@ -77,7 +77,7 @@ def move_walks(
     Y = values[old.long()]
     width = float(values.square().mean().sqrt())
     eta = REACH * width * 2.0**-bits / sizes[order].unsqueeze(1)
-    past = old[:, 0] >> bits if starts is None else None
+    past = old[:, 0] >> int(bits) if starts is None else None
     new = nearest_walks(Y - eta * tiles[order], values, bits, past)
     change = values[new.long()] - Y
     gain = -(uphill[order] * change).sum(1)

@@ -158,6 +158,7 @@ def test_a_product_of_two_halves_is_near_to_any_scale() -> None:
         ("rtn:bits=4,group_size=32", "q_proj: level 'rtn.*is not one trellis term"),
         (f"{LEVEL} + lowrank:rank=4,metric=plain", "is not one trellis term"),
         (LEVEL.replace("bits=16", "bits=12"), "state_bits=12 where it has 16"),
+        (LEVEL.replace("bits=3,", "bits=2.5,"), "bits=2.5 where it has whole ones"),
         (LEVEL.replace("=128", "=full"), "rotation=full where it has 128"),
         (LEVEL.replace("=mma", "=rows"), "order=rows where it has mma"),
         (LEVEL.replace("mul1", "strata"), "codebook=strata where it has mul1, mcg, 3inst"),

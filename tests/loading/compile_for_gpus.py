@@ -36,6 +36,7 @@ LEVELS = [
     "trellis:bits=5,state_bits=8,feedback=none,codebook=mul1",
     "trellis:bits=5,state_bits=9,feedback=none,codebook=mcg,order=mma,tail_biting=false",
     "trellis:bits=4,state_bits=8,feedback=none,codebook=weyl",
+    "trellis:bits=2.5,state_bits=8,feedback=none,codebook=weyl",
     "trellis:bits=8,state_bits=12,feedback=none,tail_biting=false",
 ]
 KINDS = {

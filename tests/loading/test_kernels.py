@@ -21,7 +21,7 @@ from hf_evopress.methods import compose
 from hf_evopress.methods.base import State
 from hf_evopress.methods.maths.codebook import codebook, weyl_half, weyl_multiplier
 from hf_evopress.methods.maths.linalg import Stats
-from hf_evopress.methods.maths.walks import unpack_walks
+from hf_evopress.methods.maths.walks import unpack_walks, walk_bytes
 
 CODES = [
     *(f"rtn:bits={bits},group_size=64" for bits in (2, 3, 4, 5, 6, 7, 8)),
@@ -51,8 +51,16 @@ TRELLIS = [
     "trellis:bits=3,state_bits=9,feedback=none,codebook=weyl",
     "trellis:bits=4,state_bits=4,feedback=none,tail_biting=false,order=mma",
     "trellis:bits=5,state_bits=8,feedback=none,tail_biting=false,order=mma,scales=channels",
+    "trellis:bits=2.5,state_bits=9,feedback=none,codebook=weyl,scales=channels",
+    "trellis:bits=1.5,state_bits=7,feedback=none",
+    "trellis:bits=3.5,state_bits=9,feedback=none,tail_biting=false",
+    "trellis:bits=2.5,state_bits=8,feedback=none,tail_biting=false,order=mma",
+    "trellis:bits=4.5,state_bits=10,feedback=none,tail_biting=false,codebook=weyl",
 ]
-MMA = [f"trellis:bits={k},state_bits=8,feedback=none,order=mma,codebook=mul1" for k in (1, 2, 3, 8)]
+MMA = [
+    f"trellis:bits={k},state_bits=8,feedback=none,order=mma,codebook=mul1"
+    for k in (1, 2, 2.5, 3, 8)
+]
 SUMS = [
     "lowrank:rank=8,metric=plain",
     "lowrank:rank=7,metric=plain,factors=int8",
@@ -530,12 +538,12 @@ def reader(decode: Any) -> Any:
     return numba.njit(read)
 
 
-@pytest.mark.parametrize("bits", [3, 7, 8])
-def test_a_processor_without_bmi_reads_the_same_walks(bits: int) -> None:
-    codes = torch.randint(256, (32 * bits,), dtype=torch.uint8)
+@pytest.mark.parametrize("bits", [1.5, 3, 4.5, 7, 8])
+def test_a_processor_without_bmi_reads_the_same_walks(bits: float) -> None:
+    codes = torch.randint(256, (walk_bytes(bits),), dtype=torch.uint8)
     table, found = torch.randn(2**10), torch.zeros(2, 256)
     for target, has_bmi in zip(found, (False, compiled.has_bmi()), strict=True):
-        decode = walks.intrinsics(has_bmi=has_bmi)[f"decode_{bits}"]
+        decode = walks.intrinsics(has_bmi=has_bmi)[f"decode_{round(2 * bits)}"]
         past = codes[-8:]  # it bites its tail
         addresses = codes.data_ptr(), past.data_ptr(), table.data_ptr(), 10, target.data_ptr()
         reader(decode)(*addresses)
@@ -554,13 +562,14 @@ def called(function: Any) -> Any:
 
 
 @pytest.mark.skipif(not compiled.vector_bytes(), reason="a processor without AVX2")
-@pytest.mark.parametrize("bits", [1, 3, 4, 8])
-def test_values_are_computed_to_the_bit_at_any_width_of_vectors(bits: int) -> None:
-    codes = torch.randint(256, (32 * bits,), dtype=torch.uint8)  # it bites its tail
+@pytest.mark.parametrize("bits", [1, 1.5, 2.5, 3, 3.5, 4, 4.5, 8])
+def test_values_are_computed_to_the_bit_at_any_width_of_vectors(bits: float) -> None:
+    codes = torch.randint(256, (walk_bytes(bits),), dtype=torch.uint8)  # it bites its tail
+    pair = round(2 * bits)
     for width in {32, compiled.weyl_bytes()}:
         made = weyl.intrinsics(width=width)
-        compute, to_floats = called(made[f"weyl_{bits}"]), called(made["float_words"])
-        add, add_words = called(made[f"sum_weyl_{bits}"]), called(made["add_words"])
+        compute, to_floats = called(made[f"weyl_{pair}"]), called(made["float_words"])
+        add, add_words = called(made[f"sum_weyl_{pair}"]), called(made["add_words"])
         for state_bits in (8, 13, 16):
             words, found = torch.zeros(256, dtype=torch.int16), torch.zeros(256)
             multiplier = weyl_multiplier(state_bits, bits) << (16 - state_bits)

@@ -25,6 +25,7 @@ from hf_evopress.loading.layers import CompressedLinear, prepare_layers
 from hf_evopress.loading.runtimes import KERNELS, TRITON_KERNELS, check_device, chosen
 from hf_evopress.methods import base, compose, trellis
 from hf_evopress.methods.base import State
+from hf_evopress.methods.maths.walks import BITS
 
 from .test_kernels import CODES, MMA, SPARSE, SUMS, TRELLIS, drawn, error, make
 
@@ -166,9 +167,9 @@ def test_rows_are_those_of_the_reference_to_the_bit(level: str) -> None:
 
 @pytest.mark.parametrize("ends", ["", ",tail_biting=false"], ids=["tail", "starts"])
 @pytest.mark.parametrize("order", ["rows", "mma"])
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_any_walk_is_read_as_the_reference_reads_it(bits: int, order: str, ends: str) -> None:
-    state_bits, shape = (16, 12, max(8, bits))[bits % 3], (33, 100)
+@pytest.mark.parametrize("bits", BITS)
+def test_any_walk_is_read_as_the_reference_reads_it(bits: float, order: str, ends: str) -> None:
+    state_bits, shape = (16, 12, 8)[int(bits) % 3], (33, 100)
     text = f"trellis:bits={bits},order={order},state_bits={state_bits},rotation=none{ends}"
     own, state = drawn(text, shape)
     kernel = triton_kernel_of(own.level, shape)

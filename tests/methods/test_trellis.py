@@ -7,6 +7,7 @@ import torch
 
 from hf_evopress.methods import compose
 from hf_evopress.methods.maths.linalg import Stats
+from hf_evopress.methods.maths.walks import BITS
 from hf_evopress.methods.trellis import Trellis
 
 SHAPES = [(1, 1), (1, 40), (33, 1), (7, 3), (16, 16), (17, 31), (48, 90), (130, 70)]
@@ -44,7 +45,10 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("bits, expected", [(1, 0.282), (2, 0.079), (3, 0.0216), (4, 0.0062)])
+@pytest.mark.parametrize(
+    "bits, expected",
+    [(1, 0.282), (2, 0.079), (3, 0.0216), (4, 0.0062), (1.5, 0.150), (2.5, 0.0411), (3.5, 0.0120)],
+)
 def test_a_gaussian_weight_loses_what_was_measured(bits, expected):
     """A quarter more than the bound 4^-bits with 2^8 states; scalar codes lose twice as much."""
     W = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
@@ -60,7 +64,7 @@ def test_more_states_and_more_bits_lose_less():
         return loss(W - made(level, W, stats)[1], stats.hessian())
 
     assert at(3, 10) < at(3, 8) < at(3, 5)
-    by_bits = [at(bits, 10) for bits in range(1, 9)]
+    by_bits = [at(bits, 10) for bits in BITS]
     assert by_bits == sorted(by_bits, reverse=True)
 
 
@@ -117,7 +121,7 @@ def test_any_shape_costs_its_whole_tiles(shape, options):
 
 
 def test_bits_per_weight_are_exact_where_16_divides():
-    for bits in range(1, 9):
+    for bits in BITS:
         level = compose.normalize(f"trellis:bits={bits}")
         assert compose.cost_bits(level, (576, 1536)) == bits * 576 * 1536 + 32
 
@@ -192,8 +196,12 @@ def test_moments_of_another_weight_are_refused():
     "level, reason",
     [
         ("trellis", "needs bits=... "),
-        ("trellis:bits=9", "takes bits from 1, 2, 3, 4, 5, 6, 7, 8; got bits=9"),
+        (
+            "trellis:bits=9",
+            "takes bits from 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8; got bits=9",
+        ),
         ("trellis:bits=6,state_bits=5", "needs state_bits >= bits"),
+        ("trellis:bits=4.5,state_bits=4", "needs state_bits >= bits"),
         ("trellis:bits=2,state_bits=17", "needs state_bits <= 16"),
         ("trellis:bits=2,rotation=48", "takes rotation from full, none"),
     ],

@@ -25,6 +25,7 @@ from hf_evopress.training.walk_steps import move_walks, rotated_gradient
 
 LEVEL = "trellis:bits=2,state_bits=8"
 FREE = "trellis:bits=2,state_bits=6,tail_biting=false"
+HALF = "trellis:bits=2.5,state_bits=6,tail_biting=false,codebook=weyl"
 CHANNELS = "trellis:bits=2,state_bits=8,scales=channels,order=mma"
 
 
@@ -57,7 +58,7 @@ def ones(shape: tuple[int, int]) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (40, 33)])  # whole tiles, and padded ones
-@pytest.mark.parametrize("text", [LEVEL, FREE, CHANNELS])
+@pytest.mark.parametrize("text", [LEVEL, FREE, CHANNELS, HALF])
 def test_a_step_codes_few_tiles_again_and_goes_downhill(shape: tuple[int, int], text: str) -> None:
     level, state, params = packed(shape, f"{text},feedback=none")
     G = torch.randn(shape, generator=torch.Generator().manual_seed(5))
@@ -77,7 +78,7 @@ def test_a_step_codes_few_tiles_again_and_goes_downhill(shape: tuple[int, int], 
         assert float(part.abs().sum() if part.numel() else 0.0) < 1e-3
 
 
-@pytest.mark.parametrize("text", [LEVEL, FREE])
+@pytest.mark.parametrize("text", [LEVEL, FREE, HALF])
 def test_a_step_is_the_same_on_any_device(device: torch.device, text: str) -> None:
     _, state, params = packed((64, 96), f"{text},feedback=none")
     there = {name: tensor.clone().to(device) for name, tensor in state.items()}

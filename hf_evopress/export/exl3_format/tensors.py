@@ -42,6 +42,8 @@ def obstacles(level: Level, shape: Shape) -> Iterator[str]:
         return
     wanted = {"state_bits": STATE_BITS, "rotation": str(BLOCK), "order": "mma"}
     wrong = [f"{k}={params[k]} where it has {v}" for k, v in wanted.items() if params[k] != v]
+    if params["bits"] % 1:
+        wrong.append(f"bits={params['bits']} where it has whole ones")
     if not params["tail_biting"]:
         wrong.append("tail_biting=false where it has true")
     if params["codebook"] not in FACTORS:

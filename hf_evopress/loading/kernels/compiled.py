@@ -78,7 +78,7 @@ _OWNERS = (rows, walk_rows, inputs, blocks, native, computed, strips, turns)
 _FUNCTIONS = (  # callees first
     *("to_float", "round_bfloat16", "to_bfloat16", "unpack_range", "unpack_row", "read_mask"),
     *("put_codes", "put_floats"),
-    *("past_of", "read_walks", "read_mma_walks"),
+    *("past_of", "read_walks"),
     *("read_grids", "read_codes", "weights_of", "expand_codes"),
     *("read_weights", "count_kept", "prepare", "place", "share", "write", "spread"),
     *("dot_row", "dot", "dots", "add_rest", "write_sums", "multiply_block", "multiply_codes"),

@@ -106,8 +106,12 @@ class Walks(OnGPU):
     family = "walks"
 
     def across(self) -> int:
-        runs = 4 if self.is_mma else 2  # of weights, in a row of a tile
-        return runs * int(self.matrix.fixed["width"])
+        return 16 // self.run * int(self.matrix.fixed["width"])
+
+    @property
+    def run(self) -> int:
+        """How many weights of a row are read at once: those of a walk that follow each other."""
+        return 4 if self.is_mma or self.matrix.fixed["bits"] % 2 else 8
 
     @property
     def is_mma(self) -> bool:
@@ -117,8 +121,8 @@ class Walks(OnGPU):
     def constants(self) -> dict[str, Any]:
         fixed = self.matrix.fixed
         book = self.book if self.book in FORMULAS else "table"
-        sizes = {"wide": fixed["width"], "K": fixed["bits"], "L": fixed["number_bits"]}
-        return {**sizes, "BOOK": book, "MMA": self.is_mma}
+        sizes = {"wide": fixed["width"], "PAIR": fixed["bits"], "L": fixed["number_bits"]}
+        return {**sizes, "BOOK": book, "MMA": self.is_mma, "RUN": self.run}
 
     @property
     def rotated(self) -> Rotated:
@@ -133,7 +137,8 @@ class Walks(OnGPU):
     @property
     def starts(self) -> str | None:
         """The name of the walks' starts; none are of states with no more than their own bits."""
-        return self.rotated.starts if self.constants["L"] > self.constants["K"] else None
+        own = self.constants["PAIR"] // 2  # bits of the first weight
+        return self.rotated.starts if self.constants["L"] > own else None
 
     def tensors(self, state: Tensors) -> dict[str, Any]:
         codes = state[self.matrix.codes]
@@ -142,7 +147,7 @@ class Walks(OnGPU):
 
     def table_on(self, device: torch.device) -> Tensor | None:
         """Return the values of all states, None where they are computed."""
-        sizes = self.constants["L"], self.constants["K"]
+        sizes = self.constants["L"], self.constants["PAIR"] / 2
         return None if self.book in FORMULAS else _values(self.book, *sizes, device)
 
     def product(
@@ -265,6 +270,6 @@ def _on(table: Tensor, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=None)
-def _values(name: str, state_bits: int, bits: int, device: torch.device) -> Tensor:
+def _values(name: str, state_bits: int, bits: float, device: torch.device) -> Tensor:
     """Return a codebook's values in the half precision that they have."""
     return codebook(name, state_bits, bits).half().to(device)

@@ -68,7 +68,6 @@ clear: Any = None
 fetch: Any = None
 spread_masks: Any = None
 read_walks: Any = None
-read_mma_walks: Any = None
 ones: Any = None
 place_floats: Any = None
 place_codes: Any = None
@@ -297,10 +296,8 @@ def read_weights(task, row, at, s):  # type: ignore[no-untyped-def]
             fetch(codes + 2 * low, 4)
             to_float(codes + 2 * low, kind, min(128, end - low), kept + 4 * (low - first))
         put_floats(mask, kept, w, n)
-    elif source == WALKS:
+    elif source == WALKS or source == MMA_WALKS:
         read_walks(task, row, s)
-    elif source == MMA_WALKS:
-        read_mma_walks(task, row, s)
     else:
         read_codes(task, row, at, s + Q * room, s)
         weights_of(task, at, s + Q * room, s)

@@ -52,7 +52,6 @@ float_words: Any = None
 add_tile: Any = None
 add_mma_tile: Any = None
 put_tiles: Any = None
-decode_1: Any = None
 decode_2: Any = None
 decode_3: Any = None
 decode_4: Any = None
@@ -60,6 +59,11 @@ decode_5: Any = None
 decode_6: Any = None
 decode_7: Any = None
 decode_8: Any = None
+decode_9: Any = None
+decode_10: Any = None
+decode_12: Any = None
+decode_14: Any = None
+decode_16: Any = None
 
 
 def decode(task, walk, past, s):  # type: ignore[no-untyped-def]
@@ -67,32 +71,40 @@ def decode(task, walk, past, s):  # type: ignore[no-untyped-def]
 
     past: where to put what comes before a walk that has a start.
     """
-    bits, table, size = get(task, BITS), get(task, TABLE), get(task, NUMBER_BITS)
-    tile, target = get(task, CODES) + walk * 32 * bits, s + TILE
-    before = tile + 32 * bits - 8
+    pair, table, size = get(task, BITS), get(task, TABLE), get(task, NUMBER_BITS)
+    tile, target = get(task, CODES) + walk * 16 * pair, s + TILE
+    before = tile + 16 * pair - 8
     if get(task, PLACES):
         start, before = past_of(task, walk, tile), past
         set_u8(past + 6, start >> 8)
         set_u8(past + 7, start)
     if get(task, MULTIPLIER):
-        words_of(bits, tile, before, 1, get(task, MULTIPLIER), weyl_half(size), s + WORDS)
+        words_of(pair, tile, before, 1, get(task, MULTIPLIER), weyl_half(size), s + WORDS)
         float_words(s + WORDS, target, 32)
-    elif bits == 3:
-        decode_3(tile, before, table, size, target)
-    elif bits == 2:
-        decode_2(tile, before, table, size, target)
-    elif bits == 4:
-        decode_4(tile, before, table, size, target)
-    elif bits == 1:
-        decode_1(tile, before, table, size, target)
-    elif bits == 5:
-        decode_5(tile, before, table, size, target)
-    elif bits == 6:
+    elif pair == 6:
         decode_6(tile, before, table, size, target)
-    elif bits == 7:
-        decode_7(tile, before, table, size, target)
-    else:
+    elif pair == 4:
+        decode_4(tile, before, table, size, target)
+    elif pair == 5:
+        decode_5(tile, before, table, size, target)
+    elif pair == 8:
         decode_8(tile, before, table, size, target)
+    elif pair == 7:
+        decode_7(tile, before, table, size, target)
+    elif pair == 3:
+        decode_3(tile, before, table, size, target)
+    elif pair == 2:
+        decode_2(tile, before, table, size, target)
+    elif pair == 9:
+        decode_9(tile, before, table, size, target)
+    elif pair == 10:
+        decode_10(tile, before, table, size, target)
+    elif pair == 12:
+        decode_12(tile, before, table, size, target)
+    elif pair == 14:
+        decode_14(tile, before, table, size, target)
+    else:
+        decode_16(tile, before, table, size, target)
 
 
 def multiply_strip(task, row, end, s):  # type: ignore[no-untyped-def]

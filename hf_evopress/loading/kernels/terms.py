@@ -111,7 +111,7 @@ def _walks(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
         f"codes{suffix}",
         fixed={
             "source": T.MMA_WALKS if is_mma else T.WALKS,
-            "bits": bits,
+            "bits": round(2 * bits),
             "number_bits": state_bits,
             "width": -(-shape[1] // TILE),
             "multiplier": multiplier,
@@ -129,7 +129,7 @@ def _walks(params: Mapping[str, Any], suffix: str, shape: Shape) -> Matrix:
 
 
 @lru_cache(maxsize=None)
-def _values(name: str, state_bits: int, bits: int) -> Tensor:
+def _values(name: str, state_bits: int, bits: float) -> Tensor:
     with torch.device("cpu"):
         return codebook(name, state_bits, bits).float().contiguous()
 

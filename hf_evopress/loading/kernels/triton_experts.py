@@ -153,7 +153,7 @@ def count(addresses, counts, rows, width, BN: tl.constexpr, BK: tl.constexpr):  
 def walks(  # type: ignore[no-untyped-def]
     x, addresses, tiles, table, start, order, y, rows, n, width, wide,
     START: tl.constexpr, BIAS: tl.constexpr,
-    K: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, MMA: tl.constexpr,
+    PAIR: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, MMA: tl.constexpr, RUN: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write x Y^T + start + bias to y (tokens, width), for trellis codes in their basis."""
@@ -165,7 +165,7 @@ def walks(  # type: ignore[no-untyped-def]
     sums = walks_of(
         row_of(x, first, n, ONE), place_of(addresses, expert, 0, tl.uint8),
         place_of(addresses, expert, 4, START), table, row, row < rows, token, end, n, wide,
-        K, L, BOOK, MMA, ONE, EXACT, BM, BN, BK,
+        PAIR, L, BOOK, MMA, RUN, ONE, EXACT, BM, BN, BK,
     )  # fmt: skip
     finish_tile(
         sums, y, start, addresses, order, expert, row, rows, token, first, end, width, BIAS, ONE

@@ -1,7 +1,7 @@
 """Triton: products with trellis codes in the rotated basis, and their rows.
 
-A walk is read in runs of weights of one row: eight, half a row of a tile, or in the order mma four
-(methods/maths/tile_order.py). The state of a weight is the last bits up to its own
+A walk is read in runs of weights of one row: eight, half a row of a tile, or in the order mma and at
+half bits four (methods/maths/tile_order.py). PAIR is the bits of two weights. The state of a weight is the last bits up to its own
 (methods/maths/walks.py). A program has runs of BN outputs, BK runs of each at once, and takes the
 first weight of each run, then the second, ... Values of states are computed where the codebook has
 a formula (methods/maths/codebook.py), else read from a table.
@@ -55,18 +55,18 @@ def start_of(starts, walk, is_there, WIDTH: tl.constexpr):  # type: ignore[no-un
 
 @triton.jit
 def past_of(  # type: ignore[no-untyped-def]
-    codes, starts, walk, at, is_there, K: tl.constexpr, L: tl.constexpr
+    codes, starts, walk, at, is_there, PAIR: tl.constexpr, L: tl.constexpr
 ):
     """Return the 16 bits before byte `at` of a walk, uint32.
 
     Before its first byte is its last, or where it does not bite its tail, a start.
     """
-    past, base = tl.zeros_like(at).to(tl.uint32), codes + walk * (32 * K)
+    past, base = tl.zeros_like(at).to(tl.uint32), codes + walk * (16 * PAIR)
     if starts is not None:
-        start = start_of(starts, walk, is_there & (at < 2), L - K)
+        start = start_of(starts, walk, is_there & (at < 2), L - PAIR // 2)
     for b in tl.static_range(2):
         byte = at - 2 + b
-        own = tl.load(base + tl.where(byte < 0, byte + 32 * K, byte), mask=is_there, other=0)
+        own = tl.load(base + tl.where(byte < 0, byte + 16 * PAIR, byte), mask=is_there, other=0)
         own = own.to(tl.uint32)
         if starts is not None:
             own = tl.where(byte < 0, (start >> tl.where(byte < -1, 8, 0)) & 255, own)
@@ -76,76 +76,81 @@ def past_of(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def bits_of(  # type: ignore[no-untyped-def]
-    codes, starts, row, run, is_there, wide, K: tl.constexpr, L: tl.constexpr, MMA: tl.constexpr
-):
+    codes, starts, row, run, is_there, wide,
+    PAIR: tl.constexpr, L: tl.constexpr, MMA: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
     """Return the bits of runs, uint64, and the 16 bits before them, uint32 (0: among the former).
 
-    A run has 8 K bits; in the order mma 4 K, which may begin within a byte, and then the bits
-    before them are above them.
+    A run of eight has whole bytes. One of four may begin within a byte, and then the bits before
+    it are above its own.
     """
-    each: tl.constexpr = 4 if MMA else 2  # runs in a row of a tile
-    size: tl.constexpr = (K + 1) // 2 if MMA else K  # bytes of a run
+    each: tl.constexpr = 16 // RUN  # runs in a row of a tile
+    own: tl.constexpr = RUN * PAIR // 2  # bits of a run
+    # its bytes: a run of four begins at any even bit at half bits, else at a multiple of four
+    most: tl.constexpr = 7 if RUN == 8 or PAIR % 4 == 0 else 11 if PAIR % 2 == 0 else 13
+    size: tl.constexpr = (own + most) // 8
     walk = (row // 16).to(tl.int64)[:, None] * wide + (run // each)[None, :]
     if MMA:
-        bit = (4 * K * (8 * (row % 8) + row // 8 % 2))[:, None] + (8 * K * (run % 4))[None, :]
+        bit = (own * (8 * (row % 8) + row // 8 % 2))[:, None] + (2 * own * (run % 4))[None, :]
     else:
-        bit = (16 * K * (row % 16))[:, None] + (8 * K * (run % 2))[None, :]
+        bit = (8 * PAIR * (row % 16))[:, None] + (own * (run % each))[None, :]
     at = bit // 8
-    past = past_of(codes, starts, walk, at, is_there, K, L)
+    past = past_of(codes, starts, walk, at, is_there, PAIR, L)
     new = tl.zeros_like(at).to(tl.uint64)
-    if MMA:
+    if RUN == 4:
         new += past
     for b in tl.static_range(size):
-        byte = tl.load(codes + walk * (32 * K) + at + b, mask=is_there, other=0)
+        is_needed = is_there
+        if RUN == 4:
+            is_needed = is_there & (at + b < 16 * PAIR)
+        byte = tl.load(codes + walk * (16 * PAIR) + at + b, mask=is_needed, other=0)
         new = (new << 8) | byte.to(tl.uint64)
-    if MMA:
+    if RUN == 4:
         past = tl.zeros_like(past)
-        new = new >> (8 * size - 4 * K - bit % 8).to(tl.uint64)
+        new = new >> (8 * size - own - bit % 8).to(tl.uint64)
     return new, past
 
 
 @triton.jit
 def weights_of(  # type: ignore[no-untyped-def]
-    new, past, table, is_there, J: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
-    BOOK: tl.constexpr, MMA: tl.constexpr,
+    new, past, table, is_there, J: tl.constexpr, PAIR: tl.constexpr, L: tl.constexpr,
+    BOOK: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Return the J-th weight of each run, float32."""
-    if MMA:
-        state = (new >> (K * (3 - J))).to(tl.uint32)
-    else:
-        state = (new >> (K * (7 - J))).to(tl.uint32)
-        if K * (J + 1) < L:
-            # bits of this and of earlier weights of the run alone, then those of the past
-            state = (state & ((1 << (K * (J + 1))) - 1)) | (past << (K * (J + 1)))
+    upto: tl.constexpr = (J + 1) * PAIR // 2  # bits of the run up to and with this weight
+    state = (new >> (RUN * PAIR // 2 - upto)).to(tl.uint32)
+    if RUN == 8 and upto < L:
+        # bits of this and of earlier weights of the run alone, then those of the past
+        state = (state & ((1 << upto) - 1)) | (past << upto)
     return value_of(state & ((1 << L) - 1), table, is_there, BOOK)
 
 
 @triton.jit
-def column_of(run, J: tl.constexpr, MMA: tl.constexpr):  # type: ignore[no-untyped-def]
+def column_of(run, J: tl.constexpr, MMA: tl.constexpr, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the column of the J-th weight of each run."""
     if MMA:
         column = 16 * (run // 4) + 2 * (run % 4) + 8 * (J // 2) + J % 2
     else:
-        column = 8 * run + J
+        column = RUN * run + J
     return column
 
 
 @triton.jit
 def add_up(  # type: ignore[no-untyped-def]
     x, codes, starts, table, row, is_row, token, tokens, n, wide,
-    K: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, MMA: tl.constexpr,
+    PAIR: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, MMA: tl.constexpr, RUN: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of x Y^T for BN stored rows and BM tokens, as `finish` takes them."""
     sums = nothing(ONE, BM, BN, BK)
-    runs = wide * (4 if MMA else 2)
+    runs = wide * (16 // RUN)
     for r0 in range(0, runs, BK):
         run = r0 + tl.arange(0, BK)
         is_there = is_row[:, None] & (run < runs)[None, :]
-        new, past = bits_of(codes, starts, row, run, is_there, wide, K, L, MMA)
-        for J in tl.static_range(4 if MMA else 8):
-            w = weights_of(new, past, table, is_there, J, K, L, BOOK, MMA)
-            column = column_of(run, J, MMA)
+        new, past = bits_of(codes, starts, row, run, is_there, wide, PAIR, L, MMA, RUN)
+        for J in tl.static_range(RUN):
+            w = weights_of(new, past, table, is_there, J, PAIR, L, BOOK, RUN)
+            column = column_of(run, J, MMA, RUN)
             sums = multiply(sums, w, x, token, tokens, column, column < n, n, ONE, EXACT)
     return sums
 
@@ -153,7 +158,7 @@ def add_up(  # type: ignore[no-untyped-def]
 @triton.jit
 def product(  # type: ignore[no-untyped-def]
     x, codes, starts, table, start, bias, order, y, tokens, rows, n, width, wide,
-    K: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, MMA: tl.constexpr,
+    PAIR: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, MMA: tl.constexpr, RUN: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write x Y^T + start + bias to y for BN stored rows and BM tokens."""
@@ -161,7 +166,7 @@ def product(  # type: ignore[no-untyped-def]
     token = tl.program_id(1) * BM + tl.arange(0, BM)
     sums = add_up(
         x, codes, starts, table, row, row < rows, token, tokens, n, wide,
-        K, L, BOOK, MMA, ONE, EXACT, BM, BN, BK,
+        PAIR, L, BOOK, MMA, RUN, ONE, EXACT, BM, BN, BK,
     )  # fmt: skip
     finish(sums, y, start, bias, order, row, rows, token, tokens, width, ONE)
 
@@ -169,15 +174,15 @@ def product(  # type: ignore[no-untyped-def]
 @triton.jit
 def unpack(  # type: ignore[no-untyped-def]
     codes, starts, table, ids, y, first, rows, all_rows, n, wide,
-    K: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, MMA: tl.constexpr,
+    PAIR: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, MMA: tl.constexpr, RUN: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write stored rows, those that ids names or from `first` on, to y (rows, n)."""
     out, row, is_row = rows_of(ids, first, rows, all_rows, BN)
     run = tl.program_id(1) * BK + tl.arange(0, BK)
-    is_there = is_row[:, None] & (run < wide * (4 if MMA else 2))[None, :]
-    new, past = bits_of(codes, starts, row, run, is_there, wide, K, L, MMA)
-    for J in tl.static_range(4 if MMA else 8):
-        w = weights_of(new, past, table, is_there, J, K, L, BOOK, MMA)
-        column = column_of(run, J, MMA)
+    is_there = is_row[:, None] & (run < wide * (16 // RUN))[None, :]
+    new, past = bits_of(codes, starts, row, run, is_there, wide, PAIR, L, MMA, RUN)
+    for J in tl.static_range(RUN):
+        w = weights_of(new, past, table, is_there, J, PAIR, L, BOOK, RUN)
+        column = column_of(run, J, MMA, RUN)
         write(w, y, out, rows, is_row, column, column < n, n)

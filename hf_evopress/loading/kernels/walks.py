@@ -12,32 +12,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ...methods.maths.walks import BITS
 from .floats import rounded
 from .lanes import LANES, llvm_ir, loop_of, place_of, vector_of
 
 SIDE = 16  # rows and columns of a tile
-WIDTHS = range(1, 9)  # bits per weight
+PAIRS = tuple(round(2 * bits) for bits in BITS)  # bits of two weights, the rate in the kernels
 WORD = 8  # bytes
 
 
 def intrinsics(*, has_bmi: bool) -> dict[str, Any]:
     """Return name -> function for numba code. has_bmi: x86's instruction that cuts bits out."""
-    made = {f"decode_{bits}": _decode(bits, has_bmi=has_bmi) for bits in WIDTHS}
+    made = {f"decode_{pair}": _decode(pair, has_bmi=has_bmi) for pair in PAIRS}
     made["add_tile"] = loop_of(4, _add_tile)
     made["add_mma_tile"] = loop_of(4, _add_mma_tile)
     made["put_tiles"] = loop_of(5, _put_tiles)
     return made
 
 
-def _decode(bits: int, *, has_bmi: bool) -> Any:
-    """decode(tile, past, table, size, target): the 256 values of a tile of 32 * bits bytes.
+def _decode(pair: int, *, has_bmi: bool) -> Any:
+    """decode(tile, past, table, size, target): the 256 values of a tile of 16 * pair bytes.
 
     past: the eight bytes before its walk; table: float32 by state; size: the bits of a state.
     """
     from numba import types
     from numba.extending import intrinsic
 
-    each = LANES if bits < 7 else LANES // 2  # states of 16 bits that one word holds
+    each = LANES if pair < 14 else LANES // 2  # states of 16 bits that one word holds
 
     def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         tile, past, table, size, target = arguments
@@ -45,9 +46,11 @@ def _decode(bits: int, *, has_bmi: bool) -> Any:
         for first in range(0, SIDE * SIDE, LANES):
             values = llvm_ir().Constant(vector_of(0), llvm_ir().Undefined)
             for part in range(0, LANES, each):
-                word, after = _word(b, bits, tile, past, first + part + each)
+                end = first + part + each
+                word, after = _word(b, pair, tile, past, end)
                 for j in range(each):
-                    state = cut(word, after + bits * (each - 1 - j))
+                    later = up_to(end, pair) - up_to(end - each + j + 1, pair)
+                    state = cut(word, after + later)
                     value = b.load(place_of(b, table, state, llvm_ir().FloatType(), 4), align=4)
                     lane = llvm_ir().Constant(llvm_ir().IntType(32), part + j)
                     values = b.insert_element(values, value, lane)
@@ -61,10 +64,15 @@ def _decode(bits: int, *, has_bmi: bool) -> Any:
     return intrinsic(typing)
 
 
-def _word(b: Any, bits: int, tile: Any, past: Any, end: int) -> tuple[Any, int]:
+def up_to(weights: int, pair: int) -> int:
+    """Return how many bits that many first weights of a walk have."""
+    return weights * pair // 2
+
+
+def _word(b: Any, pair: int, tile: Any, past: Any, end: int) -> tuple[Any, int]:
     """Return the 64 bits of a walk up to weight `end`, and how many of the next come after."""
-    last = -(-bits * end // 8)
-    first, after = last - WORD, 8 * last - bits * end
+    last = -(-up_to(end, pair) // 8)
+    first, after = last - WORD, 8 * last - up_to(end, pair)
     if first >= 0:
         return _load(b, tile, first), after
     word = b.lshr(_load(b, tile, 0), _number(-8 * first))

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...methods.maths.codebook import WEYL_POLYNOMIAL, WEYL_UNIT
 from .lanes import constant_of, llvm_ir, loop_of, place_of, splat_at, spread_of, vector_of
-from .walks import SIDE, WIDTHS
+from .walks import PAIRS, SIDE, up_to
 
 FAST = ("fast",)  # sums in any order, a product and a sum as one instruction
 # inputs with one scale: 16 tiles times 2 products of 1536 and 32767 are below 2^31
@@ -28,16 +28,16 @@ def intrinsics(*, width: int) -> dict[str, Any]:
 
     64 needs AVX-512 VBMI, 32 AVX2.
     """
-    made = {f"weyl_{bits}": _words(bits, width) for bits in WIDTHS}
-    made |= {f"sum_weyl_{bits}": _sum(bits, width) for bits in WIDTHS}
+    made = {f"weyl_{pair}": _words(pair, width) for pair in PAIRS}
+    made |= {f"sum_weyl_{pair}": _sum(pair, width) for pair in PAIRS}
     return made | {"add_words": _add_words(width), "float_words": loop_of(3, _float_words)}
 
 
-def _sum(bits: int, width: int) -> Any:
+def _sum(pair: int, width: int) -> Any:
     """sum(tile, past, chunks, tiles, multiplier, half, x, scales, sums): products with integers.
 
     x: int16, a float32 scale for each chunk of `tiles` tiles; sums (16, 8): += in eight parts of
-    each row. Tiles, and what is before them (eight bytes at `past`), are 32 * bits bytes apart.
+    each row. Tiles, and what is before them (eight bytes at `past`), are 16 * pair bytes apart.
     """
     from numba import types
     from numba.core import cgutils
@@ -58,9 +58,9 @@ def _sum(bits: int, width: int) -> Any:
                 b.store(constant_of(ints, 0), part)
             with cgutils.for_range(b, tiles) as loop:
                 i = b.add(b.mul(outer.index, tiles), loop.index)
-                far = b.mul(i, _number(32 * bits))
+                far = b.mul(i, _number(16 * pair))
                 some = _inputs(b, x, i, width)
-                walk = _Walk(b, bits, width, b.add(tile, far), b.add(past, far), multiplier, half)
+                walk = _Walk(b, pair, width, b.add(tile, far), b.add(past, far), multiplier, half)
                 for at, values in walk.words():
                     part = parts[at // (width // 2)]
                     b.store(b.add(b.load(part), _pairs(b, values, some)), part)
@@ -80,7 +80,7 @@ def _sum(bits: int, width: int) -> Any:
     return intrinsic(typing)
 
 
-def _words(bits: int, width: int) -> Any:
+def _words(pair: int, width: int) -> Any:
     """words(tile, past, tiles, multiplier, half, target): values of neighbouring tiles, int16.
 
     Times WEYL_UNIT; in the order of their walks.
@@ -93,9 +93,9 @@ def _words(bits: int, width: int) -> Any:
         tile, past, tiles, multiplier, half, target = arguments
         if width:
             with cgutils.for_range(b, tiles) as loop:
-                far = b.mul(loop.index, _number(32 * bits))
+                far = b.mul(loop.index, _number(16 * pair))
                 own = b.add(target, b.mul(loop.index, _number(2 * SIDE * SIDE)))
-                walk = _Walk(b, bits, width, b.add(tile, far), b.add(past, far), multiplier, half)
+                walk = _Walk(b, pair, width, b.add(tile, far), b.add(past, far), multiplier, half)
                 for at, values in walk.words():
                     b.store(values, place_of(b, own, _number(at), values.type, 2), align=2)
         return context.get_dummy_value()
@@ -175,7 +175,7 @@ class _Walk:
     """The code that reads one walk: b is the builder."""
 
     b: Any
-    bits: int
+    pair: int  # bits of two weights
     width: int
     tile: Any
     past: Any
@@ -207,10 +207,10 @@ class _Walk:
 
     def _cut_by_vbmi(self, first: int) -> Any:
         """Return the 16 bits up to each of 32 weights."""
-        b, bits, bytes_ = self.b, self.bits, vector_of(8, 64)
-        own = bits * first // 8  # the first byte
-        size = 32 if bits < 8 else 64  # the bytes of 32 weights and two before them
-        start = min(max(own - 2, 0), 32 * bits - size)
+        b, pair, bytes_ = self.b, self.pair, vector_of(8, 64)
+        own = up_to(first, pair) // 8  # the first byte
+        size = 32 if pair < 16 else 64  # the bytes of 32 weights and two before them
+        start = min(max(own - 2, 0), 16 * pair - size)
         known = b.load(place_of(b, self.tile, _number(start), vector_of(8, size), 1), align=1)
         known = b.shuffle_vector(known, known, _integers([i % size for i in range(64)]))
         places = {byte: byte - start for byte in range(start, start + size)}
@@ -221,11 +221,10 @@ class _Walk:
             places |= {-8 + i: 56 + i for i in range(8)}
         order, shifts = [], []
         for weight in range(first, first + 32, 4):
-            end = -(-bits * (weight + 4) // 8)
-            after = 8 * end - bits * (weight + 4)
+            end = -(-up_to(weight + 4, pair) // 8)
             order += [places.get(byte, 0) for byte in range(end - 1, end - 9, -1)]
             for j in range(4):
-                shift = after + bits * (3 - j)
+                shift = 8 * end - up_to(weight + j + 1, pair)
                 shifts += [shift, shift + 8]
         order, shifts = (llvm_ir().Constant(bytes_, values) for values in (order, shifts))
         turned = _call(b, "avx512.permvar.qi.512", bytes_, known, order)
@@ -241,7 +240,7 @@ class _Walk:
             vector, places = self._bytes_of(low)
             halves.append(b.bitcast(vector, known))
             for weight in range(low, low + 8):
-                bit = self.bits * (weight + 1)
+                bit = up_to(weight + 1, self.pair)
                 end = -(-bit // 8)
                 after = 8 * end - bit
                 is_odd = weight % 2
@@ -259,7 +258,7 @@ class _Walk:
 
     def _bytes_of(self, weight: int) -> tuple[Any, dict[int, int]]:
         """Return 16 bytes with those of 8 weights and two before, and where each byte is."""
-        b, own = self.b, self.bits * weight // 8
+        b, own = self.b, up_to(weight, self.pair) // 8
         if own < 2:
             pair = vector_of(64, 2)
             found = llvm_ir().Constant(pair, llvm_ir().Undefined)
@@ -267,7 +266,7 @@ class _Walk:
                 word = b.load(place_of(b, base, _number(0), pair.element, 1), align=1)
                 found = b.insert_element(found, word, _lane(lane))
             return found, {byte: byte + 8 for byte in range(-8, 8)}
-        start = min(own - 2, 32 * self.bits - EACH)
+        start = min(own - 2, 16 * self.pair - EACH)
         place = place_of(b, self.tile, _number(start), vector_of(8, EACH), 1)
         return b.load(place, align=1), {byte: byte - start for byte in range(start, start + EACH)}
 

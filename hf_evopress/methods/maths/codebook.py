@@ -20,8 +20,10 @@ weyl    computed as well, in integers of 16 bits, for vectors of CPUs, and neare
         x * y = (x y + 2^14) >> 15:
         value = t * (666 + t^4 * (381 + 489 * t^32)) / 512, t^32 by squaring five times.
         a is near 5.056 * 2^(L - k), so that the states that follow one past are about evenly
-        apart: found by trying some hundred at 2 to 4 bits, 2^8 to 2^12 states.
-All values are half-precision numbers, rounded once.
+        apart: found by trying some hundred at 2 to 4 bits, 2^8 to 2^12 states. At 1.5 bits it is
+        0x712E, at 2.5 bits 0x3B51, of 2^16: found in the same way.
+At other half bits k is the whole number below, what even weights bring (walks.py). All values are
+half-precision numbers, rounded once.
 """
 
 from __future__ import annotations
@@ -36,22 +38,23 @@ from .hashing import hash32, permutation
 
 CODEBOOKS = ("strata", "gauss", "mul1", "mcg", "3inst", "weyl")
 WEYL_STEP = 0x50E42
+WEYL_STEPS = {1.5: 0x712E, 2.5: 0x3B51}
 WEYL_POLYNOMIAL = (666, 381, 489)  # of t, t^5 and t^37
 WEYL_UNIT = 512
 
 
 @lru_cache(maxsize=32)
-def codebook(name: str, state_bits: int, bits: int, device: torch.device | None = None) -> Tensor:
+def codebook(name: str, state_bits: int, bits: float, device: torch.device | None = None) -> Tensor:
     """Return the value of each of 2^state_bits states at `bits` per weight, float32."""
     n = 2**state_bits
     if name in ("strata", "gauss"):
         normal = NormalDist()
         quantiles = torch.tensor([normal.inv_cdf((r + 0.5) / n) for r in range(n)]).half()
-        rank = permutation(n) if name == "gauss" else _strata(state_bits, bits)
+        rank = permutation(n) if name == "gauss" else _strata(state_bits, int(bits))
         return quantiles.float()[rank].to(device)
     s = torch.arange(n, dtype=torch.int64)
     if name == "weyl":
-        return _weyl(s, state_bits, bits).to(device)
+        return _weyl(s, weyl_multiplier(state_bits, bits), state_bits).to(device)
     if name == "mul1":
         x = s * 0x83DCD12D
         total = sum((x >> shift) & 0xFF for shift in (0, 8, 16, 24))
@@ -64,7 +67,7 @@ def codebook(name: str, state_bits: int, bits: int, device: torch.device | None 
 
 
 @lru_cache(maxsize=32)
-def spread(name: str, state_bits: int, bits: int) -> float:
+def spread(name: str, state_bits: int, bits: float) -> float:
     """Return the root mean square of a codebook's values."""
     return float(codebook(name, state_bits, bits).double().square().mean().sqrt())
 
@@ -77,9 +80,11 @@ def _strata(state_bits: int, bits: int) -> Tensor:
     return stratum * width + past * (309 * width // 1000 | 1) % width
 
 
-def weyl_multiplier(state_bits: int, bits: int) -> int:
+def weyl_multiplier(state_bits: int, bits: float) -> int:
     """Return what `weyl` multiplies states by, an odd number below 2^state_bits."""
-    return (WEYL_STEP >> (16 + bits - state_bits)) % 2**state_bits | 1
+    if bits in WEYL_STEPS:
+        return WEYL_STEPS[bits] >> (16 - state_bits) | 1
+    return (WEYL_STEP >> (16 + int(bits) - state_bits)) % 2**state_bits | 1
 
 
 def weyl_half(state_bits: int) -> int:
@@ -87,8 +92,8 @@ def weyl_half(state_bits: int) -> int:
     return 1 << max(0, 15 - state_bits)
 
 
-def _weyl(state: Tensor, state_bits: int, bits: int) -> Tensor:
-    t = (state * weyl_multiplier(state_bits, bits) << (16 - state_bits)) & 0xFFFF
+def _weyl(state: Tensor, multiplier: int, state_bits: int) -> Tensor:
+    t = (state * multiplier << (16 - state_bits)) & 0xFFFF
     t = t | weyl_half(state_bits)  # never -2^15, whose square has no 16 bits
     t = t - ((t & 0x8000) << 1)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .threads import pool
+from .walks import own_bits
 
 LANES = 8
 PAD = 2  # states
@@ -23,7 +24,7 @@ _of_thread = threading.local()  # memory to work in, kept from call to call
 _NEVER = 1e30  # more than any walk costs
 
 
-def nearest_walks(x: Tensor, values: Tensor, bits: int, past: Tensor | None = None) -> Tensor:
+def nearest_walks(x: Tensor, values: Tensor, bits: float, past: Tensor | None = None) -> Tensor:
     """Return the states (n, length) int32 of the cheapest walks along x (n, length) float32.
 
     As `viterbi.nearest_walks`; on torch.get_num_threads() threads. Memory per thread:
@@ -41,10 +42,11 @@ def nearest_walks(x: Tensor, values: Tensor, bits: int, past: Tensor | None = No
     pasts = pasts.reshape(-1, LANES)
     table = np.ascontiguousarray(values.numpy(), np.float32)
     threads = max(1, min(torch.get_num_threads(), len(states)))
-    walk = _compiled(bits)
+    own = own_bits(bits)
+    walk = _compiled(*own)
 
     def work(first: int) -> None:
-        space = _workspace(len(table), bits, length)
+        space = _workspace(len(table), own, length)
         for group in range(first, len(states), threads):
             walk(targets[group], table, pasts[group], *space, states[group])
 
@@ -56,44 +58,56 @@ def nearest_walks(x: Tensor, values: Tensor, bits: int, past: Tensor | None = No
 
 
 @lru_cache(maxsize=None)
-def _compiled(bits: int) -> Any:
-    """Return the walk for this rate, compiled once per process (about a second)."""
+def _compiled(even: int, odd: int) -> Any:
+    """Return the walk for this rate, compiled once per process (about a second).
+
+    even, odd: the bits that even and odd weights bring.
+    """
     from numba import njit
 
-    step, ways = _step(bits), 2**bits
+    step_even, step_odd = _step(even), _step(odd)
 
     @njit(nogil=True)  # type: ignore[untyped-decorator]
     def walk(x, values, pasts, cost, new_cost, came_from, states):  # type: ignore[no-untyped-def]
         length, n_states = x.shape[0], values.shape[0]
-        n_pasts = n_states >> bits
-        # The ways into a state lie n_pasts states apart; PAD more, and they share no cache set.
-        pad = PAD if ways <= n_pasts else 0
+        of_even, of_odd = n_states >> even, n_states >> odd  # pasts
+        # The ways into a state lie as many states apart as there are pasts; PAD more, and they
+        # share no cache set. So costs are written as the next step reads them.
+        pad = PAD if 1 << odd <= of_odd else 0
         for s in range(n_states):
             for lane in range(LANES):
                 d = x[0, lane] - values[s]
-                never = pasts[lane] >= 0 and pasts[lane] != s >> bits
-                place = s + s // n_pasts * pad
+                never = pasts[lane] >= 0 and pasts[lane] != s >> even
+                place = s + s // of_odd * pad
                 cost[place * LANES + lane] = np.float32(_NEVER) if never else d * d
         for i in range(1, length):
             before, after = cost.ctypes.data, new_cost.ctypes.data
             ways_in, target = came_from[i].ctypes.data, x[i].ctypes.data
-            for u in range(n_pasts):
-                s = u * ways
-                into = after + 4 * LANES * (s + s // n_pasts * pad)
-                step(before, into, ways_in, values.ctypes.data, target, u, n_pasts + pad)
+            if i & 1:
+                for u in range(of_odd):
+                    s = u << odd
+                    into = after + 4 * LANES * (s + s // of_even * pad)
+                    step_odd(before, into, ways_in, values.ctypes.data, target, u, of_odd + pad)
+            else:
+                for u in range(of_even):
+                    s = u << even
+                    into = after + 4 * LANES * (s + s // of_odd * pad)
+                    step_even(before, into, ways_in, values.ctypes.data, target, u, of_even + pad)
             cost, new_cost = new_cost, cost
+        stride = of_odd if length & 1 else of_even
         for lane in range(LANES):
             best, state = np.float32(2 * _NEVER), 0
             for s in range(n_states):
-                allowed = pasts[lane] < 0 or pasts[lane] == s & (n_pasts - 1)
-                here = cost[(s + s // n_pasts * pad) * LANES + lane]
+                allowed = pasts[lane] < 0 or pasts[lane] == s & (of_even - 1)
+                here = cost[(s + s // stride * pad) * LANES + lane]
                 if allowed and here < best:
                     best, state = here, s
             for i in range(length - 1, -1, -1):
                 states[lane, i] = state
                 if i:
+                    bits, n_pasts = (odd, of_odd) if i & 1 else (even, of_even)
                     u = state >> bits
-                    way = came_from[i, u * LANES + lane] & (ways - 1)
+                    way = came_from[i, u * LANES + lane] & ((1 << bits) - 1)
                     state = u | (np.int64(way) * n_pasts)
 
     return walk
@@ -158,14 +172,14 @@ def _step(bits: int) -> Any:
     return intrinsic(typing)
 
 
-def _workspace(n_states: int, bits: int, length: int) -> tuple[np.ndarray, ...]:
+def _workspace(n_states: int, own: tuple[int, int], length: int) -> tuple[np.ndarray, ...]:
     """Return this thread's two rows of costs and its ways, at addresses that vectors ask for."""
     spaces: dict[str, tuple[np.ndarray, ...]] = _of_thread.__dict__
-    key = str((n_states, bits, length))
+    key = str((n_states, own, length))
     if key not in spaces:
-        size = 4 * LANES * (n_states + PAD * 2**bits)
+        size = 4 * LANES * (n_states + PAD * 2 ** own[1])
         rows = [_aligned(size).view(np.float32) for _ in range(2)]
-        n_pasts = n_states >> bits
+        n_pasts = n_states >> own[0]
         ways = _aligned(length * n_pasts * LANES).reshape(length, n_pasts * LANES)
         spaces[key] = (*rows, ways)
     return spaces[key]

@@ -22,6 +22,7 @@ ROTATIONS = ("full", "none", "256", "128", "64", "32")
 FEEDBACKS = ("both", "inputs", "none")
 # Codebook width over the weights' that leaves the least error on Gaussian weights.
 GAIN = {1: 0.9, 2: 1.03, 3: 1.09, 4: 1.12, 5: 1.15, 6: 1.19, 7: 1.22, 8: 1.3}
+GAIN |= {1.5: 0.97, 2.5: 1.06, 3.5: 1.1, 4.5: 1.13}
 MAX_VALUES = 2**27  # float32 numbers of all weights that are rounded in step: 512 MB
 
 Settings = Mapping[str, Any]

@@ -19,13 +19,14 @@ from torch import Tensor
 from ...base.triton_errors import failures
 from . import viterbi_gpu
 from .lanes import nearest_walks as nearest_walks_cpu
+from .walks import own_bits
 
 MAX_BYTES = 2**29  # what the ways of one batch of walks may take
 FREE = -1  # a walk may start and end anywhere
 TAIL = 64  # weights on both sides of a walk's ends by which a tail-biting state is chosen
 
 
-def encode(x: Tensor, values: Tensor, bits: int, *, tail_biting: bool) -> Tensor:
+def encode(x: Tensor, values: Tensor, bits: float, *, tail_biting: bool) -> Tensor:
     """Return the states (n, 256) int32 whose values come nearest to x (n, 256) float32.
 
     values (2^L,) float32: what each state stands for, L >= bits. A tail-biting walk ends in the
@@ -36,14 +37,15 @@ def encode(x: Tensor, values: Tensor, bits: int, *, tail_biting: bool) -> Tensor
         return nearest_walks(x, values, bits)
     state_bits = values.numel().bit_length() - 1
     around = nearest_walks(torch.cat([x[:, -TAIL:], x[:, :TAIL]], 1), values, bits)
-    past = around[:, TAIL - 1] & (2 ** (state_bits - bits) - 1)
+    past = around[:, TAIL - 1] & (2 ** (state_bits - int(bits)) - 1)
     return nearest_walks(x, values, bits, past)
 
 
-def nearest_walks(x: Tensor, values: Tensor, bits: int, past: Tensor | None = None) -> Tensor:
+def nearest_walks(x: Tensor, values: Tensor, bits: float, past: Tensor | None = None) -> Tensor:
     """Return the states (n, length) int32 of the cheapest walks along x (n, length) float32.
 
-    past (n,) int32: the L - k bits that a walk starts from and ends in; None leaves it free.
+    past (n,) int32: the L - k bits that a walk starts from and ends in; None leaves it free. At half
+    bits k is that of even weights, and `length` even.
     """
     if x.device.type == "cpu":
         return nearest_walks_cpu(x, values, bits, past)
@@ -54,9 +56,9 @@ def nearest_walks(x: Tensor, values: Tensor, bits: int, past: Tensor | None = No
     return nearest_walks_torch(x, values, bits, past)
 
 
-def _by_triton(x: Tensor, values: Tensor, bits: int, past: Tensor | None) -> Tensor | None:
+def _by_triton(x: Tensor, values: Tensor, bits: float, past: Tensor | None) -> Tensor | None:
     """Return the walks, None where Triton or the card does not find them."""
-    batch = max(1, MAX_BYTES // (x.shape[1] * (values.numel() >> bits)))
+    batch = max(1, MAX_BYTES // (x.shape[1] * (values.numel() >> int(bits))))
     kind = viterbi_gpu.kind_of(x, values, bits, past)
     try:
         found = viterbi_gpu.nearest_walks_triton(x, values, bits, past, batch=batch)
@@ -74,9 +76,11 @@ def _by_triton(x: Tensor, values: Tensor, bits: int, past: Tensor | None) -> Ten
     return found
 
 
-def nearest_walks_torch(x: Tensor, values: Tensor, bits: int, past: Tensor | None = None) -> Tensor:
+def nearest_walks_torch(
+    x: Tensor, values: Tensor, bits: float, past: Tensor | None = None
+) -> Tensor:
     """Return what `nearest_walks` does, by tensor operations on any device."""
-    pasts = values.numel() >> bits
+    pasts = values.numel() >> int(bits)
     batch = max(1, MAX_BYTES // (x.shape[1] * pasts + 16 * values.numel()))
     parts = [
         _batch(part, values, bits, None if past is None else past[i * batch : (i + 1) * batch])
@@ -86,10 +90,10 @@ def nearest_walks_torch(x: Tensor, values: Tensor, bits: int, past: Tensor | Non
     return torch.cat(parts) if parts else x.new_empty(x.shape, dtype=torch.int32)
 
 
-def _batch(x: Tensor, values: Tensor, bits: int, past: Tensor | None) -> Tensor:
+def _batch(x: Tensor, values: Tensor, bits: float, past: Tensor | None) -> Tensor:
     n, length = x.shape
-    ways, pasts = 2**bits, values.numel() >> bits
-    number = torch.arange(ways, dtype=torch.int32, device=x.device).view(1, ways, 1)
+    own, n_states = own_bits(bits), values.numel()
+    ways, pasts = 2 ** own[0], n_states >> own[0]  # of even weights, the first among them
     cost = (x[:, :1] - values).square()  # (n, 2^L)
     every_past = torch.arange(pasts, device=x.device)
     if past is not None:
@@ -97,12 +101,14 @@ def _batch(x: Tensor, values: Tensor, bits: int, past: Tensor | None) -> Tensor:
         cost.view(n, pasts, ways).masked_fill_(other.unsqueeze(2), viterbi_gpu.NEVER)
     came_from = torch.empty(length, n, pasts, dtype=torch.uint8, device=x.device)
     for i in range(1, length):
-        image = cost.view(torch.int32).view(n, ways, pasts)
-        least = ((image & -ways) | number).amin(1)  # (n, pasts)
-        came_from[i] = least & (ways - 1)
-        so_far = (least & -ways).view(torch.float32).unsqueeze(2)  # (n, pasts, 1)
-        step = (x[:, i : i + 1] - values).square().view(n, pasts, ways)
-        cost = (so_far + step).view(n, ways * pasts)
+        into = 2 ** own[i % 2]
+        number = torch.arange(into, dtype=torch.int32, device=x.device).view(1, into, 1)
+        image = cost.view(torch.int32).view(n, into, n_states // into)
+        least = ((image & -into) | number).amin(1)  # (n, pasts)
+        came_from[i, :, : n_states // into] = least & (into - 1)
+        so_far = (least & -into).view(torch.float32).unsqueeze(2)  # (n, pasts, 1)
+        step = (x[:, i : i + 1] - values).square().view(n, n_states // into, into)
+        cost = (so_far + step).view(n, n_states)
     if past is not None:  # the last L - k bits of the end are the past
         ends = cost.view(n, ways, pasts)
         ends.masked_fill_(other.unsqueeze(1), 2 * viterbi_gpu.NEVER)
@@ -113,6 +119,7 @@ def _batch(x: Tensor, values: Tensor, bits: int, past: Tensor | None) -> Tensor:
     for i in range(length - 1, -1, -1):
         states[:, i] = state
         if i:
-            before = state >> bits
-            state = before | (came_from[i, everyone, before].long() * pasts)
+            before = state >> own[i % 2]
+            way = came_from[i, everyone, before].long()
+            state = before | way * (n_states >> own[i % 2])
     return states

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .walks import own_bits
+
 logger = logging.getLogger(__name__)
 
 STATES = 512  # of a warp, whose registers hold what they cost and stand for
@@ -19,7 +21,7 @@ CHECKED = 4  # walks of the first batch of a kind, which are looked for by other
 NEVER = 1e30  # more than any walk costs
 _BLOCK = 128  # walks that one program goes back along
 
-Kind = tuple[torch.device, int, int, int, bool]
+Kind = tuple[torch.device, int, float, int, bool]
 
 _failed: dict[Kind, BaseException] = {}
 _checked: set[Kind] = set()
@@ -31,7 +33,7 @@ def serves(kind: Kind) -> bool:
 
 
 def nearest_walks_triton(
-    x: Tensor, values: Tensor, bits: int, past: Tensor | None, *, batch: int
+    x: Tensor, values: Tensor, bits: float, past: Tensor | None, *, batch: int
 ) -> Tensor:
     """Return what `nearest_walks` does, `batch` walks at a time."""
     x, values = x.contiguous(), values.contiguous()
@@ -46,16 +48,18 @@ def nearest_walks_triton(
     return states
 
 
-def _write(x: Tensor, values: Tensor, bits: int, past: Tensor | None, states: Tensor) -> None:
-    (n, length), ways, pasts = x.shape, 2**bits, values.numel() >> bits
+def _write(x: Tensor, values: Tensor, bits: float, past: Tensor | None, states: Tensor) -> None:
+    (n, length), (even, odd) = x.shape, own_bits(bits)
+    pasts = values.numel() >> even
     came_from = torch.empty(n, length, pasts, dtype=torch.uint8, device=x.device)
     ends = torch.empty(n, dtype=torch.int32, device=x.device)
     given = {"came_from": came_from, "ends": ends, "length": length, "PASTS": pasts}
+    given |= {"EVEN": even, "ODD": odd}
     seen = {"x": x, "values": values, "past": past}
     most = 32 if torch.version.hip is None else 16
     warps = min(most, max(1, values.numel() // STATES))
-    launch("forward", (n,), {**seen, **given, "WAYS": ways, "NEVER": NEVER}, num_warps=warps)
-    given |= {"states": states, "n": n, "BITS": bits, "BLOCK": _BLOCK}
+    launch("forward", (n,), {**seen, **given, "NEVER": NEVER}, num_warps=warps)
+    given |= {"states": states, "n": n, "BLOCK": _BLOCK}
     launch("backward", (-(-n // _BLOCK),), given, num_warps=_BLOCK // 32)
 
 
@@ -92,7 +96,7 @@ def has_checked(kind: Kind) -> bool:
     return kind in _checked
 
 
-def kind_of(x: Tensor, values: Tensor, bits: int, past: Tensor | None) -> Kind:
+def kind_of(x: Tensor, values: Tensor, bits: float, past: Tensor | None) -> Kind:
     """Return what walks have in common that one kernel looks for: device, states, bits, length,
     and whether they are free."""
     return x.device, values.numel(), bits, x.shape[1], past is None

@@ -9,9 +9,11 @@ import torch
 
 from hf_evopress.methods.maths import viterbi, viterbi_gpu
 from hf_evopress.methods.maths.codebook import codebook
+from hf_evopress.methods.maths.trellis_rounding import GAIN
 from hf_evopress.methods.maths.viterbi import encode, nearest_walks, nearest_walks_torch
+from hf_evopress.methods.maths.walks import own_bits
 
-CASES = [(1, 8), (2, 8), (3, 10), (4, 9), (5, 5), (2, 4)]
+CASES = [(1, 8), (2, 8), (3, 10), (4, 9), (5, 5), (2, 4), (1.5, 7), (2.5, 8), (3.5, 4), (4.5, 6)]
 
 
 def numbers(n, length=256, seed=0):
@@ -23,7 +25,12 @@ def cost(x, values, states):
 
 
 def is_walk(states, bits, state_bits):
-    return torch.equal(states[:, 1:] >> bits, states[:, :-1] % 2 ** (state_bits - bits))
+    own = own_bits(bits)
+    return all(
+        torch.equal(states[:, i] >> k, states[:, i - 1] % 2 ** (state_bits - k))
+        for i in range(1, states.shape[1])
+        for k in [own[i % 2]]
+    )
 
 
 @pytest.mark.parametrize("bits, state_bits", CASES)
@@ -32,7 +39,7 @@ def test_vectors_and_tensor_operations_find_the_same_walks(bits, state_bits, n):
     x, values = numbers(n), codebook("strata", state_bits, bits)
     free = nearest_walks(x, values, bits)
     assert torch.equal(free, nearest_walks_torch(x, values, bits))
-    past = (free[:, 99] % 2 ** (state_bits - bits)).int()
+    past = (free[:, 99] % 2 ** (state_bits - int(bits))).int()
     bound = nearest_walks(x, values, bits, past)
     assert torch.equal(bound, nearest_walks_torch(x, values, bits, past))
 
@@ -51,6 +58,20 @@ def test_no_walk_is_nearer():
     assert torch.allclose(cost(x, values, nearest_walks(x, values, 1)), least, rtol=1e-5)
 
 
+def test_no_walk_of_half_bits_is_nearer():
+    """All walks of six weights over 2^4 states at 1.5 bits, tried one by one."""
+    x, values = numbers(8, 6), codebook("gauss", 4, 1)
+    every = []
+    for first, *new in product(range(16), *[range(4), range(2)] * 2, range(4)):
+        states = [first]
+        for i, bits in enumerate(new):
+            states.append((states[-1] << (2 - i % 2) | bits) % 16)
+        every.append(states)
+    walks = torch.tensor(every)
+    least = (x.unsqueeze(1) - values[walks]).square().sum(2).amin(1)
+    assert torch.allclose(cost(x, values, nearest_walks(x, values, 1.5)), least, rtol=1e-5)
+
+
 @pytest.mark.parametrize("bits, state_bits", CASES)
 def test_what_comes_back_is_a_walk_and_bites_its_tail_if_asked(bits, state_bits):
     x, values = numbers(9), codebook("strata", state_bits, bits)
@@ -59,7 +80,8 @@ def test_what_comes_back_is_a_walk_and_bites_its_tail_if_asked(bits, state_bits)
         assert states.shape == (9, 256) and states.dtype == torch.int32
         assert is_walk(states, bits, state_bits)
         if tail_biting:
-            assert torch.equal(states[:, 0] >> bits, states[:, -1] % 2 ** (state_bits - bits))
+            k = int(bits)
+            assert torch.equal(states[:, 0] >> k, states[:, -1] % 2 ** (state_bits - k))
 
 
 def test_biting_its_tail_costs_less_than_the_bits_of_a_start_are_worth():
@@ -79,10 +101,14 @@ def test_biting_its_tail_costs_less_than_the_bits_of_a_start_are_worth():
         ("strata", 2, 8, 0.0767),
         ("strata", 3, 8, 0.0211),
         ("strata", 2, 10, 0.0714),
+        ("strata", 2.5, 10, 0.0384),
+        ("weyl", 2.5, 10, 0.0376),
+        ("weyl", 1.5, 10, 0.1480),
+        ("weyl", 3.5, 10, 0.0098),
     ],
 )
 def test_gaussian_numbers_are_coded_as_well_as_measured(name, bits, state_bits, expected):
-    x, gain = numbers(128), {2: 1.03, 3: 1.08}[bits]
+    x, gain = numbers(128), GAIN[bits]
     values = gain * codebook(name, state_bits, bits)
     error = float(cost(x, values, encode(x, values, bits, tail_biting=False)).sum() / x.numel())
     assert error == pytest.approx(expected, rel=0.03)
@@ -115,7 +141,9 @@ def test_other_devices_find_the_same_walks(device):
     assert torch.equal(found.cpu(), encode(x, values, 2, tail_biting=True))
 
 
-@pytest.mark.parametrize("bits, state_bits", [(1, 6), (2, 6), (3, 7), (5, 5), (2, 4)])
+@pytest.mark.parametrize(
+    "bits, state_bits", [(1, 6), (2, 6), (3, 7), (5, 5), (2, 4), (1.5, 5), (2.5, 6), (3.5, 4)]
+)
 def test_kernels_in_triton_find_the_same_walks(bits, state_bits):
     pytest.importorskip("triton", reason='no Triton: pip install "hf-evopress[dev]" on Linux')
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,7 +152,7 @@ def test_kernels_in_triton_find_the_same_walks(bits, state_bits):
     free = nearest_walks(x, values, bits)
     found = viterbi_gpu.nearest_walks_triton(*there, None, batch=3)
     assert torch.equal(found.cpu(), free)
-    past = (free[:, 19] % 2 ** (state_bits - bits)).int()
+    past = (free[:, 19] % 2 ** (state_bits - int(bits))).int()
     bound = viterbi_gpu.nearest_walks_triton(*there, past.to(device), batch=3)
     assert torch.equal(bound.cpu(), nearest_walks(x, values, bits, past))
 
