@@ -37,6 +37,10 @@ def bench(
 
     if dtype not in ("bfloat16", "float32", "float16"):
         raise ValueError(f"dtype is bfloat16, float32 or float16, got {dtype!r}")
+    if png is not None:
+        from ..sharing.plots import check_picture
+
+        check_picture(png)
     batches = tuple(batch or (1, 4, 16))
     with bars() as progress:
         found = measure(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from ..base.devices import find_device, name_of, on_device, peak_bytes, reset_peak, wait_for
 from ..base.progress import Progress
+from ..loading.config import QUANT_METHOD, EvoPressConfig
 from ..loading.layers import prepare_layers
 from ..loading.packed import PackedWeight
-from ..loading.runtimes import AUTO, RUNTIMES, check_device, check_runtime
+from ..loading.runtimes import AUTO, PACKED, RUNTIMES, check_device, check_runtime
 from ..models.source import check_class, check_context, load_checked, read_config
 
 DENSE = "dense"
@@ -83,6 +85,10 @@ def bench(
         check_device(name, find_device())
     config = read_config(model)
     check_class(config, model)
+    if not _is_compressed(config):
+        raise ValueError(f"{model} is no compressed model; name one with compressed layers")
+    if against and _is_compressed(read_config(against)):
+        raise ValueError(f"{against} is compressed itself; --against takes the dense model")
     check_context(config, prompt, "prompt")
     check_context(config, START + 4 * repeats + 1, "what so many repeats generate,")
     places = {DENSE: against} if against else {}
@@ -176,10 +182,14 @@ def _load(
     gc.collect()
     before = _reset(device)
     start = time.perf_counter()
-    model = load_checked(place, dtype=dtype).eval().requires_grad_(False).to(device)
+    options: dict[str, Any] = {"dtype": dtype}
+    if runtime != DENSE:  # whatever the environment says: `runtime` is for where the model goes
+        options["quantization_config"] = EvoPressConfig(runtime=PACKED)
+    with warnings.catch_warnings():  # transformers', of any config that is passed
+        warnings.filterwarnings("ignore", "You passed `quantization_config`")
+        model = load_checked(place, **options)
+    model = model.eval().requires_grad_(False).to(device)
     if runtime != DENSE:
-        if not any(isinstance(m, PackedWeight) for m in model.modules()):
-            raise ValueError(f"{place} is no compressed model; name one with compressed layers")
         prepare_layers(model, runtime)
     seconds = time.perf_counter() - start
     peak = _above(before, device)
@@ -188,6 +198,11 @@ def _load(
     before = _reset(device)
     model(ids)
     return model, seconds, peak, _above(before, device)
+
+
+def _is_compressed(config: Any) -> bool:
+    quantized = getattr(config, "quantization_config", None)
+    return isinstance(quantized, dict) and quantized.get("quant_method") == QUANT_METHOD
 
 
 def _above(before: int | None, device: torch.device) -> int | None:

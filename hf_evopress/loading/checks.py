@@ -12,32 +12,37 @@ from ..models.dropped import dropped_modules, dropped_units
 from ..plans.plan import Plan
 from ..store.checksums import checksum
 from ..store.header import Entry
+from ..store.mapped import DTYPES
 from .layers import compressed_layers, planned_levels
+from .packed import fixed_dtype
 
 
 def check_shapes(model: Any, tensors: Iterable[Entry]) -> None:
-    """Raise ValueError that names packed tensors that have another shape in the files.
+    """Raise ValueError that names packed tensors that have another shape or dtype in the files.
 
     transformers reports some of them, reads others from disk as they are, and draws random
     numbers for the rest if it is told to ignore mismatches.
     """
     prefix = f"{model.base_model_prefix}."
-    expected = {
-        f"{path.removeprefix(prefix)}.{name}": tuple(tensor.shape)
-        for path, layer in compressed_layers(model).items()
-        for name, tensor in layer.own_tensors()
-    }
-    wrong = [
-        f"{entry.name} is {entry.shape}, not {expected[key]}"
-        for entry in tensors
-        if (key := entry.name.removeprefix(prefix)) in expected
-        and entry.n_bytes
-        and entry.shape != expected[key]
-    ]
+    expected = {}
+    for path, layer in compressed_layers(model).items():
+        fixed = fixed_dtype(layer.level, layer.shape)
+        for name, tensor in layer.own_tensors():
+            like = tuple(tensor.shape), tensor.dtype if name in fixed else None
+            expected[f"{path.removeprefix(prefix)}.{name}"] = like
+    wrong = []
+    for entry in tensors:
+        shape, dtype = expected.get(entry.name.removeprefix(prefix), (None, None))
+        if shape is None or not entry.n_bytes:
+            continue
+        if entry.shape != shape:
+            wrong.append(f"{entry.name} is {entry.shape}, not {shape}")
+        elif dtype is not None and DTYPES.get(entry.dtype) != dtype:
+            wrong.append(f"{entry.name} is of {entry.dtype}, not {dtype}")
     if wrong:
         raise ValueError(
-            f"{len(wrong)} packed tensors in the checkpoint do not have the shape of their "
-            f"level: {'; '.join(wrong[:8])}; download or export it again"
+            f"{len(wrong)} packed tensors in the checkpoint do not have the shape or dtype of "
+            f"their level: {'; '.join(wrong[:8])}; download or export it again"
         )
 
 

@@ -96,7 +96,7 @@ class EvoPressConfig(QuantizationConfigMixin):
         self.data, self.column = data, column
         self.n_sequences, self.seq_len, self.seed = n_sequences, seq_len, seed
         self.dequantize, self.verify = dequantize, verify
-        self.runtime = runtime or os.environ.get(RUNTIME_VARIABLE) or AUTO
+        self.runtime = runtime or _usual_runtime()
         self.size = size
         if not isinstance(checksums or {}, Mapping):
             raise TypeError(
@@ -127,6 +127,7 @@ class EvoPressConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return what config.json says under quantization_config; errors name both."""
+        _usual_runtime()  # what is wrong with that is not the file's fault
         with reading("quantization_config in config.json"):
             if not all(isinstance(key, str) for key in config_dict):
                 raise TypeError(f"keys are text, got {[*config_dict]!r:.200}")
@@ -158,6 +159,15 @@ class EvoPressConfig(QuantizationConfigMixin):
 
     def __hash__(self) -> int:
         return hash((self.plan, self.dequantize))
+
+
+def _usual_runtime() -> str:
+    """Return the runtime that the environment names, else the default."""
+    name = os.environ.get(RUNTIME_VARIABLE) or AUTO
+    if name not in RUNTIMES:
+        hint = did_you_mean(name, list(RUNTIMES))
+        raise ValueError(f"environment variable {RUNTIME_VARIABLE}: no runtime {name!r}{hint}")
+    return name
 
 
 def _check_version(version: Any, written_by: str | None) -> None:

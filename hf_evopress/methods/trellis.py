@@ -8,10 +8,10 @@ same, 2025, arXiv:2505.22988). W = s Q_o^T Y Q_i: Q are rotations with a formula
 statistics know the outputs' moments, along the outputs (`maths/two_sided.py`).
 
 Stores exactly `bits` per weight of whole tiles and a scale of 32 bits; without tail_biting also
-state_bits - bits per tile (half bits rounded up). Sides that 16 does not divide are padded to whole tiles, and the padding
-is stored. With scales=channels W is diag(a) Q_o^T Y Q_i diag(b), and 16 bits for each row and each
-column are stored instead of the one scale (`maths/channel_scales.py`). Making a weight takes
-2^state_bits steps per weight, whatever the bits.
+state_bits - bits per tile (half bits rounded up). Sides that 16 does not divide are padded to whole
+tiles, and the padding is stored. With scales=channels W is diag(a) Q_o^T Y Q_i diag(b), and 16 bits
+for each row and each column are stored instead of the one scale (`maths/channel_scales.py`). Making
+a weight takes 2^state_bits steps per weight, whatever the bits.
 
 The weight is computed in float32 by sums and products in a fixed order: the same numbers on every
 machine. It is scored, shipped and run as that weight; `product` rotates the

@@ -38,7 +38,7 @@ def heat_map_plot(
 
     `bits` as in `report.grid`.
     """
-    path = _checked(path)
+    path = check_picture(path)
     shown = grid(plan, bits)
     low, high = shown.span
     long_labels = max(map(len, shown.labels)) > 6
@@ -86,7 +86,7 @@ def convergence_plot(
     `history` rows have `generation` and `loss`; `references` are losses to draw as lines
     across, such as {"uniform 3 bits": 0.59}.
     """
-    path = _checked(path)
+    path = check_picture(path)
     if not history:
         raise ValueError("the search has no generations yet; there is nothing to draw")
     missing = [i for i, row in enumerate(history) if not {"generation", "loss"} <= set(row)]
@@ -123,7 +123,7 @@ def pareto_plot(
     """Draw loss against size, one line per series of (size, loss), to `path` and return it."""
     from matplotlib.ticker import LogLocator
 
-    path = _checked(path)
+    path = check_picture(path)
     if not series or not all(series.values()):
         empty = [name for name, points in series.items() if not points]
         raise ValueError(f"each series needs points; empty: {', '.join(empty) or 'all'}")
@@ -146,7 +146,7 @@ def pareto_plot(
 
 def speed_plot(series: Mapping[str, Mapping[int, float]], path: str | Path) -> Path:
     """Draw tokens per second by batch size, a bar per model, to `path` and return it."""
-    path = _checked(path)
+    path = check_picture(path)
     batches = sorted({batch for points in series.values() for batch in points})
     if not batches:
         raise ValueError(f"each series needs points; empty: {', '.join(series) or 'all'}")
@@ -180,7 +180,7 @@ def _label(axes: Any, x: str, y: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _checked(path: str | Path) -> Path:
+def check_picture(path: str | Path) -> Path:
     if Path(path).suffix.lower() not in FORMATS:
         raise ValueError(f"a picture ends in {', '.join(FORMATS)}; got {path}")
     check_file(path, _MARK.encode())

@@ -53,9 +53,11 @@ def entries(file: str, size: int, read: Read = read_local) -> list[Entry]:
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         place = base + start, base + end
-        made.append(Entry(name, file, str(entry["dtype"]), tuple(entry["shape"]), *place))
+        made.append(Entry(name, file, entry["dtype"], tuple(entry["shape"]), *place))
     if late := [entry.name for entry in made if entry.end > size]:
         raise ValueError(f"{file} is truncated: it ends before {late[0]}")
+    if made and (end := max(entry.end for entry in made)) < size:
+        raise ValueError(f"{file} is damaged: {size - end} bytes follow its last tensor")
     return sorted(made, key=lambda entry: (entry.start, entry.name))
 
 
@@ -88,7 +90,9 @@ def _parse(
 
 
 def _check_entry(name: str, entry: Any) -> None:
-    shape, offsets = entry["shape"], entry["data_offsets"]
+    dtype, shape, offsets = (entry[key] for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str):
+        raise TypeError(f"{name} has no dtype: {dtype!r:.100}")
     whole = all(isinstance(x, list) and all(type(n) is int for n in x) for x in (shape, offsets))
     if not whole or len(offsets) != 2 or min(shape, default=0) < 0:
         raise TypeError(f"{name} has no shape or no place: {shape!r:.100}, {offsets!r:.100}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .header import Entry
 
-_DTYPES = {
+DTYPES = {  # by their names in the header
     "U8": torch.uint8,
     "I8": torch.int8,
     "I16": torch.int16,
@@ -39,7 +39,7 @@ def mapped(tensors: Iterable[Entry]) -> Iterator[tuple[Entry, Tensor]]:
         with open(name, "rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         for entry in entries:
-            dtype, count = _DTYPES.get(entry.dtype), prod(entry.shape)
+            dtype, count = DTYPES.get(entry.dtype), prod(entry.shape)
             if dtype is None or entry.n_bytes != count * dtype.itemsize:
                 continue
             if not count:

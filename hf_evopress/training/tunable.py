@@ -84,7 +84,7 @@ def _packed_floats(
         for part, _, state, suffix in compose.terms(layer.level, layer.state):
             factors = (*_FACTORS, *_OF_DICT) if part.name == "dict" else _FACTORS
             for name, tensor in state.items():
-                kind = "scales" if name.endswith("scales") else "factors"
+                kind = "scales" if name.endswith(("scales", "scale")) else "factors"
                 is_one = kind == "scales" or name in factors
                 if is_one and kind in kinds and tensor.is_floating_point():
                     yield layer_name, layer, f"{name}{suffix}"

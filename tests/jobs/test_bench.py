@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_evopress.cli import main
+from hf_evopress.cli.bench import bench as command
 from hf_evopress.jobs import bench as job
 from hf_evopress.jobs.bench import DENSE, bench
 
@@ -75,6 +76,25 @@ def test_bad_settings_are_refused_before_anything_is_loaded(options: dict, reaso
 def test_a_dense_model_is_refused(folders: Path) -> None:
     with pytest.raises(ValueError, match="is no compressed model"):
         bench(str(folders / "dense"), batches=(1,), prompt=4, repeats=1)
+
+
+def test_a_compressed_model_is_no_dense_one(folders: Path) -> None:
+    small = str(folders / "small")
+    with pytest.raises(ValueError, match="is compressed itself; --against takes the dense model"):
+        bench(small, against=small, batches=(1,), prompt=4, repeats=1)
+
+
+def test_the_runtime_is_that_of_the_command_not_of_the_environment(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_EVOPRESS_RUNTIME", "triton")  # which no CPU has
+    found = bench(str(folders / "small"), batches=(1,), prompt=4, repeats=1)
+    assert [one.name for one in found.speeds] == ["auto"]
+
+
+def test_a_picture_of_another_kind_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a picture ends in"):
+        command("no-such-model", png=tmp_path / "speed.txt")
 
 
 def test_the_command_prints_a_table_and_draws_it(

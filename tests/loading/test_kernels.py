@@ -499,7 +499,7 @@ def test_that_kernels_are_being_compiled_is_said(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compiled, "_PATIENCE", 0.01)
     monkeypatch.setattr(compiled, "_entry", slow)
     monkeypatch.setattr(compiled.logger, "warning", lambda text: said.set())
-    compiled.compiled.__wrapped__()
+    compiled._compiled.__wrapped__()
     assert said.is_set()
 
 

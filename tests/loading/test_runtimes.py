@@ -335,8 +335,10 @@ def test_the_runtime_is_auto_unless_the_environment_names_one(
     assert EvoPressConfig().runtime == "expanded"
     assert EvoPressConfig(runtime="packed").runtime == "packed"
     monkeypatch.setenv("HF_EVOPRESS_RUNTIME", "fast")
-    with pytest.raises(ValueError, match="no runtime 'fast'"):
+    with pytest.raises(ValueError, match="^environment variable HF_EVOPRESS_RUNTIME: no runtime"):
         EvoPressConfig()
+    with pytest.raises(ValueError, match="^environment variable HF_EVOPRESS_RUNTIME: no runtime"):
+        EvoPressConfig.from_dict({"quant_method": "evopress"})  # not config.json's fault
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_evopress.store.header import Entry, entries, read_local
+from hf_evopress.store.header import Entry, entries, entries_of, read_local
 from hf_evopress.store.tensor_bytes import in_step, write_tensors
 
 TENSORS = {
@@ -77,3 +80,28 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"no tensors here, only words")
     with pytest.raises(ValueError, match="no safetensors file"):
         entries(str(tmp_path / "x"), 27)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (lambda entry: entry.pop("dtype"), "it lacks 'dtype'"),
+        (lambda entry: entry.update(dtype=["U8"]), "a has no dtype: \\['U8'\\]"),
+        (lambda entry: entry.update(shape="3"), "a has no shape or no place"),
+    ],
+)
+def test_what_a_header_lacks_is_said(tmp_path: Path, fault: Any, reason: str) -> None:
+    entry: dict[str, Any] = {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}
+    fault(entry)
+    text = json.dumps({"a": entry}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"abc")
+    with pytest.raises(ValueError, match=rf"x\.safetensors is damaged .*{reason}"):
+        entries_of(path)
+
+
+def test_bytes_behind_the_last_tensor_are_refused(file: Path) -> None:
+    with file.open("ab") as opened:
+        opened.write(b"more")
+    with pytest.raises(ValueError, match="is damaged: 4 bytes follow its last tensor"):
+        entries_of(file)

@@ -222,6 +222,21 @@ def test_floats_that_came_no_closer_to_the_teacher_stay_as_they_were(
     assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
 
 
+def test_kernels_change_nothing_of_what_is_measured_and_kept(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales that are trained are float32, which kernels of stored ones once took for 16 bits."""
+    settings = Tuning(**QUICK, train="scales,norms", teacher="dense")
+    found = []
+    for runtime in ("packed", "auto"):
+        monkeypatch.setenv("HF_EVOPRESS_RUNTIME", runtime)
+        found.append(tune("small", tmp_path / runtime, settings, data=["text.txt"]))
+    reference, by_kernels = found
+    assert reference.kl is not None and by_kernels.kl is not None
+    assert by_kernels.kl == pytest.approx(reference.kl, rel=1e-3)
+    assert by_kernels.is_kept == reference.is_kept
+
+
 def test_perplexity_is_measured_before_and_after(there: Path, tmp_path: Path) -> None:
     text = {"itself": "test.txt"}
     settings = Tuning(**QUICK, target="kappa:0.3")

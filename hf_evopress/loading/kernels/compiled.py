@@ -11,10 +11,12 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import pickle
 import sys
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -64,6 +66,12 @@ from .task import (
 
 logger = logging.getLogger(__name__)
 
+# What numba raises of a cache that it cannot read or write: a damaged pickle can raise any of these
+# (pickle's documentation). What is wrong with our code raises once more without the cache.
+_OF_CACHES = (
+    *(RuntimeError, OSError, EOFError, pickle.PickleError, AttributeError, ImportError),
+    *(LookupError, ValueError, TypeError, zlib.error),
+)
 _PATIENCE = 3.0  # seconds; from the cache they take one
 _COMPILING = (
     "the first product with compressed layers compiles kernels for this processor, "
@@ -87,6 +95,14 @@ _FUNCTIONS = (  # callees first
     *("multiply_strip", "expand_strip", "take_rows", "part"),
     *("scale_row", "transform", "mix", "turn_token", "turn_part", "turn_all"),
 )
+
+
+# As they are written: in the modules stands what numba made of them when it was last tried.
+_PLAIN = {
+    name: next(f for owner in _OWNERS if (f := vars(owner).get(name)) is not None)
+    for name in _FUNCTIONS
+}
+_at_work = threading.Lock()
 
 
 def run(tasks: Sequence[Any]) -> None:
@@ -164,6 +180,12 @@ def _callable(entry: Any, arguments: int) -> Callable[..., None]:
 @lru_cache(maxsize=None)
 def compiled() -> Kernels:
     """Return the kernels, compiled for this processor or as they were compiled before."""
+    with _at_work:  # a second thread waits, and finds what the first has made
+        return _compiled()
+
+
+@lru_cache(maxsize=None)
+def _compiled() -> Kernels:
     numba = import_module("numba")
     logger.info("CPU kernels: compiled by numba, or read from its cache")
     made = memory.intrinsics() | lanes.intrinsics() | floats.intrinsics() | vectors.intrinsics()
@@ -173,8 +195,7 @@ def compiled() -> Kernels:
     made["AT_ONCE"] = dots.AT_ONCE[vector_bytes()]
     for name, value in made.items():
         _put(name, value)
-    for name in _FUNCTIONS:
-        plain = next(f for owner in _OWNERS if (f := vars(owner).get(name)) is not None)
+    for name, plain in _PLAIN.items():
         inline = "always" if name in _INLINE else "never"
         options = {"fastmath": name in _FAST, "error_model": "numpy", "inline": inline}
         _put(name, numba.njit(plain, **options))
@@ -308,9 +329,11 @@ def _entry(numba: Any, make: Callable[[int], Callable[..., Any]], arguments: int
     function, kind = make(_version()), f"void({', '.join(['int64'] * arguments)})"
     try:
         return numba.cfunc(kind, cache=True)(function)
-    except RuntimeError as error:  # no folder to keep it in
-        logger.info("kernels are compiled in every process: %s", error)
-        return numba.cfunc(kind)(function)
+    except _OF_CACHES as error:  # no folder to keep it in, a full disk, or a damaged file
+        logger.info("kernels are compiled in this process (%s: %s)", type(error).__name__, error)
+    with suppress(*_OF_CACHES):  # what is there is forgotten: the next process finds no fault
+        import_module("numba.core.caching").FunctionCache(function).flush()
+    return numba.cfunc(kind)(function)
 
 
 def _openmp() -> int:

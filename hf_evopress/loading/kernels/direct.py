@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import task as T
 from .compiled import bytes_of, bytes_of_thread, compiled, scratch, threads_for
@@ -62,6 +63,8 @@ class Direct:
         if not 0 < tokens <= MOST_TOKENS or x.size(-1) != self.n or not x.is_contiguous():
             return None
         if _in_modes() or _in_functorch() is not None or _is_traced():
+            return None
+        if forward_ad._current_level >= 0:  # operators.has_tangents
             return None
         if torch.is_autocast_enabled("cpu"):
             return None

@@ -92,7 +92,7 @@ def _by_kernels(x: Tensor, parts: Sequence[Part]) -> list[Tensor | None]:
     """Return the products of those parts that have a kernel here, None for the others."""
     found: list[Tensor | None] = [None] * len(parts)
     known = x.dtype in DTYPES
-    kernels = [kernel_on(part.stored.kernel, x.device) if known else None for part in parts]
+    kernels = [_reading(part.stored, part.tensors, x) if known else None for part in parts]
     own = [(i, kernel) for i, kernel in enumerate(kernels) if kernel is not None]
     if not own:
         return found
@@ -191,10 +191,16 @@ def _by_level(
     return total
 
 
+def _reading(stored: Stored, tensors: Mapping[str, Tensor], x: Tensor) -> Kernel | None:
+    """Return the kernel of a level on the device of x, if it can read the tensors as they are."""
+    kernel = kernel_on(stored.kernel, x.device)
+    return kernel if kernel is not None and kernel.reads(tensors) else None
+
+
 def _here(stored: Stored, tensors: Mapping[str, Tensor], x: Tensor) -> Kernel | None:
     """Return the kernel of an expert's matrix on the device of x; a dense one has one in Triton."""
     if not stored.level.is_dense:
-        return kernel_on(stored.kernel, x.device)
+        return _reading(stored, tensors, x)
     W = tensors["weight"]
     if W.dtype not in DTYPES or not W.is_contiguous():
         return None

@@ -43,7 +43,13 @@ class Kernel:
         # whole matrices last, so that the bias and all else come in before the one rounding
         self._terms = sorted(terms, key=lambda t: len(t) == 1)
         self._is_one = len(terms) == 1 and len(terms[0]) == 1
-        self._has_fix = "bias_fix" in compose.empty(level, shape, torch.float32)
+        stored = compose.empty(level, shape, torch.float32)
+        self._has_fix = "bias_fix" in stored
+        self.dtypes = {name: tensor.dtype for name, tensor in stored.items()}
+
+    def reads(self, state: Tensors) -> bool:
+        """Return whether tensors have the dtypes that the level stores: memory is read as those."""
+        return all(state[name].dtype is dtype for name, dtype in self.dtypes.items())
 
     @property
     def matrix(self) -> Matrix | None:

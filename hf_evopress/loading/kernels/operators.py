@@ -14,10 +14,12 @@ import logging
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ...methods import compose
 from ...methods.base import Shape, State
@@ -80,6 +82,8 @@ def linear(
     """
     if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.layout != torch.strided:
         return None
+    if has_tangents():
+        return None
     # while torch.compile traces, the operator asks this later: the device is the same then
     here = kernel if torch.compiler.is_compiling() else kernel_on(kernel, x.device)
     if here is None:
@@ -95,7 +99,7 @@ def linear(
     if bias is not None and bias.dtype not in DTYPES:
         return None
     with_graph = torch.is_grad_enabled()
-    if not are_plain(names, tensors, x, with_graph):
+    if not are_plain(kernel, names, tensors, x, with_graph):
         return None
     if is_exporting():
         return None
@@ -129,7 +133,12 @@ def _product(
         return None
     if kernel.text not in _worked and x.numel():
         _worked.add(kernel.text)
-    return y
+    return _no_view(y)
+
+
+def _no_view(y: Tensor) -> Tensor:
+    """Return y as a tensor of its own to autograd, which lets nobody change a view in place."""
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def give_up_on(kernel: Kernel, error: Exception) -> None:
@@ -154,8 +163,18 @@ def _is_theirs(kernel: Kernel, error: Exception) -> bool:
 
 
 def why_failed() -> str:
-    """Return why the CPU kernels are not used any more, nothing where they are."""
-    return "" if not _failed else f"the CPU kernels failed: {type(_failed[0]).__name__}"
+    """Return why the CPU kernels cannot be used, or not any more; nothing where they are."""
+    if _failed:
+        return f"the CPU kernels failed: {type(_failed[0]).__name__}"
+    return "" if _has_numba() else "numba is not installed"
+
+
+@lru_cache(maxsize=None)
+def _has_numba() -> bool:
+    try:
+        return find_spec("numba") is not None
+    except ValueError:  # somebody forbade it: sys.modules["numba"] = None
+        return False
 
 
 def look_up(
@@ -166,12 +185,12 @@ def look_up(
     dtype: torch.dtype,
 ) -> Tensor | None:
     """Return the rows (..., in) for token ids (...); None if it is not for the kernels."""
-    if not isinstance(ids, Tensor) or dtype not in DTYPES:
+    if not isinstance(ids, Tensor) or dtype not in DTYPES or ids.is_floating_point():
         return None
     here = kernel if torch.compiler.is_compiling() else kernel_on(kernel, ids.device)
     if here is None:
         return None
-    if not are_plain(names, tensors, ids, torch.is_grad_enabled()) or is_exporting():
+    if not are_plain(kernel, names, tensors, ids, torch.is_grad_enabled()) or is_exporting():
         return None
     if type(ids) is not Tensor or is_traced():
         state = [tensors[name] for name in names]
@@ -181,12 +200,21 @@ def look_up(
 
 
 def are_plain(
-    names: tuple[str, ...], tensors: Mapping[str, Tensor], x: Tensor, with_graph: bool
+    kernel: Kernel,
+    names: tuple[str, ...],
+    tensors: Mapping[str, Tensor],
+    x: Tensor,
+    with_graph: bool,
 ) -> bool:
-    """Return whether packed tensors are where kernels read them with x, and are not trained."""
-    on_cpu = x.is_cpu
+    """Return whether packed tensors are as and where kernels read them with x, and not trained.
+
+    While scales and factors are trained, they are float32 (training/tunable.py).
+    """
+    on_cpu, dtypes = x.is_cpu, kernel.dtypes
     for name in names:
         tensor = tensors[name]
+        if tensor.dtype is not dtypes[name]:
+            return False
         if tensor.is_cpu != on_cpu or not tensor.is_contiguous():
             return False
         if not on_cpu and tensor.device != x.device:
@@ -211,6 +239,11 @@ def is_traced() -> bool:
 _in_functorch = torch._C._functorch.peek_interpreter_stack
 
 
+def has_tangents() -> bool:
+    """Return whether inputs may carry tangents (torch.autograd.forward_ad), which kernels drop."""
+    return forward_ad._current_level >= 0
+
+
 def is_compiled_into_one() -> bool:
     """Return whether torch.compile is tracing: a layer is one operator of its graph."""
     return torch.compiler.is_compiling() and not is_exporting()
@@ -219,7 +252,7 @@ def is_compiled_into_one() -> bool:
 def _rows(
     kernel: Kernel, tensors: Mapping[str, Tensor], ids: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
-    """Return rows (..., in); None, with one warning, where a Triton kernel fails."""
+    """Return rows (..., in); None, with one warning, where a kernel fails."""
     flat = ids.reshape(-1)
     if isinstance(kernel, TritonKernel):  # which asks nothing of a GPU: no row is a row of NaN
         try:
@@ -227,14 +260,18 @@ def _rows(
         except KernelError as error:
             give_up(error)
             return None
-        return rows.view(*ids.shape, kernel.shape[1])
+        return _no_view(rows.view(*ids.shape, kernel.shape[1]))
     if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < kernel.shape[0]:
         raise IndexError(
             f"token ids from {int(flat.min())} to {int(flat.max())} for an embedding of "
             f"{kernel.shape[0]} tokens"
         )
-    rows = kernel.look_up(flat.to(torch.int64), tensors, dtype)
-    return rows.view(*ids.shape, kernel.shape[1])
+    try:
+        rows = kernel.look_up(flat.to(torch.int64), tensors, dtype)
+    except failures() as error:
+        give_up_on(kernel, error)
+        return None
+    return _no_view(rows.view(*ids.shape, kernel.shape[1]))
 
 
 # -- the operators ---------------------------------------------------------------------------
@@ -263,7 +300,7 @@ def _linear(
     known, kernel, names = known_layer(level, shape, runtime)
     tensors = dict(zip(names, state, strict=True))
     kernel = kernel_on(kernel, x.device) if x.dtype in DTYPES else None
-    if kernel is not None:
+    if kernel is not None and kernel.reads(tensors):
         y = _product(kernel, tensors, x, bias)
         if y is not None:
             return y.contiguous()  # as the fake says, which compiled code relies on
@@ -291,7 +328,9 @@ def _input_gradient(
     known, kernel, names = known_layer(level, shape, runtime)
     tensors: State = dict(zip(names, state, strict=True))
     kernel = kernel_on(kernel, grad.device) if grad.dtype in DTYPES else None
-    if kernel is not None and (grad.dtype != torch.float16 or kernel.takes_half):
+    if grad.dtype == torch.float16 and kernel is not None and not kernel.takes_half:
+        kernel = None
+    if kernel is not None and kernel.reads(tensors):
         try:
             return kernel.input_gradient(grad, tensors)
         except KernelError as error:
@@ -318,7 +357,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         how = ctx.level, ctx.columns, ctx.runtime
         for_x = torch.ops.evopress.linear_input_gradient(grad, state, *how)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-        for_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        for_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return for_x, [None] * len(state), for_bias, None, None, None
 
 
@@ -356,7 +395,9 @@ def _look_up(
     known, kernel, names = known_layer(level, size, runtime)
     tensors = dict(zip(names, state, strict=True))
     kernel = kernel_on(kernel, ids.device) if dtype in DTYPES else None
-    found = None if kernel is None else _rows(kernel, tensors, ids, dtype)
+    found = None
+    if kernel is not None and kernel.reads(tensors) and not ids.is_floating_point():
+        found = _rows(kernel, tensors, ids, dtype)
     if found is not None:
         return found
     rows = compose.decompress_rows(known, tensors, size, ids.reshape(-1), dtype)

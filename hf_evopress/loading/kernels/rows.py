@@ -296,7 +296,7 @@ def read_weights(task, row, at, s):  # type: ignore[no-untyped-def]
             fetch(codes + 2 * low, 4)
             to_float(codes + 2 * low, kind, min(128, end - low), kept + 4 * (low - first))
         put_floats(mask, kept, w, n)
-    elif source == WALKS or source == MMA_WALKS:
+    elif source in (WALKS, MMA_WALKS):
         read_walks(task, row, s)
     else:
         read_codes(task, row, at, s + Q * room, s)

@@ -1,10 +1,10 @@
 """Triton: products with trellis codes in the rotated basis, and their rows.
 
-A walk is read in runs of weights of one row: eight, half a row of a tile, or in the order mma and at
-half bits four (methods/maths/tile_order.py). PAIR is the bits of two weights. The state of a weight is the last bits up to its own
-(methods/maths/walks.py). A program has runs of BN outputs, BK runs of each at once, and takes the
-first weight of each run, then the second, ... Values of states are computed where the codebook has
-a formula (methods/maths/codebook.py), else read from a table.
+A walk is read in runs of weights of one row: eight, half a row of a tile, or four: in the order mma
+(methods/maths/tile_order.py) and at half bits. PAIR is the bits of two weights. The state of a
+weight is the last bits up to its own (methods/maths/walks.py). A program has runs of BN outputs, BK
+runs of each at once, and takes the first weight of each run, then the second, ... Values of states
+are computed where the codebook has a formula (methods/maths/codebook.py), else read from a table.
 """
 
 from __future__ import annotations

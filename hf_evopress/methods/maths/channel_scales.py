@@ -21,11 +21,16 @@ SHRINK = 1e-3  # of the mean diagonal, towards the scales before
 def flatten(W: Tensor, power: float = POWER) -> tuple[Tensor, Tensor]:
     """Return a (out,) and b (in,): root mean squares of rows, and then columns, to `power`.
 
-    1 for rows and columns of zeros.
+    Those of rows and columns of zeros are 0 and stay so: they have no error to be coded.
     """
-    a = _unless_zero(W.square().mean(1).sqrt().pow(power))
-    b = _unless_zero((W / a.unsqueeze(1)).square().mean(0).sqrt().pow(power))
+    a = W.square().mean(1).sqrt().pow(power)
+    b = (W / _unless_zero(a).unsqueeze(1)).square().mean(0).sqrt().pow(power)
     return a, b
+
+
+def divided(W: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return V of W = diag(a) V diag(b), zeros where W has rows or columns of them."""
+    return W / _unless_zero(a).unsqueeze(1) / _unless_zero(b)
 
 
 def fit(
@@ -52,6 +57,7 @@ def in_half(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _one_side(W: Tensor, Z: Tensor, a: Tensor, H: Tensor | None, G: Tensor | None) -> Tensor:
     """Return the a that minimises tr(G (W - diag(a) Z) H (W - diag(a) Z)^T), shrunk."""
+    Z = torch.where(a.unsqueeze(1) != 0, Z, torch.zeros_like(Z))
     weighed = Z if H is None else Z @ H
     if G is None:
         energy = (weighed * Z).sum(1)

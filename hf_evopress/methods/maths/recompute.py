@@ -34,7 +34,9 @@ class _ForgetfulLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.remake, ctx.dtype = remake, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x, W, bias)
+        # PyTorch gives a view for more than two dimensions, which nobody may change in place
+        y = F.linear(x, W, bias)
+        return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -44,5 +46,5 @@ class _ForgetfulLinear(torch.autograd.Function):
             # under autocast the product ran in another dtype than x
             for_x = (grad @ ctx.remake().to(grad.dtype)).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            for_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+            for_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return for_x, for_bias, None, None

@@ -21,8 +21,10 @@ from .walks import LENGTH, pack_starts, pack_walks
 ROTATIONS = ("full", "none", "256", "128", "64", "32")
 FEEDBACKS = ("both", "inputs", "none")
 # Codebook width over the weights' that leaves the least error on Gaussian weights.
-GAIN = {1: 0.9, 2: 1.03, 3: 1.09, 4: 1.12, 5: 1.15, 6: 1.19, 7: 1.22, 8: 1.3}
-GAIN |= {1.5: 0.97, 2.5: 1.06, 3.5: 1.1, 4.5: 1.13}
+GAIN: dict[float, float] = {
+    **{1: 0.9, 1.5: 0.97, 2: 1.03, 2.5: 1.06, 3: 1.09, 3.5: 1.1, 4: 1.12, 4.5: 1.13},
+    **{5: 1.15, 6: 1.19, 7: 1.22, 8: 1.3},
+}
 MAX_VALUES = 2**27  # float32 numbers of all weights that are rounded in step: 512 MB
 
 Settings = Mapping[str, Any]
@@ -128,7 +130,7 @@ class _Rotated:
         channels = None
         if params["scales"] == "channels":
             channels = _Channels(W, *channel_scales.flatten(W))
-            W = W / channels.a.unsqueeze(1) / channels.b
+            W = channel_scales.divided(W, channels.a, channels.b)
         half = rotate_outputs(W, rotation, seed)
         R = rotate_inputs(half.T.contiguous(), rotation, seed).T.contiguous()
         made = cls(R, channels=channels)

@@ -44,8 +44,8 @@ def encode(x: Tensor, values: Tensor, bits: float, *, tail_biting: bool) -> Tens
 def nearest_walks(x: Tensor, values: Tensor, bits: float, past: Tensor | None = None) -> Tensor:
     """Return the states (n, length) int32 of the cheapest walks along x (n, length) float32.
 
-    past (n,) int32: the L - k bits that a walk starts from and ends in; None leaves it free. At half
-    bits k is that of even weights, and `length` even.
+    past (n,) int32: the L - k bits that a walk starts from and ends in; None leaves it free. At
+    half bits k is that of even weights, and `length` even.
     """
     if x.device.type == "cpu":
         return nearest_walks_cpu(x, values, bits, past)
