@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from .. import _PUBLIC
 from ..base import plugins
@@ -184,11 +185,33 @@ def list_plugins(
             near = plugins.did_you_mean(name, sorted(known))
             raise ValueError(f"nothing is called {name!r}{near}")
         console.print(known[name], markup=False, soft_wrap=True)
+        if name in plugins.names("methods"):
+            console.print()
+            console.print(_parameters(name))
         return
     for title, texts in listed.items():
         rows = [(n, text.partition("\n")[0]) for n, text in texts.items()]
         console.print(table((title, ""), rows, is_text=True))
         console.print()
+
+
+def _parameters(method: str) -> Table:
+    """Return what a level of a method may say: names, defaults, and what they may be."""
+    from ..methods import compose  # not above: it imports torch, which takes seconds
+
+    rows = []
+    for name, param in compose.method(method).params.items():
+        bounds = [("at least", param.at_least), ("at most", param.at_most)]
+        allowed = [f"{words} {_word(bound)}" for words, bound in bounds if bound is not None]
+        if param.choices is not None:
+            allowed = [", ".join(map(_word, param.choices))]
+        default = "needed" if param.is_required else _word(param.default)
+        rows.append((name, default, " to ".join(allowed), param.doc))
+    return table(("parameter", "default", "may be", ""), rows, is_text=True)
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _training() -> dict[str, str]:

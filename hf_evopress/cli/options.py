@@ -179,6 +179,7 @@ For = Annotated[
         help="What the model is for, which is what levels it is offered: cpu, gpu, vllm, exl3 "
         "(exllamav3), transformers or gguf (tensor types and bytes of GGUF files; one is written "
         "to OUT-gguf as well). Default: what this machine is.",
+        show_default=False,
     ),
 ]
 Vision = Annotated[

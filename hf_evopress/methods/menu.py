@@ -25,15 +25,16 @@ SPARSITY_STEP = 0.05
 SPARSITY_SPAN = 4  # steps to either side of the sparsity asked for
 RATIOS = tuple(n / 10 for n in range(3, 10))  # of the weight's values, kept in factors
 
-# A trellis code has no groups: whole bits, and the search mixes them. From 6 bits on scalar codes
-# lose as little, and decode faster. Values that are computed make CPUs faster than dense weights.
-# Scales of rows and columns lose a tenth less, for 0.008 bits per weight of 4096 x 4096.
+# A trellis code has no groups: whole and half bits, and the search mixes them. Where layers could
+# take whole bits alone, those that should have 2.5 waste a sixth: so half bits are worth 5 to 9 %
+# of the loss. From 6 bits on scalar codes lose as little, and decode faster. Values that are
+# computed make CPUs faster than dense weights. Scales of rows and columns lose a tenth less, for
+# 0.008 bits per weight of 4096 x 4096.
 TRELLIS = "codebook=weyl,scales=channels"
-TRELLIS_BITS = (1, 2, 3, 4, 5, 6)
-# 8 bits take half as long again as all of these to make, and no layer takes them below ROOMY bits
-# per weight.
-ROOMY_TRELLIS_BITS = (*TRELLIS_BITS, 8)
-ROOMY = 5.0
+TRELLIS_BITS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8)
+# Of what a budget leaves a weight; layers that want more or less are none, and each level takes
+# as long to make as any other.
+TRELLIS_BELOW, TRELLIS_ABOVE = 1.5, 3.0
 
 # Types of GGUF files that ggml makes fast: of 32 weights per block, and of 256 where rows are
 # multiples of that. The iq2 and iq3 types lose a tenth less than q2_k and q3_k, and take ten times
@@ -50,6 +51,7 @@ EXL3_BITS = (2, 3, 4, 5, 6, 8)
 
 FAMILIES = ("quant", "trellis", "sparse", "lowrank", "residual", "gguf", "vllm", "exl3")
 _APART = ("gguf", "vllm", "exl3")  # not under `all`: for files of other programs
+_STEPS = {"gguf": 32, "vllm": 32, "exl3": 128}  # what sizes are multiples of that those hold
 
 
 def default_levels(method: str = "gptq") -> list[str]:
@@ -77,7 +79,15 @@ def menus(
     """
     if levels is None:
         chosen = _families(families, sparsity)
-        return {unit: family_menu(shape, chosen, sparsity, bits) for unit, shape in shapes.items()}
+        menu = {unit: family_menu(shape, chosen, sparsity, bits) for unit, shape in shapes.items()}
+        if menu and all(levels == [DENSE] for levels in menu.values()):
+            unit, shape = next(iter(shapes.items()))
+            raise ValueError(
+                f"no layer takes a level of family {', '.join(chosen)}, which is for sizes that are "
+                f"multiples of {max(_STEPS.get(f, 1) for f in chosen)}; {unit} has {shape[0]} x "
+                f"{shape[1]} weights"
+            )
+        return menu
     if families:
         raise ValueError(f"say levels or families, not both; got families={list(families)}")
     wanted = [compose.normalize(level) for level in levels]
@@ -102,8 +112,7 @@ def family_menu(
         if family in ("quant", "residual"):
             words += _quant(group)
         if family == "trellis":
-            some = ROOMY_TRELLIS_BITS if bits is not None and bits >= ROOMY else TRELLIS_BITS
-            words += [f"trellis:bits={b},{TRELLIS}" for b in some]
+            words += [f"trellis:bits={b},{TRELLIS}" for b in trellis_bits(bits)]
         if family == "gguf":
             words += [f"gguf:type={t}" for t in (*GGUF_NARROW, *GGUF_WIDE)]
         if family == "exl3" and not any(n % 128 for n in shape):
@@ -131,6 +140,14 @@ def family_menu(
     if not able and set(families) & set(_APART):  # sizes of no multiple of 32, or of 128
         return [DENSE]
     return _by_cost(able, shape)
+
+
+def trellis_bits(bits: float | None) -> list[float]:
+    """Return the rates that a budget of so many bits per weight makes use of; None: any budget."""
+    if bits is None:
+        return [*TRELLIS_BITS[:-1]]
+    around = [b for b in TRELLIS_BITS if bits - TRELLIS_BELOW <= b <= bits + TRELLIS_ABOVE]
+    return around or [TRELLIS_BITS[-1]]
 
 
 def fits(level: Level, shape: Shape) -> bool:

@@ -89,6 +89,8 @@ def test_help_teaches_every_command(run: Run, command: str) -> None:
 def test_list_describes_methods(run: Run) -> None:
     assert "gptq" in run("list")[1]
     assert "arXiv" in run("list", "gptq")[1]
+    trellis = run("list", "trellis")[1]
+    assert "parameter" in trellis and "tail_biting" in trellis and "damp_outputs" in trellis
     for name in ("PVTuning", "make_quest", "GradualPruning", "GearCache", "kick", "stack"):
         assert name in run("list")[1]
         assert run("list", name)[1].count("\n") > 3

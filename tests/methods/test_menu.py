@@ -45,17 +45,24 @@ def test_families_add_up_and_residuals_share_their_first_terms() -> None:
     assert {*residual} < {*everything} and len({*everything}) == len(everything)
 
 
-def test_the_trellis_family_has_whole_bits_and_fits_any_shape() -> None:
+def test_the_trellis_family_has_the_rates_around_the_budget_and_fits_any_shape() -> None:
     found = menus({"a": (64, 128), "b": (7, 30)}, families=["trellis"])
     tail = "codebook=weyl,scales=channels"
-    words = [f"trellis:bits={b},{tail}" for b in (1, 2, 3, 4, 5, 6)]
+    words = [f"trellis:bits={b},{tail}" for b in (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6)]
     assert [str(x) for x in found["a"]] == words
     assert found["b"] == found["a"]
-    roomy = menus({"a": (64, 128)}, families=["trellis"], bits=5.5)
-    assert str(roomy["a"][-1]) == str(compose.normalize(f"trellis:bits=8,{tail}"))
-    assert len(roomy["a"]) == len(found["a"]) + 1
+    for bits, rates in ((3.3, [2, 2.5, 3, 3.5, 4, 4.5, 5, 6]), (5.5, [4, 4.5, 5, 6, 8]), (20, [8])):
+        own = menus({"a": (64, 128)}, families=["trellis"], bits=bits)
+        assert [level.terms[0].kwargs["bits"] for level in own["a"]] == rates
     with pytest.raises(ValueError, match="family trellis removes no weights"):
         menus({"a": (64, 128)}, families=["trellis"], sparsity=0.5)
+
+
+def test_a_model_of_sizes_that_a_file_has_no_place_for_is_refused() -> None:
+    shapes = {"model.q": (192, 64), "model.up": (128, 128)}
+    assert str(menus(shapes, families=["exl3"])["model.q"][0]) == "dense"
+    with pytest.raises(ValueError, match="family exl3, .* multiples of 128; model.q has 192 x 64"):
+        menus({"model.q": (192, 64)}, families=["exl3"])
 
 
 def test_ranks_are_multiples_and_smaller_than_the_weight() -> None:
