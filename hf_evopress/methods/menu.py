@@ -83,7 +83,7 @@ def menus(
         if menu and all(levels == [DENSE] for levels in menu.values()):
             unit, shape = next(iter(shapes.items()))
             raise ValueError(
-                f"no layer takes a level of family {', '.join(chosen)}, which is for sizes that are "
+                f"no layer takes a level of family {', '.join(chosen)}, for sizes that are "
                 f"multiples of {max(_STEPS.get(f, 1) for f in chosen)}; {unit} has {shape[0]} x "
                 f"{shape[1]} weights"
             )

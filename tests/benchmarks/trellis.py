@@ -58,7 +58,7 @@ def gaussian(words: argparse.Namespace) -> None:
                 continue
             for name in words.codebooks:
                 gain = (words.gain or GAIN[bits]) / spread(name, state_bits, bits)
-                row = [str(bits), f"2^{state_bits}", name]
+                row = [f"{bits:g}", f"2^{state_bits}", name]
                 for tail_biting in (False, True):
                     values = codebook(name, state_bits, bits, device)
                     encode(x[:8] / gain, values, bits, tail_biting=tail_biting)  # compiled
@@ -189,7 +189,7 @@ def arguments() -> argparse.Namespace:
     )
     parts = parser.add_subparsers(dest="part", required=True)
     one = parts.add_parser("gaussian")
-    one.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    one.add_argument("--bits", type=float, nargs="+", default=[2, 3, 4])
     one.add_argument("--state-bits", type=int, nargs="+", default=[8, 10, 12])
     one.add_argument("--codebooks", nargs="+", default=["strata"])
     one.add_argument("--tiles", type=int, default=512)

@@ -6,10 +6,9 @@ a string of 256 k bits, and the state of a weight is the last L bits up to its o
 comes before the first bit is the end of the same string where the walk bites its tail, or else
 a start that is stored beside it, as many bits as the first state has besides its own.
 
-At 2.5 bits even weights bring 2 and odd ones 3, and so at every half: a walk is nearly as good as
-between its neighbours (0.0396 of the variance of Gaussian weights are left with 2^10 states; the
-geometric mean of those at 2 and 3 bits is 0.0380), where units at 2 and at 3 bits, half of each,
-leave their arithmetic mean, 0.0466.
+At 2.5 bits even weights bring 2 and odd ones 3, and so at every half. It leaves 0.0363 of the
+variance of Gaussian weights (2^12 states), nearly the geometric mean of what 2 and 3 bits leave,
+0.0356; half of the weights at 2 and half at 3 bits leave the arithmetic mean, 0.0441.
 
 Bit i of a walk is bit 7 - i mod 8 of byte i div 8: 32 k bytes per walk. Starts are one string for
 all walks, padded to whole bytes.
