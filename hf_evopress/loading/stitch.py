@@ -107,6 +107,9 @@ def _replace(
             if id(known) not in brought:
                 brought[id(known)] = known.map(lambda t, to=W.device: t.to(to))  # type: ignore[misc]
             known = brought[id(known)]
-        state = compose.compress(level, W, known)
+        try:
+            state = compose.compress(level, W, known)
+        except ValueError as error:
+            raise ValueError(f"{unit.name}: {error}") from error
         state = {name: tensor.to(weight.device) for name, tensor in state.items()}
         replace(model, unit.name, level, state)

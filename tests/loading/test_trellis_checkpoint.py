@@ -29,6 +29,7 @@ LEVELS = (
     "trellis:bits=3,state_bits=6,feedback=none",
     "trellis:bits=2,state_bits=6,feedback=none + lowrank:rank=4,metric=plain",
     "trellis:bits=3,state_bits=6,feedback=none,tail_biting=false",
+    "trellis:bits=1.5,state_bits=6,feedback=none,codebook=weyl,scales=channels",
 )
 TOKENS = torch.arange(40).view(2, 20)
 
@@ -125,3 +126,11 @@ def test_a_plan_applied_to_the_same_text_gives_what_the_store_holds(
         codes, expected = layers[unit.name].codes, store.state(unit.name, level)["codes"]
         # weights are made one by one here and in step there: a tie may turn, and with it a walk
         assert (codes != expected).float().mean() < 0.05
+
+
+def test_a_weight_that_is_not_finite_is_named(tiny_model: Callable[..., nn.Module]) -> None:
+    model, unit = tiny_model("llama"), "model.layers.1.mlp.down_proj"
+    with torch.no_grad():
+        model.get_submodule(unit).weight[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=rf"^{unit}: a weight of shape .* contains inf or NaN"):
+        compress_model(model, Plan({unit: "trellis:bits=2.5,state_bits=6,feedback=none"}), None)
