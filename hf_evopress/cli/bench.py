@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from .console import bars, console, table
 from .device import computes
+
+if TYPE_CHECKING:
+    from ..jobs.bench import Bench, Speed
 
 
 @computes
@@ -53,9 +58,18 @@ def bench(
             dtype=dtype,
             progress=progress,
         )
-    dense = found.speeds[0] if against else None
+    console.print(f"{found.machine}, {dtype}; memory reads {found.bandwidth / 1e9:.1f} GB/s")
+    console.print(_table(found, batches, found.speeds[0] if against else None))
+    if png is not None:
+        from ..sharing.plots import speed_plot
+
+        series = {one.name: one.decode for one in found.speeds}
+        console.print(f"speeds drawn to {speed_plot(series, png)}", markup=False)
+
+
+def _table(found: Bench, batches: Sequence[int], dense: Speed | None) -> Table:
     headers: tuple[str, ...] = ("", "load s", "MB held", "MB to load", "MB for a prompt")
-    headers += (f"prompt of {prompt}, tokens/s",)
+    headers += (f"prompt of {found.prompt}, tokens/s",)
     rows = []
     for one in found.speeds:
         cells = [one.name, f"{one.load_seconds:.1f}"]
@@ -66,13 +80,7 @@ def bench(
         cells.append(f"{share / 1e9:.1f}")
         rows.append(cells)
     headers += tuple(f"batch {b}, tokens/s" for b in batches)
-    console.print(f"{found.machine}, {dtype}; memory reads {found.bandwidth / 1e9:.1f} GB/s")
-    console.print(table((*headers, f"GB/s at {batches[0]}"), rows))
-    if png is not None:
-        from ..sharing.plots import speed_plot
-
-        series = {one.name: one.decode for one in found.speeds}
-        console.print(f"speeds drawn to {speed_plot(series, png)}", markup=False)
+    return table((*headers, f"GB/s at {batches[0]}"), rows)
 
 
 def _megabytes(n: int | None) -> str:

@@ -19,8 +19,8 @@ from ..methods import compose
 from ..methods.base import Shape, State
 from ..models.patching import look_up
 from ..plans.level import Level
-from .kernels.operators import is_compiled_into_one
 from .kernels.operators import look_up as kernel_look_up
+from .kernels.tracing import is_compiled_into_one
 from .layers import CompressedLinear
 from .packed import PackedWeight
 from .runtimes import AUTO

@@ -11,7 +11,7 @@ from ..models.experts import SplitExperts, between
 from ..plans.level import DENSE
 from .kernels.experts import BETWEEN, Part, multiply, spans, stored_as
 from .kernels.layer import DTYPES, Kernel
-from .kernels.operators import is_exporting, is_traced
+from .kernels.tracing import is_exporting, is_traced
 from .packed import PackedWeight
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

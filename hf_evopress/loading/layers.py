@@ -17,7 +17,8 @@ from ..plans.plan import Plan
 from .experts import group_experts
 from .kernels.direct import Direct, direct
 from .kernels.layer import Kernel
-from .kernels.operators import is_compiled_into_one, linear
+from .kernels.operators import linear
+from .kernels.tracing import is_compiled_into_one
 from .packed import PackedWeight
 from .runtime import Runtime
 from .runtimes import AUTO, BY_KERNELS, RUNTIMES, log_choices

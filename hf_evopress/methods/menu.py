@@ -31,7 +31,7 @@ RATIOS = tuple(n / 10 for n in range(3, 10))  # of the weight's values, kept in 
 # computed make CPUs faster than dense weights. Scales of rows and columns lose a tenth less, for
 # 0.008 bits per weight of 4096 x 4096.
 TRELLIS = "codebook=weyl,scales=channels"
-TRELLIS_BITS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8)
+TRELLIS_BITS: tuple[float, ...] = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8)
 # Of what a budget leaves a weight; layers that want more or less are none, and each level takes
 # as long to make as any other.
 TRELLIS_BELOW, TRELLIS_ABOVE = 1.5, 3.0

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import pickle
 import sys
 import threading
 import zlib
@@ -66,11 +65,11 @@ from .task import (
 
 logger = logging.getLogger(__name__)
 
-# What numba raises of a cache that it cannot read or write: a damaged pickle can raise any of these
-# (pickle's documentation). What is wrong with our code raises once more without the cache.
-_OF_CACHES = (
-    *(RuntimeError, OSError, EOFError, pickle.PickleError, AttributeError, ImportError),
-    *(LookupError, ValueError, TypeError, zlib.error),
+# What numba raises of a cache that it cannot read or write: its files are pickled, and a damaged
+# one can raise any of these. What is wrong with our code raises once more without the cache.
+_OF_CACHES: tuple[type[Exception], ...] = (
+    *(RuntimeError, OSError, EOFError, AttributeError, ImportError, LookupError),
+    *(ValueError, TypeError, zlib.error, import_module("pickle").PickleError),
 )
 _PATIENCE = 3.0  # seconds; from the cache they take one
 _COMPILING = (

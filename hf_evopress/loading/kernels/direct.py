@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import task as T
 from .compiled import bytes_of, bytes_of_thread, compiled, scratch, threads_for
 from .layer import MOST_TOKENS, Kernel
 from .matrix import KINDS, Matrix, Tensors
+from .tracing import has_tangents, in_functorch
 
 DTYPES = (torch.bfloat16, torch.float32)
-_in_functorch = torch._C._functorch.peek_interpreter_stack
 _in_modes = torch._C._len_torch_dispatch_stack
 _is_traced = torch._C._is_tracing
 
@@ -62,9 +61,9 @@ class Direct:
         tokens = x.numel() // self.n
         if not 0 < tokens <= MOST_TOKENS or x.size(-1) != self.n or not x.is_contiguous():
             return None
-        if _in_modes() or _in_functorch() is not None or _is_traced():
+        if _in_modes() or in_functorch() is not None or _is_traced():
             return None
-        if forward_ad._current_level >= 0:  # operators.has_tangents
+        if has_tangents():
             return None
         if torch.is_autocast_enabled("cpu"):
             return None
@@ -83,7 +82,7 @@ def direct(kernel: Kernel, tensors: Tensors, x: Tensor) -> Direct | None:
     matrix = kernel.matrix if type(kernel) is Kernel else None
     if matrix is None or not x.is_cpu or x.dtype not in DTYPES:
         return None
-    if _in_functorch() is not None:  # tensors without a place in memory
+    if in_functorch() is not None:  # tensors without a place in memory
         return None
     bias = tensors["bias"]
     own = [t for t in tensors.values() if t is not None]

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ...methods import compose
 from ...methods.base import Shape, State
@@ -27,6 +26,7 @@ from ...plans.level import Level
 from .gpu_layer import TritonKernel, give_up, triton_kernel_of
 from .launch import KernelError
 from .layer import DTYPES, Kernel, kernel_of
+from .tracing import has_tangents, in_functorch, is_exporting, is_traced
 from .transforms import Product, whole_batches
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def linear(
     if has_graph or type(x) is not Tensor or is_traced():
         state = [tensors[name] for name in names]
         how = kernel.text, kernel.shape[0], kernel.runtime
-        if not torch.compiler.is_compiling() and _in_functorch() is not None:
+        if not torch.compiler.is_compiling() and in_functorch() is not None:
             return Product.apply(x, bias, how, *state)
         return torch.ops.evopress.linear(x, state, bias, *how)
     if not with_graph:
@@ -222,31 +222,6 @@ def are_plain(
         if with_graph and tensor.requires_grad:
             return False
     return True
-
-
-def is_exporting() -> bool:
-    """Return whether the graph is for others, who have no kernels: it gets plain operations."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
-
-
-def is_traced() -> bool:
-    """Return whether something besides this process' memory wants to know what is computed."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._len_torch_dispatch_stack() > 0 or _in_functorch() is not None
-
-
-_in_functorch = torch._C._functorch.peek_interpreter_stack
-
-
-def has_tangents() -> bool:
-    """Return whether inputs may carry tangents (torch.autograd.forward_ad), which kernels drop."""
-    return forward_ad._current_level >= 0
-
-
-def is_compiled_into_one() -> bool:
-    """Return whether torch.compile is tracing: a layer is one operator of its graph."""
-    return torch.compiler.is_compiling() and not is_exporting()
 
 
 def _rows(
