@@ -32,9 +32,9 @@ RATIOS = tuple(n / 10 for n in range(3, 10))  # of the weight's values, kept in 
 # 0.008 bits per weight of 4096 x 4096.
 TRELLIS = "codebook=weyl,scales=channels"
 TRELLIS_BITS: tuple[float, ...] = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8)
-# Of what a budget leaves a weight; layers that want more or less are none, and each level takes
-# as long to make as any other.
-TRELLIS_BELOW, TRELLIS_ABOVE = 1.5, 3.0
+# Around what a budget leaves a weight: few layers of a plan have others, and each level takes as
+# long to make as any.
+TRELLIS_BELOW, TRELLIS_ABOVE = 1.5, 2.5
 
 # Types of GGUF files that ggml makes fast: of 32 weights per block, and of 256 where rows are
 # multiples of that. The iq2 and iq3 types lose a tenth less than q2_k and q3_k, and take ten times
