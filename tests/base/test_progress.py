@@ -9,24 +9,37 @@ import pytest
 
 from hf_evopress.base.progress import saying
 
-logger = logging.getLogger("hf_evopress.of_a_test")
+
+class Heard(logging.Handler):
+    """What is said, and whether anything has been."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+        self.is_there = threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+        self.is_there.set()
 
 
-def test_what_takes_long_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    said = threading.Event()
-    heard = logging.Handler()
-    heard.emit = lambda record: said.set()  # type: ignore[method-assign]
-    logger.addHandler(heard)
-    try:
-        with saying(logger, "this takes a minute", after=0.01):
-            assert said.wait(30)
-    finally:
-        logger.removeHandler(heard)
-    assert [record.message for record in caplog.records] == ["this takes a minute"]
+@pytest.fixture
+def heard() -> tuple[logging.Logger, Heard]:
+    """A logger of its own: what other tests do to those of the package is not asked here."""
+    logger, handler = logging.Logger("of_a_test", logging.WARNING), Heard()
+    logger.addHandler(handler)
+    return logger, handler
 
 
-def test_what_is_done_in_time_is_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_takes_long_is_said(heard: tuple[logging.Logger, Heard]) -> None:
+    logger, handler = heard
+    with saying(logger, "this takes a minute", after=0.01):
+        assert handler.is_there.wait(30)
+    assert handler.messages == ["this takes a minute"]
+
+
+def test_what_is_done_in_time_is_not(heard: tuple[logging.Logger, Heard]) -> None:
+    logger, handler = heard
     with pytest.raises(KeyError), saying(logger, "this takes a minute", after=0.2):
         raise KeyError
-    threading.Event().wait(0.4)
-    assert not caplog.records
+    assert not handler.is_there.wait(0.4)
