@@ -1,6 +1,6 @@
 """The compiled kernels, and a call of them on the threads of PyTorch.
 
-Compiled by numba at the first product, 20 to 30 seconds of one core once per machine: it keeps the
+Compiled by numba at the first product, 20 to 40 seconds of one core once per machine: it keeps the
 result beside this file or in the user's cache folder. Work is shared among threads by the OpenMP
 library that PyTorch has loaded (GOMP_parallel): a pool of our own would compete with its threads
 for cores. Where there is none (Windows, macOS), one thread does it all.
@@ -74,7 +74,7 @@ _OF_CACHES: tuple[type[Exception], ...] = (
 _PATIENCE = 3.0  # seconds; from the cache they take one
 _COMPILING = (
     "the first product with compressed layers compiles kernels for this processor, "
-    "20 to 30 seconds once per machine"
+    "20 to 40 seconds once per machine"
 )
 LEAST = 2**17  # multiplications that are worth another thread
 Task = ctypes.c_int64 * SIZE
