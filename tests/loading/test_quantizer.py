@@ -29,6 +29,7 @@ from hf_evopress.loading.replace import replace_linears
 from hf_evopress.methods import compose
 from hf_evopress.models.units import find_units
 from hf_evopress.plans.plan import Plan
+from hf_evopress.training.tunable import make_tunable
 
 from ..versions import is_older
 
@@ -276,6 +277,26 @@ def test_a_tensor_of_another_shape_is_an_error_that_names_it(
     path, options = damage(folder, tmp_path / "bad", cut), options_for(where, tmp_path)
     with pytest.raises(ValueError, match=rf"{UP}.codes is \(127, \d+\), not \(128, \d+\)"):
         load(path, ignore_mismatched_sizes=ignore, **options)
+
+
+def test_bytes_that_are_called_other_numbers_are_an_error(folder: Path, tmp_path: Path) -> None:
+    def relabel(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{UP}.scales"] = tensors[f"{UP}.scales"].view(torch.bfloat16)
+
+    path = damage(folder, tmp_path / "bad", relabel)  # their checksums are right
+    with pytest.raises(ValueError, match=rf"{UP}.scales is of BF16, not torch.float16"):
+        load(path)
+
+
+def test_scales_that_were_saved_while_they_are_trained_are_loaded(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = load(folder)
+    make_tunable(model, ("scales",))
+    model.save_pretrained(tmp_path / "in-training")
+    again = load(tmp_path / "in-training")
+    assert again.get_parameter(f"{UP}.scales").dtype == torch.float16
+    assert torch.equal(logits(again), logits(load(folder)))
 
 
 def flip(folder: Path, target: Path, name: str) -> Path:
