@@ -101,7 +101,7 @@ def main() -> None:
     for module in (gpu, gpu_matrix, gpu_experts, gpu_lowrank):
         module.launch, module.needs_exact = compile_as_launched, lambda device: False
     viterbi_gpu.launch = compile_viterbi
-    for bits, state_bits in ((2, 12), (3, 10), (8, 12), (4, 14)):
+    for bits, state_bits in ((2, 12), (2.5, 12), (3, 10), (8, 12), (4, 14)):
         values, x, past = torch.randn(2**state_bits), torch.randn(2, 256), torch.zeros(2)
         for start in (None, past):
             viterbi_gpu.nearest_walks_triton(x, values, bits, start, batch=2)

@@ -12,26 +12,18 @@ import triton.language as tl
 
 
 @triton.jit
-def first_step(x, values, walk, length, PASTS: tl.constexpr, WAYS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return what states cost after the first weight, (PASTS, WAYS) float32."""
-    rest, way = tl.arange(0, PASTS), tl.arange(0, WAYS)
-    step = tl.load(x + walk * length) - tl.load(values + rest[:, None] * WAYS + way[None, :])
-    return step * step
-
-
-@triton.jit
 def next_step(  # type: ignore[no-untyped-def]
-    cost, x, values, came_from, walk, length, i, MOST: tl.constexpr,
+    cost, value, x, came_from, walk, length, i, MOST: tl.constexpr,
     PASTS: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
     """Return what states cost after weight i, (PASTS, WAYS) float32, and write the ways into the
-    cheapest of each past; cost: that after the weight before it, in any shape."""
+    cheapest of each past; cost: that after the weight before it, in any shape; value (PASTS, WAYS):
+    what states stand for."""
     rest, way = tl.arange(0, PASTS), tl.arange(0, WAYS)
     image = tl.reshape(cost, (WAYS, PASTS)).to(tl.int32, bitcast=True)
     least = tl.min((image & -WAYS) | way[:, None], axis=0)
     tl.store(came_from + (walk * length + i) * MOST + rest, (least & (WAYS - 1)).to(tl.uint8))
     so_far = (least & -WAYS).to(tl.float32, bitcast=True)
-    value = tl.load(values + rest[:, None] * WAYS + way[None, :])
     step = tl.load(x + walk * length + i) - value
     return so_far[:, None] + step * step
 
@@ -49,15 +41,18 @@ def forward(  # type: ignore[no-untyped-def]
     WAYS_ODD: tl.constexpr = 1 << ODD
     PASTS_ODD: tl.constexpr = (PASTS << EVEN) >> ODD
     rest, way = tl.arange(0, PASTS), tl.arange(0, WAYS)
-    cost = first_step(x, values, walk, length, PASTS, WAYS)
+    value = tl.load(values + rest[:, None] * WAYS + way[None, :])  # once: it stays in registers
+    of_odd = tl.reshape(value, (PASTS_ODD, WAYS_ODD))
+    step = tl.load(x + walk * length) - value
+    cost = step * step
     if past is not None:
         own = tl.load(past + walk)
         cost = tl.where((rest == own)[:, None], cost, NEVER)
     for i in range(1, length - 1, 2):
-        between = next_step(cost, x, values, came_from, walk, length, i, PASTS, PASTS_ODD, WAYS_ODD)
-        cost = next_step(between, x, values, came_from, walk, length, i + 1, PASTS, PASTS, WAYS)
+        between = next_step(cost, of_odd, x, came_from, walk, length, i, PASTS, PASTS_ODD, WAYS_ODD)
+        cost = next_step(between, value, x, came_from, walk, length, i + 1, PASTS, PASTS, WAYS)
     last = next_step(
-        cost, x, values, came_from, walk, length, length - 1, PASTS, PASTS_ODD, WAYS_ODD
+        cost, of_odd, x, came_from, walk, length, length - 1, PASTS, PASTS_ODD, WAYS_ODD
     )
     at_end = tl.reshape(last, (WAYS, PASTS))
     if past is not None:  # the last L - k bits of the end are the past
