@@ -25,9 +25,9 @@ SPARSITY_STEP = 0.05
 SPARSITY_SPAN = 4  # steps to either side of the sparsity asked for
 RATIOS = tuple(n / 10 for n in range(3, 10))  # of the weight's values, kept in factors
 
-# A trellis code has no groups: whole and half bits, and the search mixes them. Where layers could
-# take whole bits alone, those that should have 2.5 waste a sixth: so half bits are worth 5 to 9 %
-# of the loss. From 6 bits on scalar codes lose as little, and decode faster. Values that are
+# A trellis code has no groups: whole and half bits, and the search mixes them. With whole
+# bits alone, layers that should have 2.5 lose a quarter more: half bits are worth up to 9 % of the
+# loss. From 6 bits on scalar codes lose as little, and decode faster. Values that are
 # computed make CPUs faster than dense weights. Scales of rows and columns lose a tenth less, for
 # 0.008 bits per weight of 4096 x 4096.
 TRELLIS = "codebook=weyl,scales=channels"
