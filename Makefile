@@ -20,7 +20,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 PY  := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# One thread per test process: two processes with two threads each are slower on two cores.
+# One thread per test process: two processes with two threads each are slower on two cores. A file
+# goes to one process, which makes its fixtures once; tests/conftest.py puts the slow ones first.
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 
 # What mypy leaves be in the benchmarks: there it is to find names that are gone.
@@ -64,14 +66,14 @@ demo: venv $(MODEL)/config.json $(DATA)
 	@echo "checkpoint: $(OUT)  heat map: $(OUT).png"
 
 test: venv demo-model
-	$(PYTEST) -n $(JOBS) --durations=25
+	$(PYTEST) $(PARALLEL) --durations=25
 
 test-fast: venv
-	$(PYTEST) -n $(JOBS) -m 'not model and not slow'
+	$(PYTEST) $(PARALLEL) -m 'not model and not slow'
 
 # In the lowest versions that pyproject.toml allows, in an environment of its own.
 test-lowest: $(LOWEST)/.installed
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(LOWEST)/bin/python -m pytest -n $(JOBS) \
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(LOWEST)/bin/python -m pytest $(PARALLEL) \
 	    -m 'not model and not slow' $(LOWEST_TESTS)
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
@@ -89,7 +91,7 @@ test-newest:
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install -q --no-deps --extra-index-url $(TORCH_INDEX) $(NEWEST_TORCH)
 	$(NEWEST)/bin/python -m pip install -q -e '.[dev,gguf]'
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(NEWEST)/bin/python -m pytest -n $(JOBS) \
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(NEWEST)/bin/python -m pytest $(PARALLEL) \
 	    -m 'not model and not slow' -W 'error::FutureWarning:hf_evopress' \
 	    -W 'error::DeprecationWarning:hf_evopress'
 

@@ -124,6 +124,12 @@ def make_tokens(n_sequences: int, seq_len: int, *, seed: int = 1) -> Tensor:
     return data[: n_sequences * seq_len].view(n_sequences, seq_len)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first: the last files of two processes then end together."""
+    slow = {i.path for i in items if i.get_closest_marker("slow") or i.get_closest_marker("model")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., nn.Module]:
     """The factory tiny_model(arch="llama", *, seed=0, **config_overrides)."""
