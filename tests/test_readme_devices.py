@@ -37,7 +37,7 @@ from .test_readme import of
 
 DENSE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # errors along inputs alone: the second device takes its time for each of the others' small steps
-LEVELS = " ".join(f"-l gptq:bits={b},group_size=32,outputs=false" for b in (2, 4))
+LEVELS = " ".join(f"-l gptq:bits={b},group_size=64,outputs=false" for b in (2, 4))
 # the search for codes is slow here: two layers are enough for where its tensors lie
 TRELLIS = (
     "-l trellis:bits=2,state_bits=6 --ends dense --skip 'model.layers.1.*' "
@@ -109,6 +109,7 @@ def adjusted(line: str) -> list[str]:
             words += [name, value]
     if words[0] == "compress":
         words += [] if "--data" in words else ["--data", "my.txt"]
+    if words[0] in ("compress", "levels", "search"):
         has_levels = {"-l", "--level", "--sparsity", "--drop-ratio", "--for"} & set(words)
         words += [] if has_levels else shlex.split(LEVELS)
     words += ["--overwrite"] if "--overwrite" in known else []

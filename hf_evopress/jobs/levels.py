@@ -38,6 +38,7 @@ def build_levels(job: Job) -> LevelStore:
             job.units,
             job.menus,
             source,
+            others=[f for f in (job.work / "store", *_more_stores(job)) if f != folder],
             ranks=job.ranks,
             progress=job.progress,
         ),
@@ -107,7 +108,7 @@ def _is_open(job: Job, unit: Unit) -> bool:
 
 def _store_folder(job: Job, source: Source) -> Path:
     """Return the folder of a store that has this menu, or of a new one for it."""
-    first, others = job.work / "store", sorted(job.work.glob("store-*"))
+    first, others = job.work / "store", _more_stores(job)
     if not LevelStore.lacks(first, job.units, job.menus, source):
         return first
     for folder in others:
@@ -115,6 +116,10 @@ def _store_folder(job: Job, source: Source) -> Path:
             return folder
     menu = json.dumps({unit: list(map(str, levels)) for unit, levels in job.menus.items()})
     return job.work / f"store-{text_fingerprint(menu)}"
+
+
+def _more_stores(job: Job) -> list[Path]:
+    return sorted(job.work.glob("store-*"))
 
 
 def fingerprint(job: Job) -> dict[str, Any]:

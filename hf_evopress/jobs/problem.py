@@ -109,7 +109,8 @@ def pose(skeleton: nn.Module, recipe: Recipe, *, is_searched: bool = True) -> Pr
     Where no plan is within the budget, the ends are offered their smallest levels as well.
     is_searched: False where its units are looked at alone, so that any size will do.
     """
-    parts = _parts(skeleton, recipe)
+    bits = budget_bits(skeleton, recipe) if is_searched else None
+    parts = _parts(skeleton, recipe, bits)
     if not is_searched:
         return Problem(**parts, budget=Budget(parts["space"].max_cost, "none"))
     try:
@@ -117,12 +118,29 @@ def pose(skeleton: nn.Module, recipe: Recipe, *, is_searched: bool = True) -> Pr
     except ValueError:
         if not are_in_budget(recipe):
             raise
-        parts = _parts(skeleton, recipe, small_ends=True)
+        parts = _parts(skeleton, recipe, bits, small_ends=True)
         budget = _budget(recipe, parts)
     return Problem(**parts, budget=budget)
 
 
-def _parts(skeleton: nn.Module, recipe: Recipe, *, small_ends: bool = False) -> dict[str, Any]:
+def budget_bits(skeleton: nn.Module, recipe: Recipe) -> tuple[float, float]:
+    """Return the least and the most that the budgets of a recipe leave a weight, in bits.
+
+    What caches take of a size is not known before the search: as little as 0 may be left.
+    """
+    high = bits_per_weight(skeleton, recipe)
+    if recipe.budget.context is not None:
+        return 0.0, high
+    return float(recipe.search.settings.get("low", high)), high
+
+
+def _parts(
+    skeleton: nn.Module,
+    recipe: Recipe,
+    bits: tuple[float, float] | None,
+    *,
+    small_ends: bool = False,
+) -> dict[str, Any]:
     """Return all of a problem but its budget, by the names of its fields."""
     said = recipe.budget
     units = [] if said.drop is not None else find_units(skeleton, skip=recipe.skip)
@@ -133,7 +151,6 @@ def _parts(skeleton: nn.Module, recipe: Recipe, *, small_ends: bool = False) -> 
         offered = fitting_menus(shapes, recipe.levels)
     else:
         families = recipe.families if recipe.levels else recipe.offered_families
-        bits = bits_per_weight(skeleton, recipe)
         offered = menus(shapes, recipe.levels, families=families, sparsity=said.sparsity, bits=bits)
     offered, pairs = with_shared(offered, shapes, recipe)
     ends = choose_ends(skeleton, recipe, small=small_ends)

@@ -22,7 +22,7 @@ from ..plans.level import Level
 from .kernels.operators import look_up as kernel_look_up
 from .kernels.tracing import is_compiled_into_one
 from .layers import CompressedLinear
-from .packed import PackedWeight
+from .packed import PackedWeight, tensors_of
 from .runtimes import AUTO
 
 _OWN = (
@@ -78,12 +78,12 @@ class CompressedEmbedding(PackedWeight, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         if self._kernel is not None:
-            own = self._state_names, self._parameters
-            rows = kernel_look_up(self._kernel, *own, input, self.weight_dtype)  # type: ignore[arg-type]
+            own = self._state_names, tensors_of(self)
+            rows = kernel_look_up(self._kernel, *own, input, self.weight_dtype)
             if rows is not None:
                 return rows
         if is_compiled_into_one() and not any(t.requires_grad for t in self.state.values()):
-            state = [self._parameters[name] for name in self._state_names]
+            state = list(self.state.values())
             options = self.level_text, [*self.shape], self.weight_dtype, AUTO
             return torch.ops.evopress.look_up(input, state, *options)
         return look_up(self.level, self.state, self.shape, input, self.weight_dtype)

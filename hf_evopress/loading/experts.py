@@ -12,7 +12,7 @@ from ..plans.level import DENSE
 from .kernels.experts import BETWEEN, Part, multiply, spans, stored_as
 from .kernels.layer import DTYPES, Kernel
 from .kernels.tracing import is_exporting, is_traced
-from .packed import PackedWeight
+from .packed import PackedWeight, tensors_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -42,8 +42,10 @@ def together(
     order = expert_of.reshape(-1).argsort(stable=True)
     expert, token = expert_of.reshape(-1)[order], order // expert_of.shape[-1]
     x = hidden[token]
+    packed = (m for own in layers for m in own if isinstance(m, PackedWeight))
+    runtime = next((m.kernels for m in packed), Kernel.runtime)
     for i, own in enumerate(layers):
-        x = _linear(own, x if i == 0 else between(experts.shell, x), expert)
+        x = _linear(own, x if i == 0 else between(experts.shell, x), expert, runtime)
     answer = x * weight_of.reshape(-1)[order, None]
     return torch.zeros_like(hidden).index_add_(0, token, answer.to(hidden.dtype))
 
@@ -63,8 +65,6 @@ def _layers(experts: SplitExperts) -> list[list[Any]] | None:
                 return None
             own.append(layer)
     for own in found:
-        if all(type(layer) is nn.Linear for layer in own):
-            return None  # dense
         if len({layer.bias is None for layer in own}) > 1:
             return None
     return found
@@ -80,29 +80,28 @@ def _is_watched(module: Any) -> bool:
 
 
 def _is_trained(layer: Any) -> bool:
-    return any(p is not None and p.requires_grad for p in layer._parameters.values())
+    return any(p is not None and p.requires_grad for p in tensors_of(layer).values())
 
 
-def _linear(layers: list[Any], x: Tensor, expert: Tensor) -> Tensor:
+def _linear(layers: list[Any], x: Tensor, expert: Tensor, runtime: str) -> Tensor:
     """Return x (tokens, in) times the weights of the layers that `expert` numbers, plus biases."""
     if torch.is_autocast_enabled(kind := x.device.type):
         with torch.autocast(kind, enabled=False):
-            return _linear(layers, x.to(torch.get_autocast_dtype(kind)), expert)
+            return _linear(layers, x.to(torch.get_autocast_dtype(kind)), expert, runtime)
     has_graph = torch.is_grad_enabled() and x.requires_grad
     shape = (layers[0].out_features, layers[0].in_features)
-    runtime = next(m.kernels for m in layers if isinstance(m, PackedWeight))
     is_plain = x.is_cpu and runtime == Kernel.runtime
     if is_plain and not (has_graph or type(x) is not Tensor or is_traced()):
         parts = []
         for e, first, last in spans(expert, len(layers)):
             own = layers[e]
             stored = stored_as(_text(own), shape, runtime)
-            parts.append(Part(stored, own._parameters, own.bias, first, last))
+            parts.append(Part(stored, tensors_of(own), own.bias, first, last))
         with torch.no_grad():
             return multiply(x, parts, shape[0])
     texts = [_text(layer) for layer in layers]
     levels = list(dict.fromkeys(texts))
-    state = [layer._parameters[name] for layer in layers for name in _tensors(layer)]
+    state = [getattr(layer, name) for layer in layers for name in _tensors(layer)]
     biases = [layer.bias for layer in layers if layer.bias is not None]
     which = [levels.index(text) for text in texts]
     how = BETWEEN.join(levels), which, shape[0], runtime

@@ -19,7 +19,7 @@ from .kernels.direct import Direct, direct
 from .kernels.layer import Kernel
 from .kernels.operators import linear
 from .kernels.tracing import is_compiled_into_one
-from .packed import PackedWeight
+from .packed import PackedWeight, tensors_of
 from .runtime import Runtime
 from .runtimes import AUTO, BY_KERNELS, RUNTIMES, log_choices
 
@@ -111,7 +111,7 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
         return self._kernel is not None and self._runtime is None
 
     def _by_kernel(self, kernel: Kernel, x: Tensor) -> Tensor | None:
-        tensors: Any = self._parameters
+        tensors = tensors_of(self)
         if torch.compiler.is_compiling():
             return linear(kernel, self._state_names, tensors, x)
         if self._direct is not None and (y := self._direct(tensors, x)) is not None:
@@ -125,7 +125,7 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
         if not x.is_floating_point():  # the weight would be rounded to integers
             raise RuntimeError(f"an input in {x.dtype} for a layer that computes in floating point")
         if is_compiled_into_one() and not any(t.requires_grad for t in self.state.values()):
-            tensors = [self._parameters[name] for name in self._state_names]
+            tensors = list(self.state.values())
             own = self.level_text, self.shape[0], AUTO
             if torch.is_autocast_enabled(kind := x.device.type):
                 x = x.to(torch.get_autocast_dtype(kind))

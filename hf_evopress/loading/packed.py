@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +16,13 @@ from .computed_weight import READ_ONLY, ComputedWeight
 from .kernels.gpu_layer import triton_kernel_of
 from .kernels.layer import Kernel, kernel_of
 from .runtimes import BY_KERNELS, PACKED, RUNTIMES, TRITON, check_device, chosen
+
+
+def tensors_of(module: nn.Module) -> Mapping[str, Any]:
+    """Return the tensors of a module itself by name; those of nn.DataParallel's replicas, too."""
+    if "_former_parameters" in module.__dict__:  # theirs are no parameters
+        return {**module._parameters, **module.__dict__["_former_parameters"]}
+    return module._parameters
 
 
 class PackedWeight(nn.Module):

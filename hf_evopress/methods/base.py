@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class Param:
             value = float(value)
         if self.kind is str and not isinstance(value, str):
             value = str(value)
+        if self.kind is float and isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{method} needs a finite {name}, got {name}={value}")
         if type(value) is not self.kind:
             raise ValueError(
                 f"{method} needs {name} to be {self.kind.__name__}, got {name}={value}"

@@ -67,7 +67,7 @@ def menus(
     *,
     families: Sequence[str] = (),
     sparsity: float | None = None,
-    bits: float | None = None,
+    bits: tuple[float, float] | None = None,
 ) -> dict[str, list[Level]]:
     """Return unit -> the levels it is offered, cheapest first.
 
@@ -75,17 +75,19 @@ def menus(
     group sizes that would fit. Else the menu is that of `families`, by default quant, or sparse
     where a budget of `sparsity` counts values instead of bits: a level that does not fit a
     unit's shape is left out for that unit, and a unit that takes no group of 64 is offered the
-    largest of 32, 16 and a whole row that it takes instead. bits: what the budget leaves a weight.
+    largest of 32, 16 and a whole row that it takes instead; one that takes no level stays dense.
+    bits: the least and the most that budgets leave a weight, by default anything.
     """
     if levels is None:
         chosen = _families(families, sparsity)
         menu = {unit: family_menu(shape, chosen, sparsity, bits) for unit, shape in shapes.items()}
         if menu and all(levels == [DENSE] for levels in menu.values()):
             unit, shape = next(iter(shapes.items()))
+            step = max(_STEPS.get(family, 1) for family in chosen)
+            sizes = f", for sizes that are multiples of {step}" if step > 1 else ""
             raise ValueError(
-                f"no layer takes a level of family {', '.join(chosen)}, for sizes that are "
-                f"multiples of {max(_STEPS.get(f, 1) for f in chosen)}; {unit} has {shape[0]} x "
-                f"{shape[1]} weights"
+                f"no layer takes a level of family {', '.join(chosen)}{sizes}; {unit} has "
+                f"{shape[0]} x {shape[1]} weights"
             )
         return menu
     if families:
@@ -103,7 +105,10 @@ def menus(
 
 
 def family_menu(
-    shape: Shape, families: Sequence[str], sparsity: float | None, bits: float | None = None
+    shape: Shape,
+    families: Sequence[str],
+    sparsity: float | None,
+    bits: tuple[float, float] | None = None,
 ) -> list[Level]:
     """Return the levels of some families that a weight of `shape` takes, cheapest first."""
     group = 64 if shape[1] % 64 == 0 else next((g for g in (32, 16) if shape[1] % g == 0), -1)
@@ -112,7 +117,7 @@ def family_menu(
         if family in ("quant", "residual"):
             words += _quant(group)
         if family == "trellis":
-            words += [f"trellis:bits={b},{TRELLIS}" for b in trellis_bits(bits)]
+            words += _trellis(shape, trellis_bits(bits))
         if family == "gguf":
             words += [f"gguf:type={t}" for t in (*GGUF_NARROW, *GGUF_WIDE)]
         if family == "exl3" and not any(n % 128 for n in shape):
@@ -137,17 +142,28 @@ def family_menu(
             words += _lowrank(shape, sparsity)
     offered = dict.fromkeys(compose.normalize(word) for word in words)
     able = [level for level in offered if fits(level, shape)]
-    if not able and set(families) & set(_APART):  # sizes of no multiple of 32, or of 128
-        return [DENSE]
-    return _by_cost(able, shape)
+    return _by_cost(able or [DENSE], shape)
 
 
-def trellis_bits(bits: float | None) -> list[float]:
-    """Return the rates that a budget of so many bits per weight makes use of; None: any budget."""
+def trellis_bits(bits: tuple[float, float] | None) -> list[float]:
+    """Return the rates that budgets from so many bits per weight to so many make use of.
+
+    None: any budget, but for 8 bits, where scalar codes lose as little.
+    """
     if bits is None:
         return [*TRELLIS_BITS[:-1]]
-    around = [b for b in TRELLIS_BITS if bits - TRELLIS_BELOW <= b <= bits + TRELLIS_ABOVE]
+    low, high = bits
+    around = [b for b in TRELLIS_BITS if low - TRELLIS_BELOW <= b <= high + TRELLIS_ABOVE]
     return around or [TRELLIS_BITS[-1]]
+
+
+def _trellis(shape: Shape, rates: Sequence[float]) -> list[str]:
+    """Return trellis levels with the first rotation that sizes with a large odd factor allow."""
+    for rotation in ("", *(f",rotation={n}" for n in (256, 128, 64, 32, "none"))):
+        words = [f"trellis:bits={b},{TRELLIS}{rotation}" for b in rates]
+        if fits(compose.normalize(words[0]), shape):
+            break
+    return words
 
 
 def fits(level: Level, shape: Shape) -> bool:

@@ -30,8 +30,9 @@ from ..models.units import Unit
 from ..plans.level import Level
 from .index import INDEX, covers, new_index, read_index, same_make, start
 from .judge import Judge, Loss
+from .other_stores import Made, OtherStores
 from .shared import shared_states
-from .unit_file import read_scores, read_state, write_unit
+from .unit_file import read_scores, read_state, unit_file, write_unit
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class LevelStore:
         menus: Mapping[str, Sequence[Level]],
         source: Source,
         *,
+        others: Iterable[Path] = (),
         ranks: Ranks = ALONE,
         progress: Progress | None = None,
     ) -> LevelStore:
@@ -116,43 +118,39 @@ class LevelStore:
         A store of the same make that has these levels and more serves as it is.
 
         One block at a time: its statistics are read, each distinct input's Hessian is factorised
-        once, and all levels of the units behind it are made in one pass. ranks: processes that
-        share the folder; each takes some blocks. Raises ValueError where the folder holds a
-        store made from something else.
+        once, and all levels of the units behind it are made in one pass. others: folders of
+        stores whose levels are copied instead, where they were made from the same. ranks:
+        processes that share the folder; each takes some blocks. Raises ValueError where the
+        folder holds a store made from something else.
         """
         folder = Path(folder)
         with ranks.first_alone():
             index = start(folder, new_index(units, menus, source.fingerprint))
         menus = {u["name"]: [compose.normalize(x) for x in u["levels"]] for u in index["units"]}
+        described = {u["name"]: u for u in index["units"]}
+        elsewhere = OtherStores(others, index)
         numbers = {unit.name: i for i, unit in enumerate(units)}
-        done = sum(_unit_file(folder, i).is_file() for i in numbers.values())
+        done = sum(unit_file(folder, i).is_file() for i in numbers.values())
         blocks, place = sorted({unit.block for unit in units}), place_of(model)
         for block in (b for n, b in enumerate(blocks) if ranks.owns(n)):
             here = [u for u in units if u.block == block]
-            there = {u.name for u in here if _unit_file(folder, numbers[u.name]).is_file()}
+            there = {u.name for u in here if unit_file(folder, numbers[u.name]).is_file()}
             if len(there) == len(here):
                 continue
-            (stats, losses), all_moments = source.known(here), source.outputs(here)
-            stats = map_shared(stats, place.on_device)
-            for group in _by_input(here, stats, menus):
+            (stats, losses), moments = source.known(here), source.outputs(here)
+            known = _Block(model, map_shared(stats, place.on_device), losses, moments, source)
+            for group in _by_input(here, known.stats, menus):
                 if there.issuperset(u.name for u in group):
-                    continue  # a group is made whole, also where some of it is there: same sums
-                weights = [_weight(model, unit) for unit in group]
-                levels = list(menus[group[0].name])
-                found = {u.name: all_moments[u.name] for u in group if u.name in all_moments}
-                moments = {name: place.on_device(G) for name, G in found.items()}
-                inputs = _with_outputs(stats.get(group[0].name), group, moments)
-                alone = [level for level in levels if not compose.n_shared(level)]
-                made = dict(zip(alone, compose.compress_many(alone, weights, inputs), strict=True))
-                for j, (unit, W) in enumerate(zip(group, weights, strict=True)):
-                    if unit.name in there:
-                        continue
-                    both = _shared(model, unit, W, stats, levels, source)
-                    states = [both[x] if x in both else made[x][j] for x in levels]
-                    judge = Judge(W, stats.get(unit.name), losses.get(unit.name))
-                    scores = [judge.scores(*one) for one in zip(levels, states, strict=True)]
-                    states = [on_cpu(state) for state in states]
-                    write_unit(_unit_file(folder, numbers[unit.name]), unit.name, states, scores)
+                    continue
+                levels, new = menus[group[0].name], [u for u in group if u.name not in there]
+                copied = {u.name: elsewhere.of(described[u.name], levels) for u in new}
+                lacking = [x for x in levels if any(x not in own for own in copied.values())]
+                # a group is made whole, also where some of it is there: same sums
+                made = known.made(group, lacking) if lacking else {u.name: {} for u in new}
+                for unit in new:
+                    found = {**made[unit.name], **copied[unit.name]}
+                    states, scores = zip(*(found[x] for x in levels), strict=True)
+                    write_unit(unit_file(folder, numbers[unit.name]), unit.name, states, scores)
                     done += 1
                     if progress:
                         progress("levels", done, len(units))
@@ -211,7 +209,7 @@ class LevelStore:
         return sum(p.stat().st_size for p in self.folder.glob("*.safetensors"))
 
     def _file(self, unit: str) -> Path:
-        return _unit_file(self.folder, self._numbers[self._known(unit)])
+        return unit_file(self.folder, self._numbers[self._known(unit)])
 
     def _known(self, unit: str) -> str:
         if unit not in self.units:
@@ -226,6 +224,36 @@ class LevelStore:
                 f"it has: {', '.join(map(str, stored))}"
             )
         return stored.index(level)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What levels of the units of one block are made from."""
+
+    model: Any
+    stats: Mapping[str, Stats]
+    losses: Mapping[str, Loss]
+    moments: Mapping[str, Tensor]
+    source: Source
+
+    def made(self, group: Sequence[Unit], levels: Sequence[Level]) -> dict[str, dict[Level, Made]]:
+        """Return unit -> level -> what was made of it, for units that share an input."""
+        place = place_of(self.model)
+        weights = [_weight(self.model, unit) for unit in group]
+        known = {u.name: self.moments[u.name] for u in group if u.name in self.moments}
+        moments = {name: place.on_device(G) for name, G in known.items()}
+        inputs = _with_outputs(self.stats.get(group[0].name), group, moments)
+        alone = [level for level in levels if not compose.n_shared(level)]
+        of_all = dict(zip(alone, compose.compress_many(alone, weights, inputs), strict=True))
+        found: dict[str, dict[Level, Made]] = {}
+        for j, (unit, W) in enumerate(zip(group, weights, strict=True)):
+            both = _shared(self.model, unit, W, self.stats, levels, self.source)
+            judge = Judge(W, self.stats.get(unit.name), self.losses.get(unit.name))
+            states = {x: both[x] if x in both else of_all[x][j] for x in levels}
+            found[unit.name] = {
+                x: (on_cpu(state), judge.scores(x, state)) for x, state in states.items()
+            }
+        return found
 
 
 def _shared(
@@ -275,7 +303,3 @@ def _with_outputs(
 
 def _weight(model: Any, unit: Unit) -> Tensor:
     return place_of(model).on_device(model.get_submodule(unit.name).weight.detach()).float()
-
-
-def _unit_file(folder: Path, number: int) -> Path:
-    return folder / f"unit_{number:05d}.safetensors"

@@ -24,6 +24,11 @@ from ..methods.base import State
 from .checksums import checksum
 
 
+def unit_file(folder: Path, number: int) -> Path:
+    """Return the file of a store's unit: by number, so that names never become paths."""
+    return folder / f"unit_{number:05d}.safetensors"
+
+
 def write_unit(
     path: Path, unit: str, states: Sequence[State], scores: Sequence[Mapping[str, float]]
 ) -> None:

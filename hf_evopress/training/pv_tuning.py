@@ -49,7 +49,7 @@ from ..methods.maths.codes import CodedMethod, n_groups, unpack_grid
 from ..methods.maths.packing import pack, unpack
 from ..methods.trellis import Trellis
 from ..plans.level import Level
-from .tunable import make_tunable
+from .tunable import make_tunable, rates
 from .walk_steps import move_walks
 
 DAMPING = 1e-3  # of second moments, in their mean
@@ -87,10 +87,9 @@ class PVTuning(torch.optim.AdamW):
         check_codes([layer.level for layer in linears.values()])
         self.layers = {n: m for n, m in linears.items() if has_p_step(m.level)}
         make_tunable(model, kinds)
-        floats = [p for p in model.parameters() if p.requires_grad]
         codes = [layer.get_parameter("codes") for layer in self.layers.values()]
         groups: list[dict[str, Any]] = [
-            {"params": floats},
+            *rates(model, lr),
             {"params": codes, "weight_decay": 0.0, "codes": True},
         ]
         super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -105,7 +104,7 @@ class PVTuning(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
         """Do the V-step and, where it is due, the P-step."""
         loss = super().step(closure)  # codes have no .grad: they are left alone
-        group = self.param_groups[1]
+        group = self.param_groups[-1]
         for name, layer in self.layers.items():
             seen = self._seen.pop(name, None)
             if seen is None and not is_in_group():

@@ -7,6 +7,7 @@ Norms and biases keep the model's dtype: load the model in float32 to train them
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..loading.layers import CompressedLinear, compressed_linears
 from ..methods import compose
 
 KINDS = ("scales", "factors", "norms", "biases")
+OF_ERROR = 3  # halvings of a level's error, 2^-bits, to what a step may change scales by
 _FACTORS = ("A", "B", "P", "Q", "psi")  # lowrank, mpo, folded
 _OF_DICT = ("atoms", "values")  # sparse levels have values too, which are no factors
 
@@ -52,6 +54,26 @@ def make_tunable(model: nn.Module, kinds: Sequence[str] = ("scales", "norms")) -
             f"{', '.join(sorted({str(x.level) for x in compressed_linears(model).values()}))}"
         )
     return names
+
+
+def rates(model: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """Return the groups of an optimiser like Adam: the parameters that are trained, and their rate.
+
+    A step of Adam moves every number by about its rate. Scales of 8-bit codes are so small that
+    one such step would be more than the codes' error: the rate of scales is halved until, next to
+    their root mean square, it is at most an eighth of 2^-bits.
+    """
+    halved: dict[int, int] = {}
+    for _, layer, name in _packed_floats(model, ("scales",)):
+        scales = layer.get_parameter(name)
+        bits = compose.cost_bits(layer.level, layer.shape) / math.prod(layer.shape)
+        most = float(scales.detach().square().mean().sqrt()) * 2.0 ** -(bits + OF_ERROR)
+        halved[id(scales)] = max(0, math.ceil(math.log2(lr / most))) if most else 0
+    groups: dict[int, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(halved.get(id(parameter), 0), []).append(parameter)
+    return [{"params": own, "lr": lr / 2**n} for n, own in sorted(groups.items())]
 
 
 def settle(model: nn.Module) -> None:

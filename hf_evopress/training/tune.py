@@ -50,7 +50,7 @@ from .datasets import datasets_of
 from .pv_tuning import PVTuning, check_codes, check_judged
 from .settings import ADAPTERS, CODES, Tuning, share_of
 from .trainer import DistillationTrainer
-from .tunable import check_trainable, make_tunable, settle
+from .tunable import check_trainable, make_tunable, rates, settle
 
 logger = logging.getLogger(__name__)
 
@@ -293,16 +293,22 @@ def _trainer(model: Any, settings: Tuning, dataset: Any, work: Path) -> Trainer:
     if settings.gradient_checkpointing and not settings.kinds:
         model.enable_input_require_grads()
     words: dict[str, Any] = {"train_dataset": dataset}
-    if CODES in (settings.kinds or ()):
-        optimizer = PVTuning(
-            model,
-            lr=args.learning_rate,
-            kinds=settings.floats,
-            max_change=settings.max_change,
-            trust=settings.trust,
-            every=settings.every,
-        )
-        words["optimizers"] = (optimizer, None)
+    if settings.kinds:
+        words["optimizers"] = (_optimizer(model, settings, args.learning_rate), None)
     if settings.teacher is not None:
         return DistillationTrainer(model, args, task_weight=settings.task_weight, **words)
     return Trainer(model, args, **words)
+
+
+def _optimizer(model: Any, settings: Tuning, lr: float) -> torch.optim.AdamW:
+    """Return what moves the floats of a packed model, and its codes where they are trained."""
+    if CODES not in (settings.kinds or ()):
+        return torch.optim.AdamW(rates(model, lr), weight_decay=0.0)
+    return PVTuning(
+        model,
+        lr=lr,
+        kinds=settings.floats,
+        max_change=settings.max_change,
+        trust=settings.trust,
+        every=settings.every,
+    )

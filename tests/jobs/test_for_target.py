@@ -55,6 +55,22 @@ def test_a_target_is_offered_what_it_runs(target: str, wanted: set[str]) -> None
     assert methods(posed(**{"for": target})) == wanted
 
 
+def trellis_rates(problem: Problem) -> list[float]:
+    terms = [level.terms[0] for level in problem.menus["model.layers.0.mlp.up_proj"]]
+    return [t.kwargs["bits"] for t in terms if t.method == "trellis"]
+
+
+def test_all_budgets_of_a_range_are_served_and_those_that_a_cache_leaves() -> None:
+    front = {"strategy": "pareto", "settings": {"low": 2.0}}
+    rates = trellis_rates(posed(**{"for": "gpu"}, search=front))
+    assert rates[:3] == [1, 1.5, 2] and rates[-1] == 8
+    size = trellis_rates(posed(**{"for": "gpu"}, budget={"size": "300kB"}))
+    shared = trellis_rates(posed(**{"for": "gpu"}, budget={"size": "300kB", "context": 64}))
+    assert shared[0] == 1 < size[0] and shared[-1] == size[-1]
+    alone = pose(make_tiny_model("llama"), recipe(**{"for": "gpu"}), is_searched=False)
+    assert trellis_rates(alone) == [1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6]
+
+
 def test_levels_and_families_that_are_given_are_taken_instead() -> None:
     levels = ["rtn:bits=4,group_size=32", "rtn:bits=8,group_size=32"]
     assert methods(posed(**{"for": "gpu"}, levels=levels)) == {"rtn"}

@@ -292,6 +292,7 @@ def test_triton_kernels_answer_as_the_reference(
     experts = mixture(kind, levels, dtype, "triton").to(DEVICE)
     given = [one.to(DEVICE) for one in routed(tokens, dtype)]
     names = triton_launches(monkeypatch)
+    monkeypatch.setattr(gpu_layer.TritonKernel, "has_checked", lambda *given: True)
     found = experts(*given)
     (expected,) = (n for known, n in LAUNCHES if known is levels)
     assert len(names) == 2 * expected and not gpu_layer._failed
@@ -328,6 +329,42 @@ def test_a_grouped_kernel_that_is_wrong_is_found_out(
     assert caplog.text.count("the Triton kernel 'experts'") == 1
     prepare_layers(experts.to("cpu"), "packed")
     assert torch.allclose(found.cpu(), one_by_one(experts, *routed(1)), atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, FEW])
+def test_a_level_that_no_token_is_sent_to_is_looked_at_too_and_once(
+    tokens: int, mixture: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason='no Triton: pip install "hf-evopress[dev]" on Linux')
+    levels = ["rtn:bits=6,group_size=32"] * 2 + ["rtn:bits=7,group_size=32"] * 2
+    experts = mixture(levels=levels, runtime="triton").to(DEVICE)
+    hidden, _, weight = (one.to(DEVICE) for one in routed(tokens))
+    to_first = torch.tensor([[0, 1]] * tokens, device=DEVICE)
+    experts(hidden, to_first, weight)
+    way = "one of experts" if 2 * tokens <= FEW else "many of experts"
+    for own in experts:
+        for name in own.names:
+            assert own.get_submodule(name)._kernel.has_checked(hidden.device, way)
+    monkeypatch.setattr(operators, "spans", lambda *given: pytest.fail("asks the device"))
+    experts(hidden, to_first.flip(1), weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", [0, 1])
+def test_experts_of_which_one_matrix_is_dense_are_computed_at_once_too(
+    which: int, mixture: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = mixture()
+    for own in experts:
+        name = own.names[which]
+        own.set_submodule(name, own.get_submodule(name).dequantize())
+    given = routed(6)
+    wanted = one_by_one(experts, *given)
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(CompressedLinear, "forward", lambda *given: pytest.fail("one by one"))
+    assert torch.allclose(experts(*given), wanted, atol=1e-5)
+    assert torch.allclose(compiled(*given), wanted, atol=1e-5)
 
 
 def test_tiles_cover_each_token_once() -> None:

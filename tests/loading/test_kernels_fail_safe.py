@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -193,3 +194,51 @@ def test_a_cache_that_cannot_be_used_is_not(
     monkeypatch.setattr("numba.core.caching.FunctionCache", Cache)
     assert compiled._entry(Numba, compiled._run, 2) == "compiled"
     assert made == [True, False] and forgotten == [1]
+
+
+def replica(module: nn.Module) -> Any:
+    """Return a copy of a module as nn.DataParallel makes it: its tensors are no parameters."""
+    made: Any = module._replicate_for_data_parallel()
+    made._former_parameters = {}
+    for name, child in module._modules.items():
+        setattr(made, name, None if child is None else replica(child))
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            made._parameters[name] = None
+            continue
+        copied = parameter * 1 if parameter.requires_grad else parameter.detach()
+        setattr(made, name, copied)
+        made._former_parameters[name] = copied
+    return made
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_replicas_of_data_parallel_compute_what_their_layer_does(level: str, bias: bool) -> None:
+    one, x = layer(level, bias=bias), torch.randn(3, 64, requires_grad=True)
+    for own in (replica(one), replica(one.requires_grad_(False))):
+        assert torch.equal(own(x), one(x))
+        own(x).sum().backward()
+        with torch.no_grad():
+            assert torch.equal(own(x), one(x))
+    made = embedding()
+    ids = torch.tensor([[3, 1], [0, 2]])
+    assert torch.equal(replica(made)(ids), made(ids))
+
+
+@pytest.mark.parametrize("level", ["rtn:bits=4,group_size=32", LEVELS[2]])
+def test_without_llvmlite_layers_are_prepared_all_the_same(
+    level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_evopress.loading.kernels.layer import kernel_of
+
+    caches: tuple[Any, ...] = (compiled.has_feature, compiled.vector_bytes, kernel_of)
+    for cache in caches:
+        cache.cache_clear()
+    monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
+    try:
+        x = torch.randn(3, 64)
+        assert torch.allclose(layer(level, "packed")(x), layer(level)(x), atol=1e-4)
+    finally:
+        for cache in caches:
+            cache.cache_clear()

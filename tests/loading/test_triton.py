@@ -356,14 +356,49 @@ def test_a_kernel_that_computes_something_else_is_left_at_its_first_call(
     assert made.prepare("triton").startswith("as packed (Triton kernel 'codes at rtn:bits=5")
 
 
-def test_an_input_of_zeros_tells_nothing_of_a_kernel() -> None:
-    made = layer()
+@torch.no_grad()
+@pytest.mark.parametrize("value", [0.0, float("inf")])
+def test_where_the_first_input_tells_nothing_another_is_tried(
+    value: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from hf_evopress.loading.kernels.gpu import Codes
+
+    made, into = layer(), Codes.into
     made._kernel._checked.clear()
-    with torch.no_grad():
-        made(torch.zeros(3, 96, device=DEVICE))
-        assert not made._kernel._checked
-        made(torch.ones(3, 96, device=DEVICE))
-    assert made._kernel._checked == {(torch.device(DEVICE), "few")}
+    x = torch.full((3, 96), value, device=DEVICE)
+    wanted = made(x)
+    assert made._kernel._checked == {(torch.device(DEVICE), "few")} and not caplog.messages
+    made._kernel._checked.clear()
+    monkeypatch.setattr(Codes, "into", lambda self, y, *args, **rest: y.zero_())
+    assert torch.equal(made(x).isnan(), wanted.isnan())
+    (message,) = caplog.messages
+    assert "100 % off the reference" in message
+    monkeypatch.setattr(Codes, "into", into)
+
+
+@torch.no_grad()
+def test_nothing_is_asked_nor_given_up_while_a_cuda_graph_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, x = layer(), torch.randn(3, 96, device=DEVICE)
+    made._kernel._checked.clear()
+    wanted = made(x)
+    made._kernel._checked.clear()
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    with monkeypatch.context() as patched:
+        patched.setattr(Tensor, "__bool__", lambda self: pytest.fail("asks the device"))
+        patched.setattr(Tensor, "__float__", lambda self: pytest.fail("asks the device"))
+        found = made(x)
+    assert torch.equal(found, wanted) and not made._kernel._checked
+
+    def fails(name: str, package: str | None = None) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(launch, "import_module", fails)
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        made(x)
+    assert not gpu_layer._failed
 
 
 @pytest.mark.parametrize("level", ["rtn:bits=4,group_size=32", "trellis:bits=2,state_bits=8"])

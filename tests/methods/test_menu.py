@@ -51,11 +51,24 @@ def test_the_trellis_family_has_the_rates_around_the_budget_and_fits_any_shape()
     words = [f"trellis:bits={b},{tail}" for b in (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6)]
     assert [str(x) for x in found["a"]] == words
     assert found["b"] == found["a"]
-    for bits, rates in ((3.3, [2, 2.5, 3, 3.5, 4, 4.5, 5]), (5.5, [4, 4.5, 5, 6, 8]), (20, [8])):
+    for bits, rates in (
+        ((3.3, 3.3), [2, 2.5, 3, 3.5, 4, 4.5, 5]),
+        ((5.5, 5.5), [4, 4.5, 5, 6, 8]),
+        ((20, 20), [8]),
+        ((2.5, 3), [1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5]),
+    ):
         own = menus({"a": (64, 128)}, families=["trellis"], bits=bits)
         assert [level.terms[0].kwargs["bits"] for level in own["a"]] == rates
     with pytest.raises(ValueError, match="family trellis removes no weights"):
         menus({"a": (64, 128)}, families=["trellis"], sparsity=0.5)
+
+
+def test_sizes_with_a_large_odd_factor_are_rotated_in_blocks_or_not_at_all() -> None:
+    shapes = {"a": (32 * 1031, 64), "b": (1031, 64)}
+    found = menus(shapes, families=["trellis"])
+    for unit, rotation in (("a", "32"), ("b", "none")):
+        kwargs = [level.terms[0].kwargs for level in found[unit]]
+        assert len(kwargs) == 10 and {own["rotation"] for own in kwargs} == {rotation}
 
 
 def test_a_model_of_sizes_that_a_file_has_no_place_for_is_refused() -> None:

@@ -125,6 +125,34 @@ def test_what_a_killed_build_left_out_of_a_group_is_made_to_the_same_bytes(
     assert [file.read_bytes() for file in files] == whole
 
 
+def test_levels_of_another_store_are_copied_and_are_the_same_bytes(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [*LEVELS, "gptq:bits=3,group_size=32 + lowrank:rank=2", "trellis:bits=2,state_bits=6"]
+    _build(model, tmp_path / "whole", levels=more)
+    _build(model, tmp_path / "first", levels=[*more[1:3], more[4]])
+    (tmp_path / "first" / "unit_00003.safetensors").unlink()  # not finished
+    damaged = tmp_path / "first" / "unit_00005.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    _build(model, tmp_path / "other", _source(model, data="other"), levels=more[:1])
+    asked: list[list[str]] = []
+    make = compose.compress_many
+
+    def watched(levels: Any, *given: Any) -> Any:
+        asked.append([*map(str, levels)])
+        return make(levels, *given)
+
+    monkeypatch.setattr(compose, "compress_many", watched)
+    others = [tmp_path / name for name in ("first", "other", "not there")]
+    _build(model, tmp_path / "second", levels=more, others=others)
+    assert {len(levels) for levels in asked} == {2, 5}  # 5 where a group has a file too few
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes(), file.name
+    asked.clear()
+    _build(model, tmp_path / "third", levels=more[:2], others=[tmp_path / "whole"])
+    assert not asked
+
+
 def test_a_full_disk_leaves_nothing_half_written(
     model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from hf_evopress.loading.stitch import compress_model
 from hf_evopress.models.units import find_units
 from hf_evopress.plans.plan import Plan
-from hf_evopress.training.tunable import make_tunable, settle
+from hf_evopress.training.tunable import make_tunable, rates, settle
 
 LEVEL = "trellis:bits=2,state_bits=6,scales=channels,feedback=none"
 
@@ -104,3 +104,47 @@ def test_codes_of_dictionaries_and_values_of_sparse_levels_are_no_factors(
         compress_model(model, Plan(dict.fromkeys(shapes, level), shapes), ids)
         with pytest.raises(ValueError, match=f"no factors to train; its levels are {level[:9]}"):
             make_tunable(model, ["factors"])
+
+
+def test_a_step_changes_no_scales_by_more_than_their_codes_are_off(
+    tiny_model: Callable[..., Any],
+) -> None:
+    model = tiny_model(tie_word_embeddings=False)
+    levels = ["rtn:bits=8,group_size=32", "rtn:bits=2,group_size=32", LEVEL]
+    units = find_units(model)
+    plan = {u.name: levels[i % len(levels)] for i, u in enumerate(units)}
+    compress_model(model, Plan(plan, shapes={u.name: u.shape for u in units}), None)
+    names = make_tunable(model, ("scales", "norms"))
+    groups = rates(model, 1e-2)
+    of = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert len(of) == len(names)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            unit, rate = name.rpartition(".")[0], of[id(parameter)]
+            size = float(parameter.detach().square().mean().sqrt())
+            if plan.get(unit) == levels[0]:
+                assert 0.0001 < rate / size < 2**-11
+            elif plan.get(unit) == LEVEL:
+                assert 1e-2 / 8 < rate <= 1e-2
+            elif unit not in plan:
+                assert rate == 1e-2
+
+
+def test_scales_of_8_bits_are_trained_at_the_default_rate(tiny_model: Callable[..., Any]) -> None:
+    """At one rate for all, the first steps made the error ten times as large."""
+    dense, model = tiny_model(), tiny_model()
+    units = find_units(model)
+    plan = {u.name: "rtn:bits=8,group_size=32" for u in units}
+    compress_model(model, Plan(plan, shapes={u.name: u.shape for u in units}), None)
+    make_tunable(model, ("scales",))
+    ids = torch.arange(96).view(2, 48)
+    with torch.no_grad():
+        wanted = dense(ids).logits
+    optimizer, losses = torch.optim.AdamW(rates(model, 1e-3), weight_decay=0.0), []
+    for _ in range(12):
+        loss = (model(ids).logits - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert max(losses) == losses[0] and losses[-1] < 0.9 * losses[0]

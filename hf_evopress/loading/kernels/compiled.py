@@ -229,7 +229,10 @@ def has_bmi() -> bool:
 @lru_cache(maxsize=None)
 def has_feature(name: str) -> bool:
     """Return whether numba compiles for an x86 processor with a feature, by LLVM's name for it."""
-    llvm: Any = import_module("llvmlite.binding")
+    try:
+        llvm: Any = import_module("llvmlite.binding")
+    except (ImportError, OSError, RuntimeError):  # nor does numba compile then
+        return False
     if not llvm.get_process_triple().startswith(("x86_64", "i686", "amd64")):
         return False
     told = os.environ.get("NUMBA_CPU_FEATURES")

@@ -22,7 +22,7 @@ from ...methods import compose
 from ...methods.base import Shape
 from ...plans.level import DENSE, Level
 from .gpu_experts import FAMILY, FEW, Experts, can_group, grouped
-from .gpu_layer import CHECKED, TritonKernel, dense_kernel
+from .gpu_layer import CHECKED, TritonKernel, dense_kernel, probe, tells
 from .layer import DTYPES, Kernel
 from .operators import failures, give_up_on, kernel_on, known_layer
 from .steps import finish_all
@@ -125,19 +125,38 @@ def _expected(x: Tensor, part: Part, rows: int) -> Tensor:
     return compose.product(part.stored.level, known, part.bias, (rows, x.shape[-1]), x).to(x.dtype)
 
 
-def _check(kernel: TritonKernel, x: Tensor, y: Tensor, parts: Sequence[Part]) -> None:
-    """Compare the first result of a kind with the reference; raises KernelError if it is wrong."""
+def _check(
+    kernel: TritonKernel,
+    x: Tensor,
+    expert: Tensor,
+    y: Tensor,
+    stored: Sequence[Stored],
+    experts: Experts,
+) -> None:
+    """Compare the first result of a kind with the reference; raises KernelError if it is wrong.
+
+    That is a token of each of some experts. Where none was sent to these, or only zeros, it is the
+    result for tokens that are made up.
+    """
     way = "one of experts" if len(x) <= FEW else "many of experts"
     if kernel.has_checked(x.device, way):
         return
+    own = [e for e, state in enumerate(experts.states) if state is not None]
+    first = {e: at for e, at, _ in spans(expert, len(stored)) if e in own}
+    if not first or not tells(x[list(first.values())[:CHECKED]]):
+        x, numbers = probe(x), torch.tensor(own, device=x.device)
+        expert = numbers[torch.arange(len(x), device=x.device) * len(own) // len(x)]
+        made = grouped(x, expert, kernel, experts)
+        assert made is not None  # as y was made
+        y, first = made, {e: at for e, at, _ in spans(expert, len(stored))}
     found, wanted = [], []
-    for part in parts:
-        if part.stored.level == kernel.level and bool(x[part.first : part.last].any()):
-            mine = slice(part.first, part.last)
-            found.append(y[mine])
-            wanted.append(_expected(x[mine], part, y.shape[1]))
-    if found:
-        kernel.check(x.device, way, torch.cat(found), torch.cat(wanted), FAMILY)
+    for e, at in list(first.items())[:CHECKED]:
+        state, bias = experts.states[e], experts.biases[e] if experts.biases else None
+        assert state is not None  # of its own
+        part = Part(stored[e], state, bias, at, at + 1)
+        found.append(y[at : at + 1])
+        wanted.append(_expected(x[at : at + 1], part, y.shape[1]))
+    kernel.check(x.device, way, torch.cat(found), torch.cat(wanted), FAMILY)
 
 
 # -- the operators ---------------------------------------------------------------------------
@@ -177,11 +196,12 @@ def _by_level(
     total: Tensor | None = None
     x = x.contiguous()
     for kernel in dict.fromkeys(kernels):
-        own = [t if k is kernel else None for k, t in zip(kernels, tensors, strict=True)]
+        states = [t if k is kernel else None for k, t in zip(kernels, tensors, strict=True)]
+        own = Experts(states, biases)
         try:
-            y = grouped(x, expert, kernel, Experts(own, biases))
+            y = grouped(x, expert, kernel, own)
             if y is not None:
-                _check(kernel, x, y, _parts(expert[:CHECKED], stored, tensors, biases))
+                _check(kernel, x, expert, y, stored, own)
         except failures() as error:
             give_up_on(kernel, error)
             return None

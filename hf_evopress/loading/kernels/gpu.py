@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...base.lasting import lasting
 from ...methods.maths.codebook import codebook
 from ...methods.maths.packing import unpack
 from . import task as T
@@ -265,11 +266,13 @@ def _starts(mask: Tensor, rows: int) -> Tensor:
 
 
 @lru_cache(maxsize=None)
+@lasting
 def _on(table: Tensor, device: torch.device) -> Tensor:
     return table.to(device)
 
 
 @lru_cache(maxsize=None)
+@lasting
 def _values(name: str, state_bits: int, bits: float, device: torch.device) -> Tensor:
     """Return a codebook's values in the half precision that they have."""
     return codebook(name, state_bits, bits).half().to(device)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...base.lasting import lasting
 from ...methods.maths.packing import unpack
 from .gpu import Floats, RowsOfTwoKinds, Sparse, Walks, order_of
 from .gpu_layer import TritonKernel, has_failed
@@ -247,5 +248,6 @@ def number(dtype: torch.dtype) -> Any:
 
 
 @lru_cache(maxsize=4096)
+@lasting
 def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device=device)

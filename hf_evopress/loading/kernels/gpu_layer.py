@@ -17,7 +17,7 @@ from . import task as T
 from .gpu import on_gpu
 from .gpu_lowrank import FAMILY as LOW_RANK
 from .gpu_lowrank import with_low_rank
-from .launch import KernelError, why_not
+from .launch import KernelError, is_captured, why_not
 from .layer import Kernel, kernel_of
 from .matrix import KINDS, Matrix, Tensors
 from .steps import Steps
@@ -39,7 +39,8 @@ class TritonKernel(Kernel):
     with weights in the dtype of x. For more tokens, tiles of rows are unpacked for a matmul.
 
     The first result of each kind on a device is compared with the reference, which is made a part
-    at a time: a compiler or a driver that gets it wrong is found out before it matters.
+    at a time: a compiler or a driver that gets it wrong is found out before it matters. That asks
+    the device, so it waits until no CUDA graph is being made.
     """
 
     runtime = "triton"
@@ -74,14 +75,17 @@ class TritonKernel(Kernel):
         y = yield from super().steps(x, state, bias)
         tokens = x.numel() // x.shape[-1]
         way = "one" if tokens == 1 else "few" if tokens <= self.most_tokens else "many"
-        if tokens and (x.device, way) not in self._checked:
-            some, own = x.reshape(tokens, -1)[:CHECKED], y.reshape(tokens, -1)[:CHECKED]
-            if bool(some.any()):  # zeros would tell nothing
-                names = compose.empty(self.level, self.shape, torch.float32)
-                known = {name: state[name] for name in names}
-                wanted = compose.product(self.level, known, bias, self.shape, some)
-                is_sum = self._sum is not None and way != "many" and not has_failed(LOW_RANK)
-                self.check(x.device, way, own, wanted, LOW_RANK if is_sum else "")
+        if tokens and not self.has_checked(x.device, way):
+            given, own = x, y
+            if not tells(x.reshape(tokens, -1)[:CHECKED]):
+                given = probe(x)
+                own = yield from super().steps(given, state, bias)
+            some, own = (t.reshape(tokens, -1)[:CHECKED] for t in (given, own))
+            names = compose.empty(self.level, self.shape, torch.float32)
+            known = {name: state[name] for name in names}
+            wanted = compose.product(self.level, known, bias, self.shape, some)
+            is_sum = self._sum is not None and way != "many" and not has_failed(LOW_RANK)
+            self.check(x.device, way, own, wanted, LOW_RANK if is_sum else "")
         return y
 
     def _by_rows(self, x: Tensor, state: Tensors, bias: Tensor | None) -> Steps:
@@ -91,7 +95,7 @@ class TritonKernel(Kernel):
 
     def look_up(self, ids: Tensor, state: Tensors, dtype: torch.dtype) -> Tensor:
         rows = super().look_up(ids, state, dtype)
-        if len(ids) and (ids.device, "rows") not in self._checked:
+        if len(ids) and not self.has_checked(ids.device, "rows"):
             names = compose.empty(self.level, self.shape, torch.float32)
             known, some = {name: state[name] for name in names}, ids[:CHECKED]
             some = some.clamp(0, self.shape[0] - 1)
@@ -101,8 +105,8 @@ class TritonKernel(Kernel):
         return rows
 
     def has_checked(self, device: torch.device, way: str) -> bool:
-        """Return whether the first result of a kind was compared with the reference."""
-        return (device, way) in self._checked
+        """Return whether the first result of a kind was compared, or cannot be compared now."""
+        return (device, way) in self._checked or is_captured()
 
     def check(
         self, device: torch.device, way: str, found: Tensor, wanted: Tensor, name: str = ""
@@ -120,6 +124,16 @@ class TritonKernel(Kernel):
 
     def __reduce__(self) -> Any:
         return triton_kernel_of, (self.level, self.shape)
+
+
+def tells(some: Tensor) -> bool:
+    """Return whether products of some tokens say anything of a kernel: those of zeros do not."""
+    return bool(some.any() & some.isfinite().all())
+
+
+def probe(x: Tensor) -> Tensor:
+    """Return tokens like x that do, the same at each call: cosines of 0, 1, 2 and so on."""
+    return torch.arange(x.numel(), device=x.device).float().cos().to(x.dtype).view(x.shape)
 
 
 @lru_cache(maxsize=4096)

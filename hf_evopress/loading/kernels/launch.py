@@ -44,6 +44,8 @@ def launch(
     except torch.OutOfMemoryError:
         raise
     except failures() as error:
+        if is_captured():  # what a graph may not hold works outside of it
+            raise
         raise KernelError(family, error) from error
 
 
@@ -54,6 +56,11 @@ def why_not(device: torch.device) -> str | None:
     if device.type not in DEVICES:
         return f"no kernels for {device.type}"
     return _why_not(device)
+
+
+def is_captured() -> bool:
+    """Return whether a CUDA graph is being made: launches are written down, nothing is run."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def is_interpreting() -> bool:

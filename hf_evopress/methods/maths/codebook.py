@@ -34,6 +34,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from ...base.lasting import lasting
 from .hashing import hash32, permutation
 
 CODEBOOKS = ("strata", "gauss", "mul1", "mcg", "3inst", "weyl")
@@ -44,6 +45,7 @@ WEYL_UNIT = 512
 
 
 @lru_cache(maxsize=32)
+@lasting
 def codebook(name: str, state_bits: int, bits: float, device: torch.device | None = None) -> Tensor:
     """Return the value of each of 2^state_bits states at `bits` per weight, float32."""
     n = 2**state_bits

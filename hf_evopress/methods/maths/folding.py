@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...base.lasting import lasting
 from .hashing import hash32, hashes, signs
 
 _PIECE = 2**20  # signs made at once: a hash needs tens of bytes per index
@@ -106,6 +107,7 @@ def _offsets(n: int, m: int, seed: int) -> list[int]:
 
 
 @lru_cache(maxsize=16)
+@lasting
 def _signs(n: int, seed: int, device: torch.device) -> Tensor:
     """Return the signs of n indices, (n,) int8: a byte per weight, once for all layers of n."""
     cpu = torch.device("cpu")  # whatever device tensors are made on by default

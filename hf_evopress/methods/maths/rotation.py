@@ -19,6 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ...base.lasting import lasting
 from .hashing import signs
 
 WHOLE = 0  # block size that stands for the whole side
@@ -129,12 +130,14 @@ def _mix(X: Tensor, D: Tensor) -> Tensor:
     return total.view(X.shape)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=None)  # a CUDA graph reads them where they were
+@lasting
 def _signs(n: int, seed: int, device: torch.device) -> Tensor:
     return signs(n, seed).to(device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=None)
+@lasting
 def _dct(q: int, device: torch.device) -> Tensor:
     """Return the orthonormal DCT-II, (q, q): sqrt((1 + [j > 0]) / q) cos(pi (2 k + 1) j / 2q)."""
     j = torch.arange(q, dtype=torch.float64).unsqueeze(1)

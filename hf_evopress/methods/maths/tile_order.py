@@ -16,6 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ...base.lasting import lasting
+
 ORDERS = ("rows", "mma")
 
 
@@ -30,6 +32,7 @@ def in_rows(walks: Tensor, order: str) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@lasting
 def places(device: torch.device | None = None) -> Tensor:
     """Return 16 * output + input of each weight of a walk in the order `mma`, (256,) int64."""
     p = torch.arange(256, device=device)
