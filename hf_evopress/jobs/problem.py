@@ -109,7 +109,7 @@ def pose(skeleton: nn.Module, recipe: Recipe, *, is_searched: bool = True) -> Pr
     Where no plan is within the budget, the ends are offered their smallest levels as well.
     is_searched: False where its units are looked at alone, so that any size will do.
     """
-    bits = budget_bits(skeleton, recipe) if is_searched else None
+    bits = budget_bits(skeleton, recipe)
     parts = _parts(skeleton, recipe, bits)
     if not is_searched:
         return Problem(**parts, budget=Budget(parts["space"].max_cost, "none"))
@@ -123,11 +123,14 @@ def pose(skeleton: nn.Module, recipe: Recipe, *, is_searched: bool = True) -> Pr
     return Problem(**parts, budget=budget)
 
 
-def budget_bits(skeleton: nn.Module, recipe: Recipe) -> tuple[float, float]:
+def budget_bits(skeleton: nn.Module, recipe: Recipe) -> tuple[float, float] | None:
     """Return the least and the most that the budgets of a recipe leave a weight, in bits.
 
-    What caches take of a size is not known before the search: as little as 0 may be left.
+    None for all of the dense size, which is no limit. What caches take of a size is not known
+    before the search: as little as 0 may be left.
     """
+    if recipe.budget.ratio == 1.0:
+        return None
     high = bits_per_weight(skeleton, recipe)
     if recipe.budget.context is not None:
         return 0.0, high

@@ -76,6 +76,7 @@ class Budget:
             raise ValueError(f"no plan fits a budget of {text}; the smallest possible is {least}")
         if limit > space.max_cost:
             note = f"{text} is more than the largest plan needs; its size is the budget"
+            note = "" if ratio == 1.0 else note  # nobody's limit: of the dense size, all
             return Budget(space.max_cost, text, note)
         return Budget(limit, text)
 

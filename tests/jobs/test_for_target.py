@@ -67,8 +67,9 @@ def test_all_budgets_of_a_range_are_served_and_those_that_a_cache_leaves() -> No
     size = trellis_rates(posed(**{"for": "gpu"}, budget={"size": "300kB"}))
     shared = trellis_rates(posed(**{"for": "gpu"}, budget={"size": "300kB", "context": 64}))
     assert shared[0] == 1 < size[0] and shared[-1] == size[-1]
-    alone = pose(make_tiny_model("llama"), recipe(**{"for": "gpu"}), is_searched=False)
-    assert trellis_rates(alone) == [1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6]
+    every = posed(**{"for": "gpu"}, budget={"ratio": 1.0})  # of `levels`
+    assert trellis_rates(every) == [1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6]
+    assert not every.budget.note
 
 
 def test_levels_and_families_that_are_given_are_taken_instead() -> None:
