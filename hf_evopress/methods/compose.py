@@ -136,7 +136,20 @@ def compress_many(
         if not bool(torch.isfinite(W).all()):
             raise ValueError(f"a weight of shape {tuple(W.shape)} contains inf or NaN")
     stats = None if stats is None else stats.or_alike()
-    return _many([level.terms for level in levels], Ws, stats, 0)
+    made = _many([level.terms for level in levels], Ws, stats, 0)
+    for level, states in zip(levels, made, strict=True):
+        for W, state in zip(Ws, states, strict=True):
+            _check_made(level, W, state)
+    return made
+
+
+def _check_made(level: Level, W: Tensor, state: State) -> None:
+    floats = (tensor for tensor in state.values() if tensor.is_floating_point())
+    if not all(bool(tensor.isfinite().all()) for tensor in floats):
+        raise ValueError(
+            f"level '{level}' cannot hold a weight of shape {tuple(W.shape)}: what it stores would "
+            f"be inf or NaN; its largest number is {float(W.abs().max()):.3g}"
+        )
 
 
 def _many(

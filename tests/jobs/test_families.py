@@ -16,6 +16,7 @@ from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.levels import build_levels
 from hf_evopress.jobs.plan_search import find_plan, run_search, search_of, tables
 from hf_evopress.jobs.refinement import loss
+from hf_evopress.methods import compose
 from hf_evopress.models.dropped import dropped_modules
 from hf_evopress.models.size import stored_bytes
 from hf_evopress.models.stream import BlockStream
@@ -121,6 +122,27 @@ def test_a_smaller_menu_is_served_from_the_same_store(home: Path) -> None:
         for levels in (everything["levels"], QUANT, rtn, rtn[:1])
     ]
     assert stores[0].folder == stores[1].folder != stores[2].folder == stores[3].folder
+
+
+def test_another_menu_makes_only_the_levels_that_the_store_lacks(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    menu = [f"rtn:bits={bits},group_size=32" for bits in (2, 3, 4)]
+    more: dict[str, Any] = {"levels": menu[:2], "budget": {"bits": 4}, "ends": "dense"}
+    more["work"] = str(home / "menus.work")
+    build_levels(Job(recipe(home, **more)))
+    asked: set[str] = set()
+    make = compose.compress_many
+
+    def watched(levels: Any, *given: Any) -> Any:
+        asked.update(map(str, levels))
+        return make(levels, *given)
+
+    monkeypatch.setattr(compose, "compress_many", watched)
+    job = Job(recipe(home, **{**more, "levels": menu[1:]}))
+    store = build_levels(job)
+    assert asked == {menu[2]}
+    assert all([*map(str, store.levels(u.name))] == menu[1:] for u in job.units)
 
 
 def test_plans_are_compared_in_bfloat16_and_the_model_is_whole_again(home: Path) -> None:

@@ -181,6 +181,14 @@ def test_states_of_levels_that_share_a_term_are_separate_dictionaries():
     assert set(short) == {"kept", "of_ten"} and len(long) == 4
 
 
+@pytest.mark.parametrize("scales", ["tensor", "channels"])
+def test_a_weight_too_large_for_what_a_level_stores_is_refused(scales):
+    level = compose.normalize(f"trellis:bits=2,state_bits=6,feedback=none,scales={scales}")
+    W = torch.full((16, 32), 3e38)
+    with pytest.raises(ValueError, match=r"cannot hold a weight of shape \(16, 32\).* is 3e\+38"):
+        compose.compress(level, W, None)
+
+
 def test_a_tensor_name_that_looks_like_a_term_number_is_refused(monkeypatch):
     monkeypatch.setattr(Scaled, "compress", lambda self, W, stats, **kw: {"kept_1": W})
     with pytest.raises(ValueError, match="scaled calls a tensor 'kept_1'"):
@@ -190,6 +198,8 @@ def test_a_tensor_name_that_looks_like_a_term_number_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     "text, message",
     [
+        ("trellis:bits=2,damp=nan", "needs a finite damp, got damp=nan"),
+        ("gptq:bits=2,group_size=32,damp=inf", "needs a finite damp, got damp=inf"),
         ("scaled + first", "first cannot follow another term"),
         ("dense + scaled", "dense leaves no error to compress"),
         ("rtn:bits=4,group_size=32 + dense", "dense cannot follow another term"),
