@@ -315,6 +315,19 @@ def test_errors_are_caught_by_name(path: Path) -> None:
 
 
 @every_file
+def test_tensors_that_a_cache_keeps_for_a_device_are_lasting(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        decorators = [ast.unparse(d).partition("(")[0] for d in node.decorator_list]
+        about = [ast.unparse(arg.annotation or arg) for arg in node.args.args]
+        is_of_device = any("torch.device" in words for words in about)
+        makes = node.returns is not None and "Tensor" in ast.unparse(node.returns)
+        if "lru_cache" in decorators and is_of_device and makes:
+            assert decorators == ["lru_cache", "lasting"], f"line {node.lineno}: {node.name}"
+
+
+@every_file
 def test_nothing_is_left_to_do(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not [w for w in ("TODO", "FIXME", "XXX", "NotImplementedError") if w in text]

@@ -182,3 +182,8 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(device)
+
+
+def is_captured() -> bool:
+    """Return whether a CUDA graph is being made: launches are written down, nothing is run."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

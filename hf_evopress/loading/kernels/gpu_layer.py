@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...base.devices import is_captured
 from ...methods import compose
 from ...methods.base import Shape
 from ...plans.level import DENSE, Level
@@ -17,7 +18,7 @@ from . import task as T
 from .gpu import on_gpu
 from .gpu_lowrank import FAMILY as LOW_RANK
 from .gpu_lowrank import with_low_rank
-from .launch import KernelError, is_captured, why_not
+from .launch import KernelError, why_not
 from .layer import Kernel, kernel_of
 from .matrix import KINDS, Matrix, Tensors
 from .steps import Steps

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...base.devices import capability
+from ...base.devices import capability, is_captured
 from ...base.triton_errors import failures
 
 DEVICES = ("cuda", "xpu")
@@ -56,11 +56,6 @@ def why_not(device: torch.device) -> str | None:
     if device.type not in DEVICES:
         return f"no kernels for {device.type}"
     return _why_not(device)
-
-
-def is_captured() -> bool:
-    """Return whether a CUDA graph is being made: launches are written down, nothing is run."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def is_interpreting() -> bool:

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ....base.lasting import lasting
 from .scalar import half
 
 EXTRA = 'pip install "hf-evopress[gguf]"'
@@ -142,6 +143,7 @@ def _parity_signs(device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=None)
+@lasting
 def _points(name: str, device: torch.device) -> Tensor:
     """Return the table of points, (codes, 4 or 8) float32."""
     try:
