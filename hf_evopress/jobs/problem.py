@@ -134,7 +134,8 @@ def budget_bits(skeleton: nn.Module, recipe: Recipe) -> tuple[float, float] | No
     high = bits_per_weight(skeleton, recipe)
     if recipe.budget.context is not None:
         return 0.0, high
-    return float(recipe.search.settings.get("low", high)), high
+    least = 0.0 if recipe.search.strategy == "pareto" else high
+    return float(recipe.search.settings.get("low", least)), high
 
 
 def _parts(

@@ -11,7 +11,7 @@ from ..models.experts import SplitExperts, between
 from ..plans.level import DENSE
 from .kernels.experts import BETWEEN, Part, multiply, spans, stored_as
 from .kernels.layer import DTYPES, Kernel
-from .kernels.tracing import is_exporting, is_traced
+from .kernels.tracing import has_tangents, is_exporting, is_traced
 from .packed import PackedWeight, tensors_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -35,7 +35,7 @@ def together(
     layers = _layers(experts)
     if layers is None or hidden.dtype not in DTYPES or is_exporting():
         return None
-    if not hidden.numel():
+    if not hidden.numel() or has_tangents():
         return None
     if torch.is_grad_enabled() and any(_is_trained(m) for own in layers for m in own):
         return None
@@ -58,7 +58,7 @@ def _layers(experts: SplitExperts) -> list[list[Any]] | None:
             return None
         for own, name in zip(found, _names(expert), strict=True):
             layer = expert._modules[name]
-            is_known = type(layer) is nn.Linear or (
+            is_known = (type(layer) is nn.Linear and "weight" in tensors_of(layer)) or (
                 isinstance(layer, PackedWeight) and layer.computes_by_kernel
             )
             if not is_known or _is_watched(layer):

@@ -143,7 +143,9 @@ class LevelStore:
                 if there.issuperset(u.name for u in group):
                     continue
                 levels, new = menus[group[0].name], [u for u in group if u.name not in there]
-                copied = {u.name: elsewhere.of(described[u.name], levels) for u in new}
+                copied = {
+                    u.name: elsewhere.of(described[u.name], levels, known.measures(u)) for u in new
+                }
                 lacking = [x for x in levels if any(x not in own for own in copied.values())]
                 # a group is made whole, also where some of it is there: same sums
                 made = known.made(group, lacking) if lacking else {u.name: {} for u in new}
@@ -235,6 +237,11 @@ class _Block:
     losses: Mapping[str, Loss]
     moments: Mapping[str, Tensor]
     source: Source
+
+    def measures(self, unit: Unit) -> list[str]:
+        """Return what is measured of each level of a unit."""
+        of_error = ["error"] if unit.name in self.stats else []
+        return of_error + (["sensitivity_nats"] if unit.name in self.losses else [])
 
     def made(self, group: Sequence[Unit], levels: Sequence[Level]) -> dict[str, dict[Level, Made]]:
         """Return unit -> level -> what was made of it, for units that share an input."""

@@ -68,7 +68,8 @@ def rates(model: nn.Module, lr: float) -> list[dict[str, Any]]:
         scales = layer.get_parameter(name)
         bits = compose.cost_bits(layer.level, layer.shape) / math.prod(layer.shape)
         most = float(scales.detach().square().mean().sqrt()) * 2.0 ** -(bits + OF_ERROR)
-        halved[id(scales)] = max(0, math.ceil(math.log2(lr / most))) if most else 0
+        is_known = lr > 0 and 0 < most < math.inf
+        halved[id(scales)] = max(0, math.ceil(math.log2(lr / most))) if is_known else 0
     groups: dict[int, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

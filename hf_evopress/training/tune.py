@@ -109,6 +109,8 @@ def tune(
         window = window_of(config, window, default=512)
     work = work_beside(out)
     made_from = {"model": model, "data": list(data), **vars(settings)}
+    if settings.kinds:
+        made_from["rates"] = "by size"  # the optimiser's state differs from that of one for all
     claim(work, {k: v for k, v in made_from.items() if k != "steps"}, what="a training run")
     # a missing text is an error now, not after the teacher's pass
     texts = {name: tokenize_file(path, tokenizer_of(model)) for name, path in (tests or {}).items()}

@@ -32,3 +32,18 @@ def test_for_a_gpu_another_thread_makes_it() -> None:
     here = 1, threading.get_ident()
     assert thread(1, torch.device("cpu")) == here == thread(1, device=None)
     assert thread(1, torch.device("cuda")) != here != thread(1, device=torch.device("cuda:1"))
+
+
+def test_what_is_first_made_while_a_graph_is_exported_has_its_numbers() -> None:
+    @lru_cache(maxsize=None)
+    @lasting
+    def table(n: int) -> Tensor:
+        return torch.arange(n).float() * 2
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * table(3)
+
+    exported = torch.export.export(Module(), (torch.ones(2, 3),), strict=False)
+    assert type(table(3)) is Tensor and table(3).tolist() == [0, 2, 4]
+    assert exported.module()(torch.ones(2, 3))[1].tolist() == [0, 2, 4]

@@ -64,6 +64,7 @@ def test_all_budgets_of_a_range_are_served_and_those_that_a_cache_leaves() -> No
     front = {"strategy": "pareto", "settings": {"low": 2.0}}
     rates = trellis_rates(posed(**{"for": "gpu"}, search=front))
     assert rates[:3] == [1, 1.5, 2] and rates[-1] == 8
+    assert trellis_rates(posed(**{"for": "gpu"}, search={"strategy": "pareto"})) == rates
     size = trellis_rates(posed(**{"for": "gpu"}, budget={"size": "300kB"}))
     shared = trellis_rates(posed(**{"for": "gpu"}, budget={"size": "300kB", "context": 64}))
     assert shared[0] == 1 < size[0] and shared[-1] == size[-1]

@@ -143,7 +143,9 @@ def test_levels_of_another_store_are_copied_and_are_the_same_bytes(
         return make(levels, *given)
 
     monkeypatch.setattr(compose, "compress_many", watched)
-    others = [tmp_path / name for name in ("first", "other", "not there")]
+    (tmp_path / "newer").mkdir()
+    (tmp_path / "newer" / "index.json").write_text('{"format_version": 99}')
+    others = [tmp_path / name for name in ("newer", "first", "other", "not there")]
     _build(model, tmp_path / "second", levels=more, others=others)
     assert {len(levels) for levels in asked} == {2, 5}  # 5 where a group has a file too few
     for file in sorted((tmp_path / "whole").iterdir()):
@@ -151,6 +153,17 @@ def test_levels_of_another_store_are_copied_and_are_the_same_bytes(
     asked.clear()
     _build(model, tmp_path / "third", levels=more[:2], others=[tmp_path / "whole"])
     assert not asked
+
+
+def test_levels_that_were_not_measured_are_made_again(model: nn.Module, tmp_path: Path) -> None:
+    known = _source(model)
+    without = Source(known.fingerprint, lambda block: {})
+    rtn = ["rtn:bits=4,group_size=32"]
+    first = _build(model, tmp_path / "first", without, levels=rtn)
+    unit = next(iter(first.units))
+    assert not first.scores(unit, rtn[0])
+    second = _build(model, tmp_path / "second", known, levels=rtn, others=[tmp_path / "first"])
+    assert {"error", "sensitivity_nats"} <= second.scores(unit, rtn[0]).keys()
 
 
 def test_a_full_disk_leaves_nothing_half_written(

@@ -247,7 +247,7 @@ def number(dtype: torch.dtype) -> Any:
     return getattr(import_module("triton.language"), str(dtype).removeprefix("torch."))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=None)  # a CUDA graph reads them where they were
 @lasting
 def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device=device)
