@@ -19,7 +19,7 @@ from ..loading.layers import CompressedLinear, compressed_linears
 from ..methods import compose
 
 KINDS = ("scales", "factors", "norms", "biases")
-OF_ERROR = 3  # halvings of a level's error, 2^-bits, to what a step may change scales by
+OF_ERROR = 1  # halvings of a level's error, 2^-bits, to what a step may change scales by
 _FACTORS = ("A", "B", "P", "Q", "psi")  # lowrank, mpo, folded
 _OF_DICT = ("atoms", "values")  # sparse levels have values too, which are no factors
 
@@ -61,7 +61,7 @@ def rates(model: nn.Module, lr: float) -> list[dict[str, Any]]:
 
     A step of Adam moves every number by about its rate. Scales of 8-bit codes are so small that
     one such step would be more than the codes' error: the rate of scales is halved until, next to
-    their root mean square, it is at most an eighth of 2^-bits.
+    their root mean square, it is at most a half of 2^-bits.
     """
     halved: dict[int, int] = {}
     for _, layer, name in _packed_floats(model, ("scales",)):
