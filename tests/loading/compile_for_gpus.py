@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_evopress.loading.kernels import gpu, gpu_experts, gpu_lowrank, gpu_matrix
+from hf_evopress.loading.kernels import gpu, gpu_experts, gpu_lowrank, gpu_matrix, gpu_turns
 from hf_evopress.loading.kernels.gpu_experts import Experts, can_group, grouped
 from hf_evopress.loading.kernels.gpu_layer import TritonKernel, dense_kernel, triton_kernel_of
 from hf_evopress.methods import compose
@@ -24,7 +24,7 @@ from hf_evopress.methods.maths import triton_viterbi, viterbi_gpu
 from hf_evopress.methods.maths.linalg import Stats
 
 KNOWN = {"cuda": GPUTarget("cuda", 80, 32), "hip": GPUTarget("hip", "gfx942", 64)}
-TARGETS = [KNOWN[name] for name in sys.argv[1:] or KNOWN]
+TARGETS = list(KNOWN.values())
 LEVELS = [
     "rtn:bits=3,group_size=64",
     "rows:bits=4,top_bits=7,top=0.2,group_size=128",
@@ -55,7 +55,8 @@ def compile_as_launched(
 ) -> None:
     """Compile a kernel for all TARGETS with the types and constants that it is launched with."""
     module = import_module(f"hf_evopress.loading.kernels.triton_{family}")
-    compile_for_all(family, name, getattr(module, name), given, {})
+    options = {"num_warps": given["num_warps"]} if "num_warps" in given else {}
+    compile_for_all(family, name, getattr(module, name), given, options)
 
 
 def compile_viterbi(
@@ -68,22 +69,7 @@ def compile_viterbi(
 def compile_for_all(
     family: str, name: str, kernel: Any, given: Mapping[str, Any], options: dict[str, Any]
 ) -> None:
-    signature, constants, aligned = {}, {}, {}
-    for i, (key, parameter) in enumerate(inspect.signature(kernel.fn).parameters.items()):
-        value = given[key]
-        if isinstance(value, torch.Tensor):
-            signature[key] = KINDS[value.dtype]
-            aligned[(i,)] = [["tt.divisibility", 16]]
-        elif value is None or "constexpr" in str(parameter.annotation):
-            # a dtype as a constant, as the launcher takes it
-            value = (
-                triton.language.constexpr(value) if hasattr(value, "primitive_bitwidth") else value
-            )
-            signature[key], constants[(i,)] = "constexpr", value
-        else:
-            signature[key] = "i32"
-            if value % 16 == 0:
-                aligned[(i,)] = [["tt.divisibility", 16]]
+    signature, constants, aligned = described(kernel, given)
     what = f"{family}.{name} {signature} {constants}"
     if what in _seen:
         return
@@ -97,8 +83,32 @@ def compile_for_all(
         print(target.backend, target.arch, family, name, constants)
 
 
+def described(kernel: Any, given: Mapping[str, Any]) -> tuple[dict[str, str], Any, Any]:
+    """Return the types, the constants and what is known of each argument, as a launch has them."""
+    signature, constants, aligned = {}, {}, {}
+    for i, (key, parameter) in enumerate(inspect.signature(kernel.fn).parameters.items()):
+        value = given[key]
+        if isinstance(value, torch.Tensor):
+            signature[key] = KINDS[value.dtype]
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif value is None or "constexpr" in str(parameter.annotation):
+            # a dtype as a constant, as the launcher takes it
+            value = (
+                triton.language.constexpr(value) if hasattr(value, "primitive_bitwidth") else value
+            )
+            signature[key], constants[(i,)] = "constexpr", value
+        elif isinstance(value, float):
+            signature[key] = "fp32"
+        else:
+            signature[key] = "i32"
+            if value % 16 == 0:
+                aligned[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, aligned
+
+
 def main() -> None:
-    for module in (gpu, gpu_matrix, gpu_experts, gpu_lowrank):
+    TARGETS[:] = [KNOWN[name] for name in sys.argv[1:] or KNOWN]
+    for module in (gpu, gpu_matrix, gpu_experts, gpu_lowrank, gpu_turns):
         module.launch, module.needs_exact = compile_as_launched, lambda device: False
     viterbi_gpu.launch = compile_viterbi
     for bits, state_bits in ((2, 12), (2.5, 12), (3, 10), (8, 12), (4, 14)):

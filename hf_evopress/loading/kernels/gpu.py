@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from ...base.lasting import lasting
-from ...methods.maths.codebook import codebook
+from ...methods.maths.codebook import codebook, weyl_half, weyl_multiplier
 from ...methods.maths.packing import unpack
+from ...methods.maths.trellis_rounding import block_of
 from . import task as T
-from .gpu_matrix import LEAST, OnGPU
+from .gpu_matrix import LEAST, MOST, OnGPU, power_above
+from .gpu_turns import FAMILY as TURNS
+from .gpu_turns import scaled, turned
 from .launch import launch
 from .matrix import Matrix, Tensors
 from .rotated import Rotated
 from .stacked import Stacked
 
-# Codebooks that are computed here. Values of weyl are looked up: computing one takes about 20
-# operations on integers, more than a GPU has for each weight that its memory brings.
-FORMULAS = ("mul1", "mcg", "3inst")
+FORMULAS = ("mul1", "mcg", "3inst", "weyl")  # codebooks that are computed
 
 
 class Codes(OnGPU):
@@ -47,13 +48,18 @@ class Codes(OnGPU):
     @cached_property
     def constants(self) -> dict[str, Any]:
         bits, octets = self.matrix.fixed["bits"], self.across()
+        rows, is_aligned = self.shape[0], self._aligned() > 0
+        is_whole = self.shape[1] % 8 == 0 and octets % self.columns_at_once() == 0
         return {
             **_grid_sizes(self.matrix),
-            **{"octets": octets, "BITS": bits, "ALIGNED": self._aligned() > 0},
+            **{"octets": octets, "BITS": bits, "ALIGNED": is_aligned},
+            "WIDE": 1 if octets % 4 else 4,
+            # an eighth of the zero points is of as many rows as a program has, or more
+            "NEAR": is_aligned and is_whole and rows >= 8 * MOST,
         }
 
     def tensors(self, state: Tensors) -> dict[str, Any]:
-        return {"codes": state[self.matrix.codes], **_grids(self.matrix, state)}
+        return {"codes": in_words(state[self.matrix.codes]), **_grids(self.matrix, state)}
 
 
 class Floats(OnGPU):
@@ -106,8 +112,19 @@ class Walks(OnGPU):
 
     family = "walks"
 
+    @property
+    def families(self) -> frozenset[str]:
+        return frozenset({self.family} if self.rotated.rotation == "none" else {self.family, TURNS})
+
     def across(self) -> int:
-        return 16 // self.run * int(self.matrix.fixed["width"])
+        """Return how many tiles stand beside each other."""
+        return int(self.matrix.fixed["width"])
+
+    def tile(self, tokens: int) -> dict[str, int]:
+        """Return the sizes of a program's tile, BK being tiles of walks."""
+        sizes = super().tile(tokens)
+        most = 16 if tokens == 1 else 256 // sizes["BN"]
+        return sizes | {"BK": min(most, power_above(self.across()))}
 
     @property
     def run(self) -> int:
@@ -123,7 +140,15 @@ class Walks(OnGPU):
         fixed = self.matrix.fixed
         book = self.book if self.book in FORMULAS else "table"
         sizes = {"wide": fixed["width"], "PAIR": fixed["bits"], "L": fixed["number_bits"]}
-        return {**sizes, "BOOK": book, "MMA": self.is_mma, "RUN": self.run}
+        return {**sizes, **self._weyl(), "BOOK": book, "MMA": self.is_mma, "RUN": self.run}
+
+    def _weyl(self) -> dict[str, int]:
+        """Return the numbers of the codebook `weyl`."""
+        if self.book != "weyl":
+            return {"FACTOR": 0, "HALF": 0}
+        pair, state_bits = self.matrix.fixed["bits"], self.matrix.fixed["number_bits"]
+        factor = weyl_multiplier(state_bits, pair / 2) << (32 - state_bits)
+        return {"FACTOR": factor % 2**32, "HALF": weyl_half(state_bits)}
 
     @property
     def rotated(self) -> Rotated:
@@ -142,7 +167,7 @@ class Walks(OnGPU):
         return self.rotated.starts if self.constants["L"] > own else None
 
     def tensors(self, state: Tensors) -> dict[str, Any]:
-        codes = state[self.matrix.codes]
+        codes = in_words(state[self.matrix.codes])
         starts = None if self.starts is None else state[self.starts]
         return {"codes": codes, "starts": starts, "table": self.table_on(codes.device)}
 
@@ -160,11 +185,42 @@ class Walks(OnGPU):
         bias: Tensor | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        own = self.enter(x.float() if len(x) == 1 else x, state).contiguous()
-        y = self.leave(super().product(state, own, torch.float32), state)
-        for more in (start, bias):
-            y = y if more is None else y + more
-        return y.to(dtype)
+        own = self.enter(x, state, torch.float32 if len(x) == 1 else x.dtype)
+        y = super().product(state, own, torch.float32)
+        return self.leave(y, state, dtype, start=start, bias=bias)
+
+    def enter(self, x: Tensor, state: Tensors, dtype: torch.dtype | None = None) -> Tensor:
+        """Return x (tokens, n) as the stored rows are multiplied with."""
+        scales = None if self.rotated.scale else state[self.rotated.column_scales]
+        return self._turned(x, 0, dtype or x.dtype, is_back=False, scales=scales)
+
+    def leave(
+        self, y: Tensor, state: Tensors, dtype: torch.dtype | None = None, **added: Tensor | None
+    ) -> Tensor:
+        """Return the products y (tokens, rows) of the stored rows as those of the weight.
+
+        added: start and bias, as `turned` has them.
+        """
+        scales = state[self.rotated.scale or self.rotated.row_scales]
+        return self._turned(y, 1, dtype or y.dtype, is_back=True, scales=scales, **added)
+
+    def enter_back(self, grad: Tensor, state: Tensors) -> Tensor:
+        scales = state[self.rotated.scale or self.rotated.row_scales]
+        return self._turned(grad, 1, grad.dtype, is_back=False, scales=scales)
+
+    def leave_back(self, total: Tensor, state: Tensors) -> Tensor:
+        scales = None if self.rotated.scale else state[self.rotated.column_scales]
+        return self._turned(total, 0, total.dtype, is_back=True, scales=scales)
+
+    def _turned(
+        self, x: Tensor, side: int, dtype: torch.dtype, *, is_back: bool, **how: Any
+    ) -> Tensor:
+        """Return x rotated on one side: 0 inputs, 1 outputs."""
+        own = self.rotated
+        if own.rotation == "none":
+            return scaled(x, dtype, **how)
+        seed, block = 2 * own.seed + side, block_of(own.rotation)
+        return turned(x, seed, block, dtype, is_back=is_back, **how)
 
 
 @dataclass(frozen=True)
@@ -227,6 +283,11 @@ def on_gpu(matrix: Matrix) -> OnGPU:
         T.MMA_WALKS: Walks,
     }
     return kinds[matrix.fixed.get("source", T.CODED)](matrix)
+
+
+def in_words(codes: Tensor) -> Tensor:
+    """Return bytes where they can be read as words of 32 bits: most lie so."""
+    return codes if codes.data_ptr() % 4 == 0 else codes.clone()
 
 
 def order_of(is_top: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Experts on a GPU: the matrices of all that have one level are one launch (triton_experts.py).
 
 Rows at two bit-widths are two launches, a sum of levels one for each matrix; sparse weights have
-one more that counts what is kept. Trellis codes rotate all tokens by operations of PyTorch. Nothing
+one more that counts what is kept, and trellis codes two that rotate all tokens. Nothing
 is asked of the GPU, so that CUDA graphs can hold it: which program has which tokens is computed
 there, for as many programs as any routing needs.
 """
@@ -162,16 +162,13 @@ class Call:
         states, own = self.experts.states, dict[str, Tensor]()  # of each token
         for name in names:
             own[name] = self._of_tokens([None if s is None else s[name] for s in states])
-        turned = matrix.enter(x.float() if self.tiles.is_one else x, own).contiguous()
-        found = torch.zeros_like(y, dtype=torch.float32)
+        turned = matrix.enter(x, own, torch.float32 if self.tiles.is_one else x.dtype)
+        found, bias = torch.zeros_like(y, dtype=torch.float32), None
         self._into(found, matrix, turned)
-        found = matrix.leave(found, own)
-        if start is not None:
-            found = found + start
         if has_bias:
             known = zip(states, self.experts.biases, strict=True)
-            found = found + self._of_tokens([None if s is None else b for s, b in known])
-        return found.to(y.dtype)
+            bias = self._of_tokens([None if s is None else b for s, b in known])
+        return matrix.leave(found, own, y.dtype, start=start, bias=bias)
 
     def _of_tokens(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return (tokens, n): each token's row of its expert's (n,), 0 where that has none."""

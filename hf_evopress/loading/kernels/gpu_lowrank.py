@@ -59,6 +59,7 @@ class WithLowRank:
             "factor_groups": own.get("groups", 1),
             "FACTOR_BITS": own.get("BITS", 16),
             "FACTOR_GROUP": own.get("GROUP", 1),
+            "FACTOR_WIDE": own.get("WIDE", 1),
         }
 
 

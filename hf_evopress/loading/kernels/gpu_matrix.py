@@ -19,7 +19,7 @@ from .launch import launch, needs_exact
 from .matrix import Matrix, Tensors
 from .steps import Steps
 
-LEAST, MOST = 16, 64  # columns of a tile; tl.dot takes no fewer
+LEAST, MOST = 16, 64  # columns, and rows, of a tile; tl.dot takes no fewer
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class OnGPU(ABC):
 
     def columns_at_once(self) -> int:
         """Return BK, a power of two from LEAST to MOST."""
-        return min(MOST, max(LEAST, _power_above(self.across())))
+        return min(MOST, max(LEAST, power_above(self.across())))
 
     def across(self) -> int:
         """Return how many columns, or what stands for several, a program goes through."""
@@ -161,5 +161,5 @@ class OnGPU(ABC):
         return self.matrix.leave_back(total, state)
 
 
-def _power_above(n: int) -> int:
+def power_above(n: int) -> int:
     return 1 << (n - 1).bit_length()

@@ -12,13 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...methods.maths.rotation import parts, unrotate
-from ...methods.maths.trellis_rounding import (
-    block_of,
-    rotate_inputs,
-    rotate_outputs,
-    unrotate_outputs,
-)
+from ...methods.maths.rotation import parts
+from ...methods.maths.trellis_rounding import block_of
 from . import task as T
 from .matrix import Matrix, Tensors
 from .steps import Steps
@@ -92,34 +87,17 @@ class Rotated(Matrix):
         return x.to(dtype)
 
     def enter(self, x: Tensor, state: Tensors) -> Tensor:
-        if _is_ours(x):
-            return self._entered(x, state, x.dtype)
-        own = x if self.scale else x.float() * state[self.column_scales]
-        return rotate_inputs(own.T, self.rotation, self.seed).T.to(x.dtype)
+        return self._entered(x, state, x.dtype)
 
     def leave(self, y: Tensor, state: Tensors) -> Tensor:
-        if _is_ours(y):
-            return self._left(y, state, y.dtype)
-        turned = unrotate_outputs(y.T, self.rotation, self.seed).T
-        return (turned * state[self.scale or self.row_scales]).to(y.dtype)
+        return self._left(y, state, y.dtype)
 
     def enter_back(self, grad: Tensor, state: Tensors) -> Tensor:
         """Return grad (tokens, rows) as the stored rows are added up with."""
-        scales, seed = state[self.scale or self.row_scales], 2 * self.seed + 1
-        if _is_ours(grad):
-            return self._turned(grad, seed, grad.dtype, scales, is_back=False)
-        own = grad.float() * scales
-        return rotate_outputs(own.T, self.rotation, self.seed).T.to(grad.dtype)
+        scales = state[self.scale or self.row_scales]
+        return self._turned(grad, 2 * self.seed + 1, grad.dtype, scales, is_back=False)
 
     def leave_back(self, total: Tensor, state: Tensors) -> Tensor:
         """Return the gradient of x from the sum of the stored rows."""
-        scales, dtype = None if self.scale else state[self.column_scales], total.dtype
-        if _is_ours(total):
-            return self._turned(total, 2 * self.seed, dtype, scales, is_back=True)
-        if self.rotation != "none":
-            total = unrotate(total.T, 2 * self.seed, block_of(self.rotation)).T
-        return (total if scales is None else total * scales).to(dtype)
-
-
-def _is_ours(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        scales = None if self.scale else state[self.column_scales]
+        return self._turned(total, 2 * self.seed, total.dtype, scales, is_back=True)

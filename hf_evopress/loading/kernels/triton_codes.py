@@ -1,8 +1,10 @@
 """Triton: products with packed codes of 1 to 8 bits, and their rows.
 
 A packed row is bit planes in eighths of its columns (methods/maths/packing.py): the byte i of
-a plane holds the bits of columns i, i + n/8, ... So a program takes BO bytes of every plane and
-has the codes of 8 BO columns, those of one eighth at a time; every byte is read once.
+a plane holds the bits of columns i, i + n/8, ... So a program takes BK bytes of every plane and
+has the codes of 8 BK columns, those of one eighth at a time; every byte is read once. Four bytes
+are worked on as one word where rows have whole words (WIDE). Codes become numbers as the last bits
+of 2^23: no conversion, and the difference from a zero point is exact.
 """
 
 from __future__ import annotations
@@ -14,45 +16,72 @@ from .triton_tiles import finish, multiply, nothing, rows_of, write
 
 
 @triton.jit
-def eighth(base, i, is_there, octets, E: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the codes int32 of columns E * octets + i of rows that begin at `base`."""
+def eighth(base, j, is_there, words, E: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the codes of words j of the eighth E of rows that begin at `base`, uint32.
+
+    words: of an eighth; each byte of a word is a code.
+    """
     if BITS == 8:
-        code = tl.load(base + E * octets + i, mask=is_there, other=0).to(tl.int32)
+        code = tl.load(base + E * words + j, mask=is_there, other=0).to(tl.uint32)
     else:
-        code = tl.zeros_like(i + is_there.to(tl.int32)).to(tl.int32)
+        code = tl.zeros_like(j + is_there.to(tl.int32)).to(tl.uint32)
         if BITS & 4:
-            part = tl.load(base + (E % 4) * octets + i, mask=is_there, other=0).to(tl.int32)
-            code += ((part >> (4 * (E // 4))) & 15) << (BITS & 3)
+            part = tl.load(base + (E % 4) * words + j, mask=is_there, other=0).to(tl.uint32)
+            code = ((part >> (4 * (E // 4))) & 0x0F0F0F0F) << (BITS & 3)
         if BITS & 2:
-            place = base + ((BITS & 4) + E % 2) * octets + i
+            place = base + ((BITS & 4) + E % 2) * words + j
+            part = tl.load(place, mask=is_there, other=0).to(tl.uint32)
+            code |= ((part >> (2 * (E // 2))) & 0x03030303) << (BITS & 1)
+        if BITS & 1:
+            place = base + (BITS & 6) * words + j
+            part = tl.load(place, mask=is_there, other=0).to(tl.uint32)
+            code |= (part >> E) & 0x01010101
+    return code
+
+
+@triton.jit
+def number_of(code, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return 2^23 + the byte B of words, float32."""
+    return (((code >> (8 * B)) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def numbers_of(code, WIDE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return 2^23 + each byte of words (BN, BK / WIDE), float32 (BN, BK)."""
+    q = number_of(code, 0)
+    if WIDE == 4:
+        even, odd = tl.join(q, number_of(code, 2)), tl.join(number_of(code, 1), number_of(code, 3))
+        q = tl.reshape(tl.join(even, odd), (BN, BK))
+    return q
+
+
+@triton.jit
+def code_in(base, e, i, is_there, octets, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the codes int32 at place i of the eighth e of one packed row of 8 * octets codes."""
+    if BITS == 8:
+        code = tl.load(base + e * octets + i, mask=is_there, other=0).to(tl.int32)
+    else:
+        code = tl.zeros_like(i).to(tl.int32)
+        if BITS & 4:
+            place = base + (e & 3) * octets + i
             part = tl.load(place, mask=is_there, other=0).to(tl.int32)
-            code += ((part >> (2 * (E // 2))) & 3) << (BITS & 1)
+            code += ((part >> (4 * (e >> 2))) & 15) << (BITS & 3)
+        if BITS & 2:
+            place = base + ((BITS & 4) + (e & 1)) * octets + i
+            part = tl.load(place, mask=is_there, other=0).to(tl.int32)
+            code += ((part >> (2 * (e >> 1))) & 3) << (BITS & 1)
         if BITS & 1:
             place = base + (BITS & 6) * octets + i
             part = tl.load(place, mask=is_there, other=0).to(tl.int32)
-            code += (part >> E) & 1
+            code += (part >> e) & 1
     return code
 
 
 @triton.jit
 def code_at(base, index, is_there, octets, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the codes int32 at any places of one packed row of 8 * octets codes."""
-    if BITS == 8:
-        code = tl.load(base + index, mask=is_there, other=0).to(tl.int32)
-    else:
-        code = tl.zeros_like(index).to(tl.int32)
-        if BITS & 4:
-            part = tl.load(base + index % (4 * octets), mask=is_there, other=0).to(tl.int32)
-            code += ((part >> (4 * (index // (4 * octets)))) & 15) << (BITS & 3)
-        if BITS & 2:
-            place = base + (BITS & 4) * octets + index % (2 * octets)
-            part = tl.load(place, mask=is_there, other=0).to(tl.int32)
-            code += ((part >> (2 * (index // (2 * octets)))) & 3) << (BITS & 1)
-        if BITS & 1:
-            place = base + (BITS & 6) * octets + index % octets
-            part = tl.load(place, mask=is_there, other=0).to(tl.int32)
-            code += (part >> (index // octets)) & 1
-    return code
+    e = index // octets
+    return code_in(base, e, index - e * octets, is_there, octets, BITS)
 
 
 @triton.jit
@@ -67,48 +96,79 @@ def grid_at(scales, zeros, index, is_there, zero_octets, BITS: tl.constexpr):  #
 
 
 @triton.jit
-def weights_of(  # type: ignore[no-untyped-def]
-    codes, scales, zeros, row, is_row, i0, i, n, octets, zero_octets, groups,
-    E: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Return the weights (BN, BO) float32 of columns E * octets + i: (code - zero) * scale.
+def grid_near(scales, zeros, index, e0, zero_octets, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the same where all groups are, zero points in eighths e0 and e0 + 1: no division."""
+    scale = tl.load(scales + index).to(tl.float32)
+    if zeros is not None:
+        i = index - e0 * zero_octets
+        is_next = i >= zero_octets
+        e, i = e0 + is_next.to(tl.int32), tl.where(is_next, i - zero_octets, i)
+        zero = code_in(zeros, e, i, is_next | True, zero_octets, BITS).to(tl.float32)
+    else:
+        zero = tl.zeros_like(scale) + (1 << (BITS - 1))
+    return scale, zero
 
-    ALIGNED: those columns of a row have one scale.
+
+@triton.jit
+def weights_of(  # type: ignore[no-untyped-def]
+    codes, scales, zeros, row, is_row, e0, i0, i, n, octets, zero_octets, groups,
+    E: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, NEAR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Return the weights (BN, BK) float32 of columns E * octets + i: (code - zero) * scale.
+
+    ALIGNED: those columns of a row have one scale. NEAR: all rows and columns are there, in no more
+    than two eighths of the zero points, from e0 on.
     """
-    is_there = is_row[:, None] & (i < octets)[None, :]
-    base = codes + row.to(tl.int64)[:, None] * (BITS * octets)
-    q = eighth(base, i[None, :], is_there, octets, E, BITS)
+    words, places = octets // WIDE, codes
+    if WIDE == 4:
+        places = codes.to(tl.pointer_type(tl.uint32))
+    j = i0 // WIDE + tl.arange(0, BK // WIDE)
+    is_there = is_row[:, None] & (j < words)[None, :]
+    if NEAR:
+        is_there = tl.full((BN, BK // WIDE), True, tl.int1)
+    base = places + row.to(tl.int64)[:, None] * (BITS * words)
+    q = numbers_of(eighth(base, j[None, :], is_there, words, E, BITS), WIDE, BN, BK)
     if ALIGNED:
         # columns that pad the last byte of a row belong to no group
         at = row * groups + tl.minimum((E * octets + i0) // GROUP, groups - 1)
-        scale, zero = grid_at(scales, zeros, at, is_row, zero_octets, BITS)
-        w = (q.to(tl.float32) - zero[:, None]) * scale[:, None]
+        if NEAR:
+            scale, zero = grid_near(scales, zeros, at, e0, zero_octets, BITS)
+        else:
+            scale, zero = grid_at(scales, zeros, at, is_row, zero_octets, BITS)
+        w = (q - (zero + 8388608.0)[:, None]) * scale[:, None]
     else:
         column = E * octets + i
         at = row[:, None] * groups + (column // GROUP)[None, :]
-        is_there = is_there & (column < n)[None, :]
+        is_there = is_row[:, None] & ((i < octets) & (column < n))[None, :]
         scale, zero = grid_at(scales, zeros, at, is_there, zero_octets, BITS)
-        w = (q.to(tl.float32) - zero) * scale
+        w = (q - (zero + 8388608.0)) * scale
     return w
 
 
 @triton.jit
 def add_up(  # type: ignore[no-untyped-def]
     x, codes, scales, zeros, row, is_row, token, tokens, n, octets, zero_octets, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    NEAR: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of x W^T for BN rows of W and BM tokens, as `finish` takes them."""
-    sums = nothing(ONE, BM, BN, BK)
+    sums, e0 = nothing(ONE, BM, BN, BK), 0
+    if NEAR:
+        first = tl.min(row, 0)
+        e0, row = first * groups // zero_octets, tl.where(is_row, row, first)
     for i0 in range(0, octets, BK):
         i = i0 + tl.arange(0, BK)
         for E in tl.static_range(8):
             w = weights_of(
-                codes, scales, zeros, row, is_row, i0, i, n, octets, zero_octets, groups,
-                E, BITS, GROUP, ALIGNED,
+                codes, scales, zeros, row, is_row, e0, i0, i, n, octets, zero_octets, groups,
+                E, BITS, GROUP, ALIGNED, WIDE, NEAR, BN, BK,
             )  # fmt: skip
             column = E * octets + i
             is_column = (i < octets) & (column < n)
+            if NEAR:
+                is_column = tl.full((BK,), True, tl.int1)
             sums = multiply(sums, w, x, token, tokens, column, is_column, n, ONE, EXACT)
     return sums
 
@@ -117,7 +177,8 @@ def add_up(  # type: ignore[no-untyped-def]
 def product(  # type: ignore[no-untyped-def]
     x, codes, scales, zeros, start, bias, order, y,
     tokens, rows, n, width, octets, zero_octets, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    NEAR: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write x W^T + start + bias to y for BN rows of W and BM tokens."""
@@ -125,7 +186,7 @@ def product(  # type: ignore[no-untyped-def]
     token = tl.program_id(1) * BM + tl.arange(0, BM)
     sums = add_up(
         x, codes, scales, zeros, row, row < rows, token, tokens, n, octets, zero_octets, groups,
-        BITS, GROUP, ALIGNED, ONE, EXACT, BM, BN, BK,
+        BITS, GROUP, ALIGNED, WIDE, NEAR, ONE, EXACT, BM, BN, BK,
     )  # fmt: skip
     finish(sums, y, start, bias, order, row, rows, token, tokens, width, ONE)
 
@@ -134,8 +195,8 @@ def product(  # type: ignore[no-untyped-def]
 def unpack(  # type: ignore[no-untyped-def]
     codes, scales, zeros, ids, y,
     first, rows, all_rows, n, octets, zero_octets, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    NEAR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write rows of W, those that ids names or from `first` on, to y (rows, n)."""
     out, row, is_there = rows_of(ids, first, rows, all_rows, BN)
@@ -143,8 +204,8 @@ def unpack(  # type: ignore[no-untyped-def]
     i = i0 + tl.arange(0, BK)
     for E in tl.static_range(8):
         w = weights_of(
-            codes, scales, zeros, row, is_there, i0, i, n, octets, zero_octets, groups,
-            E, BITS, GROUP, ALIGNED,
+            codes, scales, zeros, row, is_there, 0, i0, i, n, octets, zero_octets, groups,
+            E, BITS, GROUP, ALIGNED, WIDE, False, BN, BK,  # rows may be anywhere
         )  # fmt: skip
         column = E * octets + i
         is_column = (i < octets) & (column < n)

@@ -66,7 +66,8 @@ def finish_tile(  # type: ignore[no-untyped-def]
 def codes(  # type: ignore[no-untyped-def]
     x, addresses, tiles, start, order, y, rows, n, width, octets, zero_octets, groups,
     SCALE: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    NEAR: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write x W^T + start + bias to y (tokens, width), for matrices of codes."""
@@ -79,7 +80,7 @@ def codes(  # type: ignore[no-untyped-def]
         row_of(x, first, n, ONE), place_of(addresses, expert, 0, tl.uint8),
         place_of(addresses, expert, 1, SCALE), place_of(addresses, expert, 2, ZERO),
         row, row < rows, token, end, n, octets, zero_octets, groups,
-        BITS, GROUP, ALIGNED, ONE, EXACT, BM, BN, BK,
+        BITS, GROUP, ALIGNED, WIDE, NEAR, ONE, EXACT, BM, BN, BK,
     )  # fmt: skip
     finish_tile(
         sums, y, start, addresses, order, expert, row, rows, token, first, end, width, BIAS, ONE
@@ -153,7 +154,8 @@ def count(addresses, counts, rows, width, BN: tl.constexpr, BK: tl.constexpr):  
 def walks(  # type: ignore[no-untyped-def]
     x, addresses, tiles, table, start, order, y, rows, n, width, wide,
     START: tl.constexpr, BIAS: tl.constexpr,
-    PAIR: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, MMA: tl.constexpr, RUN: tl.constexpr,
+    PAIR: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, FACTOR: tl.constexpr,
+    HALF: tl.constexpr, MMA: tl.constexpr, RUN: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write x Y^T + start + bias to y (tokens, width), for trellis codes in their basis."""
@@ -164,8 +166,8 @@ def walks(  # type: ignore[no-untyped-def]
     token = first + tl.arange(0, BM)
     sums = walks_of(
         row_of(x, first, n, ONE), place_of(addresses, expert, 0, tl.uint8),
-        place_of(addresses, expert, 4, START), table, row, row < rows, token, end, n, wide,
-        PAIR, L, BOOK, MMA, RUN, ONE, EXACT, BM, BN, BK,
+        place_of(addresses, expert, 4, START), table, tl.program_id(0) * BN, rows, token, end, n,
+        wide, PAIR, L, BOOK, FACTOR, HALF, MMA, RUN, ONE, EXACT, BM, BN, BK,
     )  # fmt: skip
     finish_tile(
         sums, y, start, addresses, order, expert, row, rows, token, first, end, width, BIAS, ONE

@@ -19,7 +19,7 @@ from .triton_tiles import finish
 def factor_up(  # type: ignore[no-untyped-def]
     narrow, factor, factor_scales, factor_zeros, row, is_row, token, tokens, rank,
     factor_octets, factor_zero_octets, factor_groups,
-    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr,
+    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, FACTOR_WIDE: tl.constexpr,
     ONE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of (x A^T) B^T, narrow (tokens, rank) float32 being x A^T."""
@@ -29,7 +29,7 @@ def factor_up(  # type: ignore[no-untyped-def]
         sums = codes_up(
             narrow, factor, factor_scales, factor_zeros, row, is_row, token, tokens, rank,
             factor_octets, factor_zero_octets, factor_groups,
-            FACTOR_BITS, FACTOR_GROUP, False, ONE, True, BM, BN, BK,
+            FACTOR_BITS, FACTOR_GROUP, False, FACTOR_WIDE, False, ONE, True, BM, BN, BK,
         )  # fmt: skip
     return sums
 
@@ -39,8 +39,9 @@ def product_codes(  # type: ignore[no-untyped-def]
     x, codes, scales, zeros, narrow, factor, factor_scales, factor_zeros, bias, y,
     tokens, rows, n, octets, zero_octets, groups,
     rank, factor_octets, factor_zero_octets, factor_groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
-    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    NEAR: tl.constexpr,
+    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, FACTOR_WIDE: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write x W^T + (x A^T) B^T + bias to y (tokens, rows), W of codes."""
@@ -48,12 +49,12 @@ def product_codes(  # type: ignore[no-untyped-def]
     token = tl.program_id(1) * BM + tl.arange(0, BM)
     sums = codes_up(
         x, codes, scales, zeros, row, row < rows, token, tokens, n, octets, zero_octets, groups,
-        BITS, GROUP, ALIGNED, ONE, EXACT, BM, BN, BK,
+        BITS, GROUP, ALIGNED, WIDE, NEAR, ONE, EXACT, BM, BN, BK,
     )  # fmt: skip
     sums += factor_up(
         narrow, factor, factor_scales, factor_zeros, row, row < rows, token, tokens, rank,
         factor_octets, factor_zero_octets, factor_groups,
-        FACTOR_BITS, FACTOR_GROUP, ONE, BM, BN, BK,
+        FACTOR_BITS, FACTOR_GROUP, FACTOR_WIDE, ONE, BM, BN, BK,
     )  # fmt: skip
     finish(sums, y, None, bias, None, row, rows, token, tokens, rows, ONE)
 
@@ -65,7 +66,7 @@ def product_sparse(  # type: ignore[no-untyped-def]
     tokens, rows, n, octets, row_kept, code_octets, zero_octets, groups,
     rank, factor_octets, factor_zero_octets, factor_groups,
     M: tl.constexpr, NUMBER_BITS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr,
+    FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, FACTOR_WIDE: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write x W^T + (x A^T) B^T + bias to y (tokens, rows), W sparse."""
@@ -79,6 +80,6 @@ def product_sparse(  # type: ignore[no-untyped-def]
     sums += factor_up(
         narrow, factor, factor_scales, factor_zeros, row, row < rows, token, tokens, rank,
         factor_octets, factor_zero_octets, factor_groups,
-        FACTOR_BITS, FACTOR_GROUP, ONE, BM, BN, BK,
+        FACTOR_BITS, FACTOR_GROUP, FACTOR_WIDE, ONE, BM, BN, BK,
     )  # fmt: skip
     finish(sums, y, None, bias, None, row, rows, token, tokens, rows, ONE)

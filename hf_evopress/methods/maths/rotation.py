@@ -22,6 +22,7 @@ from torch import Tensor
 from ...base.lasting import lasting
 from .hashing import signs
 
+CPU = torch.device("cpu")
 WHOLE = 0  # block size that stands for the whole side
 _CHUNK = 2**17  # numbers worked on at once: they stay in a CPU's cache
 
@@ -63,9 +64,9 @@ def rotate_moment(H: Tensor, seed: int, block: int = WHOLE) -> Tensor:
 
 @dataclass(frozen=True)
 class Parts:
-    """What Q (n, n) is made of on a CPU, n = q p: signs (n,), and what mixes its q parts, if any.
+    """What Q (n, n) is made of, n = q p: signs (n,), and what mixes its q parts, if any.
 
-    matrix: the DCT-II (q, q), whose tensors are kept for this process.
+    matrix: the DCT-II (q, q). Its tensors are kept for this process.
     """
 
     p: int
@@ -75,12 +76,11 @@ class Parts:
 
 
 @lru_cache(maxsize=64)
-def parts(n: int, seed: int, block: int = WHOLE) -> Parts:
+def parts(n: int, seed: int, block: int = WHOLE, device: torch.device = CPU) -> Parts:
     """Return the parts of Q, for kernels that rotate by themselves."""
     p, q = factors(n, block)
-    cpu = torch.device("cpu")
     mixes = q > 1 and block == WHOLE
-    return Parts(p, q, _signs(n, seed, cpu), _dct(q, cpu).contiguous() if mixes else None)
+    return Parts(p, q, _signs(n, seed, device), _dct(q, device) if mixes else None)
 
 
 def factors(n: int, block: int = WHOLE) -> tuple[int, int]:
@@ -144,4 +144,4 @@ def _dct(q: int, device: torch.device) -> Tensor:
     k = torch.arange(q, dtype=torch.float64)
     D = torch.cos(math.pi * (2 * k + 1) * j / (2 * q)) * math.sqrt(2 / q)
     D[0] = 1 / math.sqrt(q)
-    return D.float().to(device)
+    return D.float().contiguous().to(device)

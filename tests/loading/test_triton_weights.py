@@ -1,0 +1,88 @@
+"""Kernels in Triton unpack the weights that the reference does, to the bit, of all codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_evopress.loading.kernels.gpu import Codes
+from hf_evopress.loading.kernels.gpu_layer import TritonKernel, triton_kernel_of
+from hf_evopress.methods import compose
+from hf_evopress.methods.base import State
+from hf_evopress.methods.maths.walks import BITS
+
+from .test_triton import DEVICE
+
+pytest.importorskip("triton", reason='no Triton: pip install "hf-evopress[dev]" on Linux')
+
+BOOKS = ("weyl", "mcg", "mul1", "strata", "3inst")
+WALKS = [
+    (bits, state_bits, order, tail)
+    for bits in BITS
+    for state_bits in (8, 12, 16)
+    for order in ("rows", "mma")
+    for tail in ("true", "false")
+]
+
+
+def drawn(text: str, shape: tuple[int, int]) -> tuple[TritonKernel, State]:
+    """Return the kernel of a level, and any packed tensors."""
+    level = compose.normalize(text)
+    kernel = triton_kernel_of(level, shape)
+    assert kernel is not None
+    state = {}
+    for name, like in compose.empty(level, shape, torch.float32).items():
+        is_codes = like.dtype == torch.uint8
+        some = torch.randint(256, like.shape) if is_codes else torch.rand(like.shape) + 0.5
+        state[name] = some.to(like.dtype).to(DEVICE)
+    return kernel, state
+
+
+@pytest.mark.parametrize("number", range(len(WALKS)))
+def test_walks_are_read_at_every_rate_in_every_order(number: int) -> None:
+    bits, state_bits, order, tail = WALKS[number]
+    shape, book = (40, 72), BOOKS[number % len(BOOKS)]
+    kernel, state = drawn(
+        f"trellis:bits={bits},state_bits={state_bits},rotation=none,feedback=none,"
+        f"codebook={book},order={order},tail_biting={tail}",
+        shape,
+    )
+    W = compose.decompress(kernel.level, state, shape, torch.float32)
+    ids = torch.tensor([39, 0, 17], device=DEVICE)
+    found = kernel._terms[0][0].look_up(state, ids, torch.float32)
+    assert torch.equal(found * state["scale"].float(), W[ids])
+
+
+@pytest.mark.parametrize("bits", [*map(str, range(2, 9)), "3,symmetric=true", "4,scales=bfloat16"])
+def test_codes_of_large_matrices_are_read_without_divisions(bits: str) -> None:
+    shape = (520, 128)  # eighths of the zero points end within a program
+    kernel, state = drawn(f"rtn:bits={bits},group_size=32", shape)
+    matrix = kernel._terms[0][0]
+    assert isinstance(matrix, Codes) and matrix.constants["NEAR"]
+    W = compose.decompress(kernel.level, state, shape, torch.float32)
+    columns = [0, 31, 32, 90, 127]
+    for some in (columns[3:4], columns):
+        x = torch.eye(128, device=DEVICE)[some]
+        assert torch.equal(kernel.linear(x, state, None), W[:, some].T)
+    assert torch.equal(matrix.weights(state, torch.float32, first=500), W[500:])
+
+
+@pytest.mark.parametrize("rows, n", [(512, 128), (9, 320), (9, 328), (9, 20)])
+def test_codes_that_do_not_lie_in_words_or_in_aligned_groups(rows: int, n: int) -> None:
+    kernel, state = drawn("rtn:bits=3,group_size=-1", (rows, n))
+    W = compose.decompress(kernel.level, state, (rows, n), torch.float32)
+    x = torch.eye(n, device=DEVICE)[[n - 1, 0]]
+    assert torch.equal(kernel.linear(x, state, None), W[:, [n - 1, 0]].T)
+    assert torch.equal(kernel.linear(x[:1], state, None), W[:, [n - 1]].T)
+
+
+def test_codes_at_an_odd_address_are_moved() -> None:
+    kernel, state = drawn("rtn:bits=4,group_size=64", (16, 128))
+    codes = state["codes"]
+    room = torch.empty(codes.numel() + 1, dtype=torch.uint8, device=DEVICE)
+    moved = room[1:].view(codes.shape)
+    moved.copy_(codes)
+    x = torch.eye(128, device=DEVICE)[:2]
+    assert torch.equal(
+        kernel.linear(x, {**state, "codes": moved}, None), kernel.linear(x, state, None)
+    )
