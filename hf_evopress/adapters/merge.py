@@ -80,7 +80,9 @@ def _replace(
     state = compose.compress(old.level, W.detach().as_subclass(Tensor), stats.get(unit.name))
     device = next(iter(old.state.values())).device
     state = {name: tensor.to(device) for name, tensor in state.items()}
-    model.set_submodule(unit.name, compress_linear(old, old.level, state))
+    made = compress_linear(old, old.level, state)
+    made.prepare(model.hf_quantizer.quantization_config.runtime)
+    model.set_submodule(unit.name, made)
 
 
 def _merged(layer: CompressedLinear, delta: Tensor) -> nn.Linear:

@@ -133,7 +133,8 @@ def prompts(file: Path) -> list[str]:
     if not file.is_file():
         near = did_you_mean(f"self:{file}", [*OWN])
         raise FileNotFoundError(f"no file {file} (in {Path.cwd()}) to take prompts from{near}")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    with reading(file):
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     if not any(lines):
         raise ValueError(f"{file} holds no prompts: it is text, one prompt a line")
     return [line for line in lines if line]
@@ -141,10 +142,18 @@ def prompts(file: Path) -> list[str]:
 
 def _asked(tokenizer: Any, prompt: str) -> list[int]:
     """Return the tokens of a prompt, as what a user says where there is a chat template."""
+    from jinja2 import TemplateError
+
     if not getattr(tokenizer, "chat_template", None):
         return bos_of(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     said = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(
+            f"the chat template refuses the prompt {prompt!r} ({error}); take the prompts as plain "
+            "text (--data FILE), or --data self:raw"
+        ) from error
     found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return found
 

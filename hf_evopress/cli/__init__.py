@@ -26,6 +26,7 @@ Then in Python:   import hf_evopress; model = AutoModelForCausalLM.from_pretrain
 Every long command can be stopped with Ctrl-C and goes on where it was when it is run again.
 """
 
+STOPPED = 130  # the exit status of what Ctrl-C stopped
 app = typer.Typer(
     help=HELP,
     no_args_is_help=True,
@@ -79,6 +80,8 @@ def main(arguments: list[str] | None = None, *, name: str = "hf-evopress") -> No
     words = sys.argv[1:] if arguments is None else arguments
     try:
         code = app(words, prog_name=name, standalone_mode=False)
+        if code == STOPPED:  # typer turns Ctrl-C into it
+            _stopped()
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(_stopped())
     except _UsageError as error:
@@ -98,4 +101,4 @@ def _stopped() -> int:
     error_console.print(
         "stopped; what was finished is kept, and the same command goes on from there"
     )
-    return 130
+    return STOPPED

@@ -17,6 +17,7 @@ from .options import (
     Out,
     Overwrite,
     Revision,
+    SearchPool,
     Seed,
     SeqLen,
     Test,
@@ -69,6 +70,7 @@ def refine(
     seed: Seed = 0,
     seq_len: SeqLen = 1024,
     calibration: Calibration = 56,
+    search_pool: SearchPool = 32,
     written: Written = 0,
     steps: Steps = None,
     learning_rate: LearningRate = None,
@@ -94,7 +96,8 @@ def refine(
 
     training = {"--steps": steps, "--learning-rate": learning_rate, "--codes": codes or None}
     if mode == END_TO_END:
-        _check(mode, {"--work": work, "--revision": revision})
+        pool = None if search_pool == 32 else search_pool
+        _check(mode, {"--work": work, "--revision": revision, "--search-pool": pool})
     else:
         _check(mode, {} if mode.endswith(END_TO_END) else training)
     common: dict[str, Any] = {
@@ -112,6 +115,7 @@ def refine(
             result = refine_end_to_end(plan, out, dense=model, **common)
         else:
             where: dict[str, Any] = {"model": model, "work": work, "revision": revision}
+            where["search_pool"] = search_pool
             result = refine_plan(plan, out, mode=mode, **where, **common)
     show_result(result)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import bars, console, table
+from .console import bars, console, error_console, table
 from .device import computes
 from .options import Column, Overwrite, TrustRemoteCode
 
@@ -279,6 +279,12 @@ def _show_merged(result: Merged, against: str | None) -> None:
             for name, report in result.reports.items()
         ]
         console.print(table((f"KL (nats) {of}", "KL", "perplexity"), rows))
+        kl = {name: report.kl_nats or 0.0 for name, report in result.reports.items()}
+        if against and kl["merged"] > kl["without adapter"]:
+            error_console.print(
+                "rounding lost more than the adapter had gained: use the adapter beside the model, "
+                "or make its factors part of the checkpoint (merge --exact)"
+            )
     console.print(f"model written to {result.folder}", markup=False)
 
 

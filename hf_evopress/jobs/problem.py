@@ -16,6 +16,7 @@ from torch import nn
 
 from ..base.patterns import matches
 from ..methods import compose
+from ..methods.base import Shape
 from ..methods.menu import menus
 from ..models.kv_cache import CacheUnit, cache_level, cache_menus, find_caches
 from ..models.size import NOTICE, header_bytes
@@ -64,7 +65,8 @@ class Problem:
 
     def genome(self, levels: Mapping[str, Any]) -> Genome:
         """Return the genome of a plan, or of its levels, the inverse of `levels`."""
-        said = {u: str(level) for u, level in levels.items() if u not in self.ends.fixed}
+        own = {u: level for u, level in levels.items() if u not in self.ends.fixed}
+        said = {u: str(level) for u, level in compose.normalize_each(own).items()}
         said |= {u: str(_normal(level)) for u, level in getattr(levels, "cache", {}).items()}
         for name in self.caches:
             if self.added.inside.get(name) not in said:  # else dropped: there is no cache
@@ -92,7 +94,10 @@ class Problem:
             try:
                 genome = self.genome(plan)
             except ValueError as error:
-                raise ValueError(f"the search cannot start from {name}: {error}") from error
+                raise ValueError(
+                    f"the search cannot start from {name}: {error}; offer the plan's levels as "
+                    "well (--level)"
+                ) from error
             if not self.budget.allows(self.space, genome):
                 bits = self.space.bits_per_weight(genome)
                 raise ValueError(
@@ -156,6 +161,8 @@ def _parts(
     else:
         families = recipe.families if recipe.levels else recipe.offered_families
         offered = menus(shapes, recipe.levels, families=families, sparsity=said.sparsity, bits=bits)
+        if not recipe.levels:
+            offered = _with_starts(offered, shapes, recipe.search.start)
     offered, pairs = with_shared(offered, shapes, recipe)
     ends = choose_ends(skeleton, recipe, small=small_ends)
     units, offered = [*units, *ends.units], {**offered, **ends.menus}
@@ -187,6 +194,25 @@ def _parts(
         "ends": ends,
         "caches": caches,
     }
+
+
+def _with_starts(
+    offered: Mapping[str, list[Level]], shapes: Mapping[str, Shape], plans: Sequence[str]
+) -> dict[str, list[Level]]:
+    """Return a default menu with the levels of plans to start from: they may be of other sizes."""
+    made = {unit: list(menu) for unit, menu in offered.items()}
+    for name in plans:
+        for unit, text in Plan.from_pretrained(name).levels.items():
+            if unit not in made or text.is_drop:
+                continue
+            try:
+                level = _normal(text)
+                compose.check_shape(level, shapes[unit])
+            except ValueError:
+                continue  # `Problem.starts` says what is wrong with the plan
+            if level not in made[unit]:
+                made[unit].append(level)
+    return made
 
 
 def _budget(recipe: Recipe, parts: Mapping[str, Any]) -> Budget:

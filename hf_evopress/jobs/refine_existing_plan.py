@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ..base.devices import on_device
 from ..base.fingerprint import versions
 from ..base.progress import Progress
 from ..base.target import writes_out
+from ..methods import compose
 from ..plans.plan import Plan
 from ..recipes.recipe import Recipe
 from .job import Job
@@ -36,6 +38,7 @@ def refine_plan(
     max_windows: int | None = 10,
     work: str | Path | None = None,
     n_sequences: int = 56,
+    search_pool: int = 32,
     written: int = 0,
     seq_len: int = 1024,
     seed: int = 0,
@@ -49,9 +52,11 @@ def refine_plan(
     by default the plan's own. Only the plan's levels are made, then finished in a mode of
     `recipes.recipe.REFINE`; steps, learning_rate and codes
     (whether they move as well) are of its end-to-end part. written: sequences
-    that the dense model writes itself, to learn from as well.
+    that the dense model writes itself, to learn from as well. search_pool: sequences that a search
+    is left, as in the run whose `work` folder this goes on with: the others are what calibrates.
     """
     found = Plan.from_pretrained(plan)
+    found = found.replace(levels=compose.normalize_each(found.levels))
     recipe = recipe_of_plan(
         found,
         model=model,
@@ -64,13 +69,15 @@ def refine_plan(
             "column": column,
             "seq_len": seq_len,
             "calibration": n_sequences,
+            "search": search_pool,
             "written": written,
             "seed": seed,
         },
         revision=revision or found.revision,
     )
+    unpinned = Job(replace(recipe, pin={}))
+    found.check({**found.shapes, **{unit.name: unit.shape for unit in unpinned.units}})
     job = Job(recipe, progress=progress)
-    found.check({**found.shapes, **{unit.name: unit.shape for unit in job.units}})
     unseen, length = unseen_tokens(job, test, window)
     store = build_levels(job)
     made = job.plan(

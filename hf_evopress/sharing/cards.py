@@ -28,7 +28,7 @@ from ..plans.plan import Plan
 from ..plans.repo import INDEX_NAME, TAG, plan_rows, read_index
 from ..plans.widths import is_narrow
 from ..recipes.recipe import REFINE, Recipe
-from .report import cache_lines, widths_line
+from .report import cache_lines, ends_of, widths_line
 from .task_results import model_index, read_results, table_rows
 
 CARD = "README.md"
@@ -127,6 +127,7 @@ def model_card(folder: Path, plan: Plan, recipe: Recipe | None, *, name: str) ->
         parts=_parts(plan),
         checkpoint_bytes=sum(stored.values()) or None,
         kept_bytes=_kept_bytes(plan, stored),
+        has_ends=bool(ends_of(plan)),
         recipe=portable(recipe),
         versions=_versions(plan.search),
         **_pictures(folder, plan, bits),
@@ -308,9 +309,11 @@ def _has_loss(row: Any) -> bool:
 
 
 def _parts(plan: Plan) -> list[str]:
-    terms = [term for level in plan.values() for term in level.terms]
-    coded = any(t.method not in ("lowrank", "dense", "drop", "zero") for t in terms)
-    return ["codes"] * coded + ["factors"] * any(t.method == "lowrank" for t in terms)
+    """Return what of the plan's tensors the card explains."""
+    used = {term.method for level in plan.values() for term in level.terms}
+    known = {"codes": {"rtn", "gptq"}, "walks": {"trellis"}, "factors": {"lowrank"}}
+    others = used - {"dense", "drop", "zero"}.union(*known.values())
+    return [part for part, methods in known.items() if used & methods] + ["others"] * bool(others)
 
 
 def _versions(search: Mapping[str, Any]) -> str | None:

@@ -126,7 +126,8 @@ class OnGPU(ABC):
         """Return the sizes of a program's tile: BM tokens, BN rows, BK columns at a time."""
         bk = self.columns_at_once()
         if tokens == 1:
-            return {"BM": 1, "BN": 16 if self.shape[0] >= 4096 else 8, "BK": bk}
+            rows = self.shape[0]
+            return {"BM": 1, "BN": 32 if rows >= 8192 else 16 if rows >= 4096 else 8, "BK": bk}
         if tokens <= 16:
             return {"BM": 16, "BN": 32, "BK": bk}
         return {"BM": 32 if tokens <= 32 else 64, "BN": 64, "BK": bk}
