@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from ..base.progress import Progress
 from ..calibration.input_moments import calibrate, load_stats
-from ..loading.layers import CompressedLinear, compress_linear, resolve_units
+from ..loading.layers import (
+    CompressedLinear,
+    compress_linear,
+    prepare_layers,
+    resolve_units,
+)
 from ..methods import compose
 from ..methods.maths.linalg import Stats, map_shared
 from ..models.units import Unit, find_units
@@ -70,6 +75,7 @@ def merge_adapter(
                 _replace(model, unit, packed[unit.name], W + adapter.delta(unit.name).to(W), known)
             if progress:
                 progress("merge", block + 1, todo[-1].block + 1)
+    prepare_layers(model, model.hf_quantizer.quantization_config.runtime)
     _forget_results(model, plan)
     return model
 
@@ -80,9 +86,7 @@ def _replace(
     state = compose.compress(old.level, W.detach().as_subclass(Tensor), stats.get(unit.name))
     device = next(iter(old.state.values())).device
     state = {name: tensor.to(device) for name, tensor in state.items()}
-    made = compress_linear(old, old.level, state)
-    made.prepare(model.hf_quantizer.quantization_config.runtime)
-    model.set_submodule(unit.name, made)
+    model.set_submodule(unit.name, compress_linear(old, old.level, state))
 
 
 def _merged(layer: CompressedLinear, delta: Tensor) -> nn.Linear:

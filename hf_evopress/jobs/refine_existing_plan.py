@@ -75,8 +75,9 @@ def refine_plan(
         },
         revision=revision or found.revision,
     )
-    unpinned = Job(replace(recipe, pin={}))
-    found.check({**found.shapes, **{unit.name: unit.shape for unit in unpinned.units}})
+    known = {unit.name: unit.shape for unit in Job(replace(recipe, pin={})).units}
+    inside = [unit for unit, level in found.items() if _is_in_block(unit) and not level.is_drop]
+    found.check(known if {*inside} - {*known} else {**found.shapes, **known})
     job = Job(recipe, progress=progress)
     unseen, length = unseen_tokens(job, test, window)
     store = build_levels(job)
@@ -84,6 +85,10 @@ def refine_plan(
         found.levels, search={**found.search, "versions": versions()}, results=found.results
     )
     return ship(job, store, _with_cache(made, found), (unseen, length, max_windows))
+
+
+def _is_in_block(unit: str) -> bool:
+    return any(part.isdecimal() for part in unit.split("."))
 
 
 def _with_cache(made: Plan, found: Plan) -> Plan:

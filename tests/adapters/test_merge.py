@@ -93,6 +93,13 @@ def test_layers_without_factors_keep_their_tensors(trained_llama: Any, tokens: T
     assert changed == [name]
 
 
+def test_merged_layers_compute_as_the_model_did(trained_llama: Any, tokens: Tensor) -> None:
+    model = packed(trained_llama, tokens, "rtn:bits=8,group_size=32")
+    model.hf_quantizer.quantization_config.runtime = "auto"
+    merge_adapter(model, random_adapter(model), tokens)
+    assert all(m.computes_by_kernel for m in compressed_linears(model).values())
+
+
 def test_dense_layers_get_the_adapter_added(trained_llama: Any, tokens: Tensor) -> None:
     model = packed(trained_llama, tokens, "dense", q_proj="rtn:bits=8,group_size=32")
     adapter = random_adapter(model)

@@ -174,6 +174,9 @@ def test_prompts_that_cannot_be_asked_are_refused(
     (tmp_path / "long.txt").write_text("a prompt of many bytes\n")
     with pytest.raises(ValueError, match="a prompt alone takes 22 of 8 tokens"):
         write(str(tmp_path / "long.txt"))
+    (tmp_path / "old.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match="old.txt"):
+        write(str(tmp_path / "old.txt"))
 
 
 def test_own_text_without_a_template_says_what_to_take(
@@ -185,6 +188,10 @@ def test_own_text_without_a_template_says_what_to_take(
         write_self(trained_llama, chat_tokenizer, 2, tmp_path, seq_len=8)
     chat_tokenizer.chat_template = "{{ raise_exception('no users here') }}"
     assert chat_prefix(chat_tokenizer) == []
+    file = tmp_path / "prompts.txt"
+    file.write_text("hello")
+    with pytest.raises(ValueError, match=r"refuses the prompt 'hello' \(no users here\)"):
+        write_self(trained_llama, chat_tokenizer, 2, tmp_path, kind=f"self:{file}", seq_len=32)
 
 
 def test_self_is_refused_where_nothing_writes_it(byte_tokenizer: Any) -> None:

@@ -122,6 +122,17 @@ def test_a_missing_model_is_an_error_not_a_trace(tmp_path: Path, run: Run) -> No
     assert code != 0 and "no-model" in err and "Traceback" not in err
 
 
+def test_ctrl_c_says_that_what_was_finished_is_kept(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Plan, "from_pretrained", stopped)
+    code, _, err = run("show", "some")
+    assert code == 130 and "the same command goes on from there" in " ".join(err.split())
+
+
 def test_unknown_options_exit_with_two(run: Run) -> None:
     code, _, err = run("compress", "m", "--out", "x", "--bitz", "3")
     assert code == 2 and "--bits" in err

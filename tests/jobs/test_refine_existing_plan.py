@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +135,23 @@ def test_a_plan_with_dropped_and_dense_units_is_refined_without_a_search(
     )  # fmt: skip
     assert {u: str(x) for u, x in result.plan.levels.items()} == levels
     assert result.plan.results["refined"]["after"] < result.plan.results["refined"]["before"]
+
+
+def test_plans_that_cannot_be_refined_are_refused_by_the_unit(
+    home: Path, plain: pipeline.Result
+) -> None:
+    given: dict[str, Any] = {"data": [str(home / "text.txt")], "seq_len": 64, "n_sequences": 24}
+    units = list(plain.plan.levels)
+    wrong = plain.plan.replace(levels={**plain.plan.levels, units[0]: "rtn:bits=3.5"})
+    wrong.save(home / "wrong.json")
+    with pytest.raises(ValueError, match=f"^{re.escape(units[0])}: .*bits"):
+        refine_plan(home / "wrong.json", home / "not", mode="fast", **given)
+    levels = {"model.layers.77.mlp.up_proj": "rtn:bits=3,group_size=32"}
+    Plan(levels, {"model.layers.77.mlp.up_proj": (64, 64)}).save(home / "alien.json")
+    with pytest.raises(ValueError, match=r"(?s)does not fit.*layers\.77"):
+        refine_plan(
+            home / "alien.json", home / "not", model=str(home / "dense"), mode="fast", **given
+        )
 
 
 def test_the_command_refines_a_compressed_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,25 @@ def test_the_command_takes_plans_to_start_from(
     assert Plan.load(home / "on.json").shapes == Plan.load(good).shapes
 
 
+def test_levels_of_a_start_may_say_what_goes_without_saying(home: Path, good: str) -> None:
+    plan = Plan.load(good)
+    said = {unit: f"{level},outputs=true" for unit, level in plan.levels.items()}
+    path = plan.replace(levels=said).save(home / "said.json")
+    assert Job(recipe(home, [str(path)])).starts == Job(recipe(home, [good])).starts
+
+
+def test_a_default_menu_has_the_levels_of_a_start(home: Path, good: str) -> None:
+    shapes = {u: s for u, s in Plan.load(good).shapes.items() if "layers" in u}
+    units = list(shapes)
+    levels = {**dict.fromkeys(units, "rtn:bits=2,group_size=8"), units[0]: "trellis:bits=1.5"}
+    Plan(levels, shapes=shapes).save(home / "far.json")
+    wanted = replace(recipe(home, [str(home / "far.json")], bits=6.0), levels=None)
+    menus = Job(wanted).menus
+    assert {str(level) for level in menus[units[0]]} >= {"trellis:bits=1.5"}
+    assert "trellis:bits=1.5" not in map(str, menus[units[1]])
+    assert "rtn:bits=2,group_size=8" in map(str, menus[units[1]])
+
+
 def test_a_start_over_the_budget_is_refused_before_any_weights(home: Path, good: str) -> None:
     with pytest.raises(ValueError, match=r"cannot start from .*good\.json, of .* budget is 2.7"):
         Job(recipe(home, [good], bits=2.7))
@@ -80,7 +100,7 @@ def test_a_start_over_the_budget_is_refused_before_any_weights(home: Path, good:
 def test_a_start_of_other_levels_is_refused_by_name(home: Path, good: str) -> None:
     levels = dict.fromkeys(Plan.load(good).levels, "gptq:bits=2,group_size=16")
     Plan(levels, shapes=Plan.load(good).shapes).save(home / "other.json")
-    with pytest.raises(ValueError, match=re.escape("other.json: ") + ".*group_size=16"):
+    with pytest.raises(ValueError, match=re.escape("other.json: ") + ".*group_size=16.*--level"):
         Job(recipe(home, [str(home / "other.json")]))
     with pytest.raises(FileNotFoundError, match="gone"):
         Job(recipe(home, [str(home / "gone.json")]))

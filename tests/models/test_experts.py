@@ -184,6 +184,17 @@ def test_dequantized_experts_are_a_stock_checkpoint(folder: Path, tmp_path: Path
     assert torch.allclose(logits(dense.eval()), expected, atol=1e-5)
 
 
+def test_a_model_of_packed_experts_is_exported(model: Any, folder: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids, expected = torch.arange(12)[None], logits(loaded)
+    made = torch.export.export(loaded, (ids,), {"use_cache": False}, strict=False)
+    with torch.no_grad():
+        found = made.module()(ids, use_cache=False).logits
+        wanted = loaded(ids, use_cache=False).logits
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(logits(loaded), expected, atol=1e-6)
+
+
 def test_the_dense_export_is_a_stock_checkpoint(model: Any, folder: Path, tmp_path: Path) -> None:
     expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     states = states_of(model)

@@ -155,6 +155,27 @@ def test_a_card_of_ones_own_is_known(folder: Path) -> None:
     assert not is_ours(folder / "README.md")
 
 
+def test_a_card_explains_the_tensors_that_there_are(folder: Path) -> None:
+    def told(*levels: str) -> str:
+        units = {f"model.layers.{i}.mlp.up_proj": level for i, level in enumerate(levels)}
+        text = card(folder, Plan(units, dict.fromkeys(units, (64, 64)), base_model=BASE))
+        return " ".join(text.partition("A layer `L`")[2].partition("`config.json`")[0].split())
+
+    walks = told("trellis:bits=2.5,scales=channels")
+    assert "walks through a trellis" in walks and "zeros" not in walks
+    both = told("rtn:bits=3,group_size=32 + lowrank:rank=4", "trellis:bits=3")
+    assert "`L.zeros`" in both and "; or `L.codes` (walks" in both and "; factors `L.A`" in both
+    assert told("magnitude:sparsity=0.5") == "stores the tensors that its level names."
+    assert told("lowrank:rank=4").startswith("stores factors `L.A`")
+
+
+def test_a_card_says_whether_embedding_and_head_are_packed(folder: Path) -> None:
+    assert "not compressed: embeddings, output head, norms" in card(folder, plan())
+    levels = {**plan().levels, "model.embed_tokens": "rtn:bits=8,group_size=32"}
+    text = card(folder, Plan(levels, dict.fromkeys(levels, (64, 64)), base_model=BASE))
+    assert "not compressed: norms" in text and "those of the decoder; embedding" in text
+
+
 def test_bits_count_scales_and_zero_points() -> None:
     bits = exact_bits(plan())
     assert bits == {
