@@ -108,6 +108,14 @@ def on_cpu(model: Any, name: str, tensor: Tensor) -> Tensor:
     return load_offloaded_parameter(model, name)
 
 
+def never_saved(model: Any) -> set[str]:
+    """Return the names of tensors that transformers leaves out of checkpoints and makes anew.
+
+    Such as the position embeddings of Marian, which are sines.
+    """
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
 def tensor_checksum(tensor: Tensor) -> str:
     """Return the checksum of a tensor as `store.checksums` gives it for one in a file."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -25,7 +25,14 @@ from ..store.checksums import verify_tensors
 from ..store.header import entries_of
 from .ahead import read_ahead, show_again
 from .blocks import Stack, cut
-from .checks import check_levels_match, check_loaded, check_shapes, on_cpu, tensor_checksum
+from .checks import (
+    check_levels_match,
+    check_loaded,
+    check_shapes,
+    never_saved,
+    on_cpu,
+    tensor_checksum,
+)
 from .config import QUANT_METHOD, EvoPressConfig
 from .embedding import finish_loading
 from .layers import compressed_layers, planned_levels, prepare_layers, resolve_units
@@ -130,7 +137,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
         skipped = self._cut(model, plan, files)
         tensors = [entry for file in files for entry in entries_of(file)]
         if config.verify and config.checksums and files:
-            verify_tensors(tensors, config.checksums, left_out=skipped)
+            verify_tensors(tensors, config.checksums, left_out=[*skipped, *never_saved(model)])
         check_shapes(model, tensors)
         self.look_at(model)
         self._dtypes = dtypes_of(model)
@@ -262,11 +269,11 @@ class EvoPressQuantizer(AnyHfQuantizer):
             return None, {}  # only the adapter is written
         self.quantization_config.plan = _with_merged(model, _plan_of(self.quantization_config))
         state = model.state_dict()
-        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        unwritten = never_saved(model).union(getattr(model, "all_tied_weights_keys", None) or {})
         self.quantization_config.checksums = {
             name: tensor_checksum(on_cpu(model, name, tensor))
             for name, tensor in state.items()
-            if name not in tied and tensor.numel()
+            if name not in unwritten and tensor.numel()
         }
         for name in left_out(compressed_layers(model)):
             del state[name]  # the neighbour's
