@@ -15,6 +15,7 @@ from torch import Tensor
 from ..base.memory import whole_within_memory
 from ..base.placement import dtype_of
 from ..calibration.data import tokenize_file
+from ..loading.checks import never_saved
 from ..loading.kv_cache.cache import GearCache
 from ..loading.layers import prepare_layers
 from ..loading.quantizer import register_with_transformers
@@ -141,6 +142,9 @@ def _compared(
 def _reload(job: Job, folder: Path) -> Any:
     trust = {"trust_remote_code": True} if job.recipe.trust_remote_code else {}
     model = job.kind.loader.from_pretrained(folder, dtype=dtype_of(job.model), **trust)
+    state = model.state_dict()
+    for name in never_saved(model):  # made anew, for the search in the dtype that is shipped
+        state[name].copy_(state[name].to(job.dtype))
     prepare_layers(model, PACKED)  # the reference that plans were scored with
     job.fit(model)
     return model.eval().to(job.device)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..base.devices import using
 from ..base.reading import reading
@@ -18,7 +21,10 @@ from ..base.target import FILES, claimed, whole_folder, work_beside, writes_out
 from ..calibration.text import file_of
 from ..loading.blocks import block_bytes, n_fitting
 from ..loading.config import EvoPressConfig
+from ..loading.file_names import names_of
 from ..methods.bitstack import MOST_BLOCKS
+from ..models.classes import find_class
+from ..models.source import read_config
 from ..plans.block_order import order_of, prefix, with_order
 from ..plans.level import Level
 from ..plans.plan import Plan
@@ -27,9 +33,9 @@ from ..recipes.recipe import Recipe
 from ..search.block_order import order_blocks
 from ..sharing.cards import write_card
 from ..sharing.checkpoint_source import LocalSource, open_source
-from ..store.block_layout import NAME, arrange, arranged, file_bytes
+from ..store.block_layout import NAME, arrange, arranged, file_bytes, owners
 from ..store.checksums import verify_tensors
-from ..store.header import entries, entries_of
+from ..store.header import Entry, entries, entries_of
 from ..store.level_store import LevelStore
 from ..store.tensor_bytes import write_tensors
 from .job import Job
@@ -63,7 +69,8 @@ def stack(recipe: Recipe, *, overwrite: bool = False, progress: Any = None) -> t
             store = build_levels(job)
             plan = stacked_plan(job, store)
             folder = export(job, store, plan)
-            arrange(folder, plan)
+            tensors = [e for file in folder.glob("*.safetensors") for e in entries_of(file)]
+            arrange(folder, plan, units_in_files(folder / "config.json", plan, tensors))
             verify(job, store, plan, folder)
     recipe.save(folder / "evopress_recipe.yaml")
     write_card(folder, plan, recipe)
@@ -102,15 +109,17 @@ def resize_checkpoint(
     of weights is at most `size` long. It is a model of many sizes too, up to its own.
     """
     checkpoint = open_source(source, revision=revision)
-    config, plan = _config_of(checkpoint.file("config.json"), source)
+    path = checkpoint.file("config.json")
+    config, plan = _config_of(path, source)
     weights = sorted(name for name in checkpoint.sizes if name.endswith(".safetensors"))
     tensors = [
         e for name in weights for e in entries(name, checkpoint.sizes[name], checkpoint.read)
     ]
+    units = units_in_files(path, plan, tensors)
     order, budget = order_of(plan), parse_size(size)
     others = sum(e.n_bytes for e in tensors) - sum(block_bytes(plan, unit) for unit in order)
     n = n_fitting(plan, others, budget)
-    wanted, least = arranged(tensors, plan, n), len(set(order))
+    wanted, least = arranged(tensors, plan, n, units), len(set(order))
     while file_bytes(wanted) > budget:
         if n <= least:
             raise ValueError(
@@ -118,7 +127,7 @@ def resize_checkpoint(
                 f"{format_size(file_bytes(wanted))}"
             )
         n -= 1
-        wanted = arranged(tensors, plan, n)
+        wanted = arranged(tensors, plan, n, units)
     plan = prefix(plan, n)
     with whole_folder(out) as folder:
         write_tensors(folder / NAME, wanted, checkpoint.read)
@@ -159,10 +168,30 @@ def download(repo_id: str, *, size: str | int, revision: str | None = None) -> P
 
 def sizes_of(folder: Path) -> tuple[int, int]:
     """Return the bytes of the smallest and of the largest file that a model of many sizes gives."""
-    _, plan = _config_of(folder / "config.json", str(folder))
+    path = folder / "config.json"
+    _, plan = _config_of(path, str(folder))
     file, order = folder / NAME, order_of(plan)
     tensors = entries_of(file)
-    return file_bytes(arranged(tensors, plan, len(set(order)))), file.stat().st_size
+    units = units_in_files(path, plan, tensors)
+    return file_bytes(arranged(tensors, plan, len(set(order)), units)), file.stat().st_size
+
+
+def units_in_files(config: Path, plan: Plan, tensors: Sequence[Entry]) -> dict[str, str]:
+    """Return the name of a layer in the files -> the unit that it is, where they differ.
+
+    config: the config.json of a model, of which a skeleton is made only if there is need to: most
+    vision-language models are written by other names than their modules have.
+    """
+    if not (layers := owners(tensors) - set(plan)):
+        return {}
+    settings = read_config(config.parent)
+    kind = find_class((getattr(settings, "architectures", None) or [""])[0])
+    if kind is None:
+        return {}
+    with torch.device("meta"):
+        skeleton = kind.loader.from_config(settings)
+    names = names_of(skeleton, [f"{layer}.weight" for layer in layers])
+    return {layer: names.of_model(f"{layer}.weight").removesuffix(".weight") for layer in layers}
 
 
 def _config_of(path: Path, source: str) -> tuple[dict[str, Any], Plan]:

@@ -9,8 +9,7 @@ from the loop until it is done. All others are loaded by the loop.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,12 +17,15 @@ from torch import Tensor, nn
 from ..base.ranks import is_in_group
 from ..store.header import Entry
 from ..store.mapped import mapped
+from .file_names import FileNames
 from .layers import CompressedLinear
 from .packed import PackedWeight
 
 
-def read_ahead(model: Any, tensors: Sequence[Entry], device_map: Any, quantizer: Any) -> list[str]:
-    """Give packed linear layers their tensors; return the names of those in the files."""
+def read_ahead(
+    model: Any, tensors: Sequence[Entry], names: FileNames, device_map: Any
+) -> list[str]:
+    """Give packed linear layers their tensors; return the names of those in the model."""
     if not _stays_here(device_map):
         return []
     prefix = f"{model.base_model_prefix}."
@@ -35,18 +37,21 @@ def read_ahead(model: Any, tensors: Sequence[Entry], device_map: Any, quantizer:
             names_of = {f"{path}.{name}": name for name in layer.state}
             if tied_names.isdisjoint(names_of):
                 places |= {full.removeprefix(prefix): (layer, n) for full, n in names_of.items()}
-    conversions = import_module("transformers.conversion_mapping")
-    rules = conversions.get_model_conversion_mapping(model, None, quantizer)
-    wanted = [entry for entry in tensors if entry.name.removeprefix(prefix) in places]
+    wanted = {
+        entry: key
+        for entry in tensors
+        if (full := names.in_model.get(entry.name)) is not None  # else it is to be converted
+        and (key := full.removeprefix(prefix)) in places
+    }
     found = []
     hidden: dict[PackedWeight, set[str]] = {}
-    for entry, tensor in mapped(_as_they_are(wanted, rules)):
-        layer, name = places[entry.name.removeprefix(prefix)]
+    for entry, tensor in mapped(wanted):
+        layer, name = places[wanted[entry]]
         if _give(layer, name, tensor):
             hidden.setdefault(layer, set()).add(name)
-            found.append(entry.name)
-    for layer, names in hidden.items():
-        layer.hidden = frozenset(names)
+            found.append(wanted[entry])
+    for layer, own in hidden.items():
+        layer.hidden = frozenset(own)
     return found
 
 
@@ -62,13 +67,6 @@ def _stays_here(device_map: Any) -> bool:
     places = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
     is_mapped = sys.platform != "win32"
     return is_mapped and not is_in_group() and all(str(p) == "cpu" for p in places)
-
-
-def _as_they_are(tensors: Iterable[Entry], rules: Sequence[Any]) -> Iterator[Entry]:
-    """Yield the tensors that transformers gives no other name while it loads."""
-    for entry in tensors:
-        if all(rule.rename_source_key(entry.name)[0] == entry.name for rule in rules):
-            yield entry
 
 
 def _give(layer: PackedWeight, name: str, tensor: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -23,11 +23,15 @@ from .layers import CompressedLinear, compressed_layers, resolve_units
 
 @dataclass(frozen=True)
 class Stack:
-    """The checkpoint that blocks come from: its plan, safetensors files and checksums."""
+    """The checkpoint that blocks come from: its plan, safetensors files and checksums.
+
+    names: what tensors of the files are called in the model, where that differs.
+    """
 
     plan: Plan
     files: tuple[str, ...] = ()
     checksums: Mapping[str, str] | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def resize(model: Any, size: str | int) -> Any:
@@ -48,7 +52,7 @@ def resize(model: Any, size: str | int) -> Any:
     n = n_fitting(stack.plan, _other_bytes(model, config.plan), size)
     plan = prefix(stack.plan, n)
     stem = f"{model.base_model_prefix}."
-    tensors = _places(stack.files, stem)
+    tensors = _places(stack, stem)
     set_levels(
         model, plan, lambda path, names: _read(stack, tensors, stem, path, names), config.runtime
     )
@@ -142,7 +146,7 @@ def _other_bytes(model: nn.Module, plan: Plan) -> int:
     return total - sum(block_bytes(plan, unit) for unit in order_of(plan))
 
 
-def _places(files: Sequence[str], stem: str) -> dict[str, tuple[str, str]]:
+def _places(stack: Stack, stem: str) -> dict[str, tuple[str, str]]:
     """Return the name of a tensor in the base model -> its file, and its name there.
 
     stem: what the names of the whole model's layers begin with, and those of its base do not.
@@ -150,9 +154,10 @@ def _places(files: Sequence[str], stem: str) -> dict[str, tuple[str, str]]:
     from safetensors import safe_open
 
     places: dict[str, tuple[str, str]] = {}
-    for file in files:
+    for file in stack.files:
         with safe_open(file, framework="pt") as opened:
-            places |= {key.removeprefix(stem): (file, key) for key in opened.keys()}  # noqa: SIM118
+            for key in opened.keys():  # noqa: SIM118
+                places[stack.names.get(key, key).removeprefix(stem)] = file, key
     return places
 
 

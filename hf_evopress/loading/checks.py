@@ -14,11 +14,12 @@ from ..plans.plan import Plan
 from ..store.checksums import checksum
 from ..store.header import Entry
 from ..store.mapped import DTYPES
+from .file_names import FileNames, as_written
 from .layers import compressed_layers, planned_levels
 from .packed import fixed_dtype
 
 
-def check_shapes(model: Any, tensors: Iterable[Entry]) -> None:
+def check_shapes(model: Any, tensors: Iterable[Entry], names: FileNames) -> None:
     """Raise ValueError that names packed tensors that have another shape or dtype in the files.
 
     transformers reports some of them, reads others from disk as they are, and draws random
@@ -33,7 +34,7 @@ def check_shapes(model: Any, tensors: Iterable[Entry]) -> None:
             expected[f"{path.removeprefix(prefix)}.{name}"] = like
     wrong = []
     for entry in tensors:
-        shape, dtype = expected.get(entry.name.removeprefix(prefix), (None, None))
+        shape, dtype = expected.get(names.of_model(entry.name).removeprefix(prefix), (None, None))
         if shape is None or not entry.n_bytes:
             continue
         if entry.shape != shape:
@@ -106,6 +107,28 @@ def on_cpu(model: Any, name: str, tensor: Tensor) -> Tensor:
     from transformers.integrations.accelerate import load_offloaded_parameter
 
     return load_offloaded_parameter(model, name)
+
+
+def never_saved(model: Any) -> set[str]:
+    """Return the names of tensors that transformers leaves out of checkpoints and makes anew.
+
+    Such as the position embeddings of Marian, which are sines.
+    """
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def checksums_of_written(model: Any, state: dict[str, Tensor]) -> dict[str, str]:
+    """Return name in the file -> checksum, of tensors that save_pretrained is to write.
+
+    A tensor that is offloaded and written otherwise than it is has none.
+    """
+    own, found = {id(tensor): name for name, tensor in state.items()}, {}
+    for name, tensor in as_written(model, state).items():
+        if id(tensor) in own:
+            tensor = on_cpu(model, own[id(tensor)], tensor)
+        if not tensor.is_meta:
+            found[name] = tensor_checksum(tensor)
+    return found
 
 
 def tensor_checksum(tensor: Tensor) -> str:

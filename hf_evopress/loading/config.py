@@ -40,7 +40,8 @@ class EvoPressConfig(QuantizationConfigMixin):
 
     plan: a Plan, its dict, or where one is: a file, a folder, or a Hub repository, with
         "@revision" behind it if need be. config.json holds it inline.
-    checksums: tensor name -> CRC-32, written by save_pretrained and checked by from_pretrained.
+    checksums: tensor name in the file -> CRC-32, written by save_pretrained and checked by
+        from_pretrained.
 
     The others matter while loading and are not written to config.json:
     data: text files or datasets to calibrate on, for a dense model and levels such as gptq (for a

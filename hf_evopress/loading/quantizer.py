@@ -25,9 +25,16 @@ from ..store.checksums import verify_tensors
 from ..store.header import entries_of
 from .ahead import read_ahead, show_again
 from .blocks import Stack, cut
-from .checks import check_levels_match, check_loaded, check_shapes, on_cpu, tensor_checksum
+from .checks import (
+    check_levels_match,
+    check_loaded,
+    check_shapes,
+    checksums_of_written,
+    never_saved,
+)
 from .config import QUANT_METHOD, EvoPressConfig
 from .embedding import finish_loading
+from .file_names import names_of
 from .layers import compressed_layers, planned_levels, prepare_layers, resolve_units
 from .neighbours import left_out, refuse_shared, share
 from .replace import replace, restore_linears
@@ -127,24 +134,28 @@ class EvoPressQuantizer(AnyHfQuantizer):
         for name, level in levels.items():
             replace(model, name, level)
         share(model, compressed_layers(model))
-        skipped = self._cut(model, plan, files)
-        tensors = [entry for file in files for entry in entries_of(file)]
-        if config.verify and config.checksums and files:
-            verify_tensors(tensors, config.checksums, left_out=skipped)
-        check_shapes(model, tensors)
         self.look_at(model)
+        tensors = [entry for file in files for entry in entries_of(file)]
+        written = {entry.name for entry in tensors}
+        names = names_of(model, written, config.checksums, quantizer=self)
+        checksums = {names.of_file(name): value for name, value in config.checksums.items()}
+        skipped = self._cut(model, plan, Stack(plan, tuple(files), checksums, names.in_model))
+        if config.verify and checksums and files:
+            left_out = map(names.of_file, [*skipped, *never_saved(model)])
+            verify_tensors(tensors, checksums, left_out=set(left_out))
+        check_shapes(model, tensors, names)
         self._dtypes = dtypes_of(model)
-        read = [] if skipped else read_ahead(model, tensors, kwargs.get("device_map"), self)
+        read = [] if skipped else read_ahead(model, tensors, names, kwargs.get("device_map"))
         ignore_keys(model, [*(f"{name}.weight" for name in levels), *skipped, *read])
 
-    def _cut(self, model: Any, plan: Plan, files: Sequence[str]) -> list[str]:
+    def _cut(self, model: Any, plan: Plan, stack: Stack) -> list[str]:
         """Note where blocks come from, and leave out those that a size has no room for.
 
         Returns the names of the tensors that are not loaded.
         """
         config = self.quantization_config
         if has_order(plan):
-            self.stack = Stack(plan, tuple(files), config.checksums)
+            self.stack = stack
         if config.size is None:
             return []
         config.plan, left_out = cut(model, plan, config.size)
@@ -262,12 +273,10 @@ class EvoPressQuantizer(AnyHfQuantizer):
             return None, {}  # only the adapter is written
         self.quantization_config.plan = _with_merged(model, _plan_of(self.quantization_config))
         state = model.state_dict()
-        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-        self.quantization_config.checksums = {
-            name: tensor_checksum(on_cpu(model, name, tensor))
-            for name, tensor in state.items()
-            if name not in tied and tensor.numel()
-        }
+        unwritten = never_saved(model).union(getattr(model, "all_tied_weights_keys", None) or {})
+        self.quantization_config.checksums = checksums_of_written(
+            model, {n: t for n, t in state.items() if n not in unwritten and t.numel()}
+        )
         for name in left_out(compressed_layers(model)):
             del state[name]  # the neighbour's
         for name, tensor in state.items():

@@ -24,8 +24,10 @@ def find_ends(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
 
     One of role `tied` where they share a weight, else one of role `embedding` and one of role
     `head`. Left out are those that a glob or regular expression of `skip` matches, embeddings of
-    other kinds than a look-up of rows, and heads that are no linear layer. Position embeddings,
-    and embeddings of the tokens for each block, are never units.
+    other kinds than a look-up of rows, heads that are no linear layer, and all whose weight is
+    that of modules other than these two: the shared embedding of encoder-decoders. Position
+    embeddings, embeddings of the tokens for each block, and those of an encoder whose decoder has
+    its own, are never units.
     """
     n_blocks = len(all_blocks(model))
     embedding, head = input_embedding(model), output_head(model)
@@ -34,11 +36,13 @@ def find_ends(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
         name, module = embedding
         shape = (module.num_embeddings, module.embedding_dim)
         shared = _targets(model, name)
-        if not shared:
+        if is_tied(model, name) or _is_of_encoder(model, module):
+            pass  # the weight of another module, or the rows of a source
+        elif not shared:
             units.append(Unit(name, shape, -1, "embedding"))
         elif head is not None and shared == [head[0]]:
             units.append(Unit(name, shape, -1, "tied"))
-    if head is not None and not is_tied(model, head[0]):
+    if head is not None and not is_tied(model, head[0]) and not _targets(model, head[0]):
         name, module = head
         units.append(Unit(name, (module.out_features, module.in_features), n_blocks, "head"))
     return [unit for unit in units if not any(matches(unit.name, p) for p in skip)]
@@ -118,6 +122,14 @@ def _targets(model: nn.Module, name: str) -> list[str]:
         if source.rpartition(".")[0] == name
     }
     return sorted(found)
+
+
+def _is_of_encoder(model: Any, module: nn.Module) -> bool:
+    """Return whether `module` is an encoder-decoder's and not in its decoder, as Whisper's is."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    decoder = _own(model, "get_decoder")
+    return decoder is None or all(found is not module for found in decoder.modules())
 
 
 def _own(model: nn.Module, getter: str) -> Any:

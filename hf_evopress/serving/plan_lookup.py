@@ -34,6 +34,20 @@ class PlanLookup:
         """Let units go by other names; those without one keep theirs."""
         self._units = {new_name(name) or name: unit for name, unit in self._units.items()}
 
+    def by_unit(
+        self, values: Mapping[str, str], new_name: Callable[[str], str | None]
+    ) -> dict[str, str]:
+        """Return values by names of tensors in a checkpoint by the names that the plan gives them.
+
+        new_name: as for `rename`, which was called before.
+        """
+        found = {}
+        for name, value in values.items():
+            owner, _, tensor = name.rpartition(".")
+            path = new_name(owner) or owner
+            found[f"{self._units.get(path, path)}.{tensor}"] = value
+        return found
+
     def members(
         self, name: str, sizes: Sequence[int], columns: int, fused: Mapping[str, Sequence[str]]
     ) -> list[Member]:

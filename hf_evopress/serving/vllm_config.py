@@ -55,6 +55,7 @@ class PackedConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Let units go by the names that vLLM gives their modules."""
         self.units.rename(hf_to_vllm_mapper.map_name)
+        self.checksums = self.units.by_unit(self.checksums, hf_to_vllm_mapper.map_name)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return how `layer` is loaded and computed, None for what is dense as in any model."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..plans.block_order import order_of
@@ -19,10 +19,17 @@ _BLOCK = re.compile(r"block(\d+)_\w+")
 NAME = "model.safetensors"
 
 
-def arranged(tensors: Iterable[Entry], plan: Plan, n: int) -> list[Entry]:
+def owners(tensors: Iterable[Entry]) -> set[str]:
+    """Return the names of the layers that have blocks, as the files call them."""
+    split = (entry.name.rpartition(".") for entry in tensors)
+    return {owner for owner, _, name in split if _BLOCK.fullmatch(name)}
+
+
+def arranged(tensors: Iterable[Entry], plan: Plan, n: int, units: Mapping[str, str]) -> list[Entry]:
     """Return the tensors of the model with the first n blocks of the plan's order, in order.
 
-    ValueError where the file lacks blocks that the plan has.
+    units: the name of a layer in the files -> that of its unit, where they differ. ValueError
+    where the file lacks blocks that the plan has.
     """
     counts: Counter[str] = Counter()
     places: dict[tuple[str, int], int] = {}
@@ -31,7 +38,8 @@ def arranged(tensors: Iterable[Entry], plan: Plan, n: int) -> list[Entry]:
         counts[unit] += 1
     found, others = [], []
     for entry in tensors:
-        owner, _, name = entry.name.rpartition(".")
+        layer, _, name = entry.name.rpartition(".")
+        owner = units.get(layer, layer)
         block = _BLOCK.fullmatch(name)
         if owner not in counts or block is None:
             others.append(entry)
@@ -47,12 +55,15 @@ def arranged(tensors: Iterable[Entry], plan: Plan, n: int) -> list[Entry]:
     return in_step([*others, *blocks])
 
 
-def arrange(folder: Path, plan: Plan) -> Path:
-    """Write the safetensors files of `folder` anew as one, in the plan's order; return it."""
+def arrange(folder: Path, plan: Plan, units: Mapping[str, str]) -> Path:
+    """Write the safetensors files of `folder` anew as one, in the plan's order; return it.
+
+    units: as for `arranged`.
+    """
     files = sorted(folder.glob("*.safetensors"))
     tensors = [e for file in files for e in entries_of(file)]
     made = folder / f"arranged.{NAME}"
-    write_tensors(made, arranged(tensors, plan, len(order_of(plan))))
+    write_tensors(made, arranged(tensors, plan, len(order_of(plan)), units))
     for file in files:
         file.unlink()
     (folder / f"{NAME}.index.json").unlink(missing_ok=True)

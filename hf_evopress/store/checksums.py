@@ -41,8 +41,9 @@ def verify_tensors(
     """Raise ValueError that names the damaged or missing tensors of a checkpoint's files.
 
     Tensors that `expected` does not know are left alone, and those that are `left_out`. A tensor
-    that no file has counts as missing only if every name in the files is known: some models are
-    written under other names than their modules have, and what is missing then shows after loading.
+    that no file has counts as missing only if every name in the files is known: what was written by
+    older versions may have tensors under names that were not, and what is missing then shows after
+    loading.
     """
     names = {entry.name for entry in tensors if entry.n_bytes}.union(left_out)
     wanted = set(expected).difference(left_out)

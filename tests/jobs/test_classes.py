@@ -38,7 +38,7 @@ from hf_evopress.training.tune import tune
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.arange(2, 34).view(2, 16)
-TWO_STACKS = ("T5ForConditionalGeneration", "BartForConditionalGeneration")
+TWO_STACKS = ("T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel")
 
 ENCODER: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
 ENDS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
@@ -78,6 +78,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**T5, "decoder_start_token_id": 0, "tie_word_embeddings": False},
     ),
     "BartForConditionalGeneration": ("bart", BART),
+    "MarianMTModel": ("marian", BART),
     "LlavaForConditionalGeneration": (
         "llava",
         {

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import hf_evopress
 from hf_evopress import EvoPressConfig, Plan
@@ -324,3 +324,60 @@ def test_models_of_one_size_say_so(home: Path, write_model: Any, tmp_path: Path)
 def test_a_number_of_blocks_that_no_stack_has_is_named(blocks: int) -> None:
     with pytest.raises(ValueError, match=f"1 to 16 blocks, got {blocks}"):
         menu(blocks, 1)
+
+
+@pytest.fixture(scope="module")
+def llava(home: Path) -> Path:
+    """A stack of LLaVA, whose files have other names than its modules."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64}
+    text = {**sizes, "model_type": "llama", "vocab_size": 256, "intermediate_size": 64}
+    vision = {**sizes, "model_type": "clip_vision_model", "intermediate_size": 64}
+    vision |= {"image_size": 16, "patch_size": 8}
+    settings = {"text_config": text, "vision_config": vision, "image_token_index": 255}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llava", **settings)
+    here = home / "llava"
+    shutil.copytree(home / "dense", here / "dense")
+    AutoModelForImageTextToText.from_config(config).save_pretrained(here / "dense")
+    shutil.copy(home / "text.txt", here)
+    return stack(recipe(here, "sizes"))[0]
+
+
+def test_a_model_whose_files_have_other_names_has_all_sizes(llava: Path, tmp_path: Path) -> None:
+    def loaded(path: Path, **options: Any) -> Any:
+        config = {"quantization_config": EvoPressConfig(**options)} if options else {}
+        return AutoModelForImageTextToText.from_pretrained(path, **config).eval()
+
+    names = [entry.name for entry in entries_of(llava / "model.safetensors")]
+    assert not any(name.startswith("model.language_model.layers") for name in names)
+    whole, size = loaded(llava), middle(llava)
+    small = loaded(resize_checkpoint(str(llava), tmp_path / "cut", size=size))
+    cut = loaded(llava, size=n_bytes(small))
+    assert n_bytes(small) == n_bytes(cut) < n_bytes(whole)
+    assert torch.equal(logits(small), logits(cut))
+    assert not torch.equal(logits(small), logits(whole))
+    hf_evopress.resize(cut, n_bytes(whole))
+    assert torch.equal(logits(cut), logits(whole))
+    hf_evopress.resize(whole, n_bytes(small))
+    assert torch.equal(logits(small), logits(whole))
+
+
+def test_damage_is_seen_in_blocks_of_other_names(llava: Path, tmp_path: Path) -> None:
+    shutil.copytree(llava, tmp_path / "bad")
+    file = tmp_path / "bad" / "model.safetensors"
+    last = entries_of(file)[-1]  # a block that only the largest size has
+    with open(file, "r+b") as opened:
+        opened.seek(last.start)
+        value = opened.read(1)[0]
+        opened.seek(last.start)
+        opened.write(bytes([value ^ 1]))
+    size = middle(llava)
+    model = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "bad", quantization_config=EvoPressConfig(size=size)
+    )
+    with pytest.raises(ValueError, match=rf"damaged: {last.name} differs from its checksum"):
+        hf_evopress.resize(model, 10 * size)
+    with pytest.raises(ValueError, match=f"1 tensors differ from their checksum.*{last.name}"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "bad")
+    with pytest.raises(ValueError, match=f"1 tensors differ from their checksum.*{last.name}"):
+        resize_checkpoint(str(tmp_path / "bad"), tmp_path / "cut", size=10 * size)

@@ -80,3 +80,16 @@ def test_units_go_by_the_names_of_the_server_and_are_reported_by_their_own() -> 
     found = units.packed_inside("language_model.model.layers.0.mlp.experts")
     assert found == [f"model.language_model.layers.0.mlp.experts.{i}.up_proj" for i in (0, 1)]
     assert units.packed_inside("model.language_model") == []
+
+
+def test_checksums_by_names_in_the_files_are_found_by_those_of_the_plan() -> None:
+    def new_name(name: str) -> str:
+        return name.replace("model.language_model", "language_model.model")
+
+    unit = "model.language_model.layers.0.mlp.up_proj"
+    units = lookup({unit: FOUR})
+    units.rename(new_name)
+    for written in (unit, "language_model.model.layers.0.mlp.up_proj"):
+        made = {f"{written}.codes": "0123abcd", "vision.0.weight": "89abcdef"}
+        found = units.by_unit(made, new_name)
+        assert found == {f"{unit}.codes": "0123abcd", "vision.0.weight": "89abcdef"}
