@@ -1,4 +1,4 @@
-"""What a job does differently for models that continue no text: fitness, tokens, refusals."""
+"""What a job does differently for models that continue no text: fitness, pooling, refusals."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..calibration.text import is_own
-from ..models.classes import CAUSAL, MASKED, ModelClass
+from ..models.classes import CAUSAL, ModelClass
 from ..recipes.mixture import parse
 from ..recipes.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-MASKED_SHARE = 0.15  # of the tokens, as BERT was trained
 _POOLING = "1_Pooling/config.json"  # of sentence-transformers
 
 
@@ -59,18 +55,6 @@ def fitted(recipe: Recipe, kind: ModelClass) -> Recipe:
             f"class {kind.name}: leave out refine"
         )
     return recipe
-
-
-def masked(tokens: Tensor, tokenizer: Any, kind: ModelClass, *, seed: int) -> Tensor:
-    """Return `tokens` (n, seq) with some of them masked, for models that fill masks in."""
-    if kind is not MASKED:
-        return tokens
-    mask = getattr(tokenizer, "mask_token_id", None)
-    if mask is None:
-        raise ValueError(f"{type(tokenizer).__name__} has no mask token, which this model fills in")
-    special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
-    drawn = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed)) < MASKED_SHARE
-    return torch.where(drawn & ~torch.isin(tokens, special), mask, tokens)
 
 
 def pooling_said(model: str, architecture_is_causal: bool) -> str:
