@@ -307,6 +307,20 @@ def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
     return {name: layer for name, layer in linears if not layer.is_tied}
 
 
+def zero_missing_biases(model: nn.Module) -> None:
+    """Zero the biases of packed linear layers that were in no checkpoint.
+
+    A new head is tied to a packed embedding and has a bias of its own: transformers draws no
+    weights for a packed layer, and leaves that bias in memory that was never written.
+    """
+    for module in model.modules():
+        if not isinstance(module, CompressedLinear) or module.bias is None or module.bias.is_meta:
+            continue
+        if not getattr(module.bias, "_is_hf_initialized", False):  # set on what is loaded or tied
+            with torch.no_grad():
+                module.bias.zero_()
+
+
 def compressed_layers(model: nn.Module) -> dict[str, PackedWeight]:
     """Return module path -> what owns packed tensors, linear layers and the embedding."""
     found = ((n, m) for n, m in model.named_modules() if isinstance(m, PackedWeight))
