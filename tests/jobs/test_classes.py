@@ -374,6 +374,7 @@ def test_each_class_is_evaluated_against_its_dense_model(
     losses = found["cosine_windows" if kind.is_vector else "kl_windows"]
     assert len(losses) == 3 and all(0 < loss < 1 for loss in losses)
     assert 3 < found["bits_per_weight"] < 5
+    assert ("perplexity" in found) == kind.continues_text and json.dumps(found, allow_nan=False)
     if kind.continues_text:
         return
     with pytest.raises(ValueError, match=f"is of class {kind.name}, .* give it with --against"):
