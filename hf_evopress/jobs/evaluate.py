@@ -21,6 +21,7 @@ from ..loading.quantizer import register_with_transformers
 from ..loading.runtimes import EXPANDED, PACKED
 from ..models.classes import ModelClass, set_pooling, text_length
 from ..models.images import give_images
+from ..models.pooling import pooling_said
 from ..models.size import model_size, stored_bytes
 from ..models.sounds import Sounds
 from ..models.source import (
@@ -40,7 +41,6 @@ from ..scoring.kick.speaker import Speaker
 from ..scoring.tasks import TaskRequest, check_tasks, run_tasks
 from ..sharing.cards import CARD, is_ours, write_card
 from ..sharing.task_results import add_results
-from .class_rules import pooling_said
 
 TASK = "task:"  # before the name of a task of lm-eval that questions come from
 

@@ -43,6 +43,7 @@ from ..models.classes import set_pooling
 from ..models.experts import warn_of_experts
 from ..models.images import give_images
 from ..models.plain import make_plain
+from ..models.pooling import pooling_said
 from ..models.source import (
     check_context,
     check_head,
@@ -62,7 +63,7 @@ from ..scoring.fitness.base import Fitness
 from ..scoring.objective import fitness_of
 from ..search.space import Genome
 from ..store.level_store import LevelStore
-from .class_rules import fitted, pooling_said
+from .class_rules import fitted
 from .for_target import for_this_machine
 from .problem import pose
 from .reporting import Reports

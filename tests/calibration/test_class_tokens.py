@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.measure import unseen_tokens
 from hf_evopress.loading.calibration_data import read
 from hf_evopress.loading.config import EvoPressConfig
-from hf_evopress.models.classes import CAUSAL, MASKED, SEQ2SEQ, SEQUENCE
+from hf_evopress.models.classes import CAUSAL, MASKED, SEQ2SEQ, SEQUENCE, pooling_of
 from hf_evopress.recipes.recipe import Recipe
 
 CLS, SEP, MASK = 251, 252, 253
@@ -124,6 +126,21 @@ def test_a_plan_is_applied_on_the_tokens_that_compress_takes(bert: Path) -> None
         assert same.all(1).any()
     unseen, window = unseen_tokens(job, str(bert / "text.txt"), 32)
     assert is_whole(unseen.view(-1, window)) and share_masked(unseen) > 0
+
+
+def test_an_embedding_model_is_calibrated_by_the_vector_that_compress_takes(
+    bert: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bert / "dense", tmp_path / "dense")
+    model = transformers.BertModel.from_pretrained(bert / "dense")
+    model.save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "1_Pooling").mkdir()
+    said = json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
+    (tmp_path / "dense" / "1_Pooling" / "config.json").write_text(said)
+    model = transformers.BertModel.from_pretrained(tmp_path / "dense")
+    config = EvoPressConfig(data=str(bert / "text.txt"), seq_len=32, n_sequences=2)
+    tokens = read(model, config)
+    assert is_whole(tokens) and share_masked(tokens) == 0 and pooling_of(model) == "first"
 
 
 def test_evaluate_asks_a_masked_model_what_it_knows(
