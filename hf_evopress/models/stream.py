@@ -28,6 +28,7 @@ _EXCHANGED = {
 }
 # model types, and what their blocks take or give besides hidden states of the tokens
 _OTHER_BLOCKS = {
+    "fsmt": "a decoder whose blocks get masks that depend on the tokens",
     "led": "an encoder that takes whole attention windows only",
     "pegasus_x": "an encoder whose blocks pass on states of global tokens as well",
     "prophetnet": "a decoder that computes several predictions of each token in one stack",

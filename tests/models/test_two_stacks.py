@@ -111,6 +111,7 @@ def test_blocks_are_numbered_through_both_stacks() -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
+        ("fsmt", {"src_vocab_size": 128, "tgt_vocab_size": 128}, "FSMTFor.* masks that depend on"),
         ("led", {"attention_window": 8}, "LEDFor.* whole attention windows only, so it cannot be"),
         ("pegasus_x", {"block_size": 8}, "PegasusXFor.* states of global tokens as well, so it"),
         (
