@@ -2,8 +2,7 @@
 
 A model that continues text reads pieces of one long text. A model like BERT reads whole texts,
 which its tokenizer begins and ends ([CLS], [SEP]), and one that fills masks in is asked with some
-tokens masked; an encoder-decoder reads two texts, source and target. What is
-calibrated on and measured on comes from here.
+tokens masked; an encoder-decoder reads two texts, source and target.
 """
 
 from __future__ import annotations
