@@ -23,10 +23,10 @@ from ..calibration.output_moments import BATCH_TOKENS as SENSITIVITY_BATCH
 from ..calibration.output_moments import load_moments, output_moments
 from ..export.source_files import copy_source_files
 from ..loading.quantizer import register_with_transformers
+from ..models.causal_only import check_causal
 from ..models.classes import ModelClass
 from ..models.plain import make_plain
 from ..models.source import (
-    check_class,
     check_context,
     load_checked,
     read_config,
@@ -215,7 +215,7 @@ def refuse_other_classes(name: str) -> Any:
     if name.endswith(".gguf"):
         return None
     config = read_config(name)
-    check_class(config, name)
+    check_causal(config, name, "adapters and training are for")
     return config
 
 

@@ -115,11 +115,14 @@ def split_tokens(tokens: Tensor, sizes: Mapping[str, int], *, seed: int = 0) -> 
     return {name: tokens[part] for name, part in zip(sizes, parts, strict=True)}
 
 
-def tokenize_file(path: str | os.PathLike[str], tokenizer: Any, *, column: str = "text") -> Tensor:
+def tokenize_file(
+    path: str | os.PathLike[str], tokenizer: Any, *, column: str = "text", plain: bool = False
+) -> Tensor:
     """Return all tokens of a file (n,) int64, as `tokenizer(text)` gives them.
 
     Of a table it is the text of a column, row after row with a blank line between.
     With BOS, where the tokenizer adds it, once at the start: the standard perplexity protocol.
+    plain: without special tokens.
     """
     check_source(path)
     if not os.path.isfile(path):
@@ -129,7 +132,19 @@ def tokenize_file(path: str | os.PathLike[str], tokenizer: Any, *, column: str =
     if not text.strip():
         raise ValueError(f"{path} holds no text. {documents.excuse()}".rstrip())
     documents.warn()
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    options = {"add_special_tokens": False} if plain else {}
+    return torch.tensor(tokenizer(text, verbose=False, **options)["input_ids"], dtype=torch.long)
+
+
+def wrapped(tokens: Tensor, tokenizer: Any, *, seq_len: int, n_wrapped: int) -> Tensor:
+    """Return the tokens (n,) of a text as windows (n, seq_len) of `n_wrapped` whole texts each.
+
+    As those of `load_tokens`, in order; what is left over at the end is not used.
+    """
+    wrap = _Wrap(tokenizer, seq_len, n_wrapped)
+    pieces = tokens[: len(tokens) // wrap.length * wrap.length].view(-1, wrap.length)
+    windows = [wrap(piece) for piece in pieces.tolist()]
+    return torch.tensor(windows, dtype=torch.long).view(-1, seq_len)
 
 
 class _Wrap:

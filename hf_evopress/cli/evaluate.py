@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -99,9 +100,19 @@ def evaluate(
             progress=progress,
         )
     if as_json:
-        console.print(json.dumps(found, indent=2), markup=False, soft_wrap=True)
+        text = json.dumps(_without_infinity(found), indent=2, allow_nan=False)
+        console.print(text, markup=False, soft_wrap=True)
     else:
         _show(model, found)
+
+
+def _without_infinity(value: Any) -> Any:
+    """Return JSON values with null for the infinite perplexity of a collapsed model."""
+    if isinstance(value, Mapping):
+        return {key: _without_infinity(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinity(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _request(names: str | None, asked: Mapping[str, Any]) -> Any:

@@ -25,7 +25,8 @@ from ..loading.config import QUANT_METHOD, EvoPressConfig
 from ..loading.layers import prepare_layers
 from ..loading.packed import PackedWeight
 from ..loading.runtimes import AUTO, PACKED, RUNTIMES, check_device, check_runtime
-from ..models.source import check_class, check_context, load_checked, read_config
+from ..models.causal_only import check_causal
+from ..models.source import check_context, load_checked, read_config
 
 DENSE = "dense"
 START = 16  # tokens before the first that is timed
@@ -84,7 +85,7 @@ def bench(
         check_runtime(name, getattr(torch, dtype))
         check_device(name, find_device())
     config = read_config(model)
-    check_class(config, model)
+    check_causal(config, model, "bench measures")
     if not _is_compressed(config):
         raise ValueError(f"{model} is no compressed model; name one with compressed layers")
     if against and _is_compressed(read_config(against)):

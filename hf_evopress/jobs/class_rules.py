@@ -1,26 +1,13 @@
-"""What a job does differently for models that continue no text: fitness, tokens, refusals."""
+"""What a job does differently for models that continue no text: fitness, refusals."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from ..calibration.text import is_own
-from ..models.classes import CAUSAL, MASKED, ModelClass
+from ..models.classes import CAUSAL, ModelClass
 from ..recipes.mixture import parse
 from ..recipes.recipe import Recipe
-
-logger = logging.getLogger(__name__)
-
-MASKED_SHARE = 0.15  # of the tokens, as BERT was trained
-_POOLING = "1_Pooling/config.json"  # of sentence-transformers
 
 
 def fitted(recipe: Recipe, kind: ModelClass) -> Recipe:
@@ -59,31 +46,3 @@ def fitted(recipe: Recipe, kind: ModelClass) -> Recipe:
             f"class {kind.name}: leave out refine"
         )
     return recipe
-
-
-def masked(tokens: Tensor, tokenizer: Any, kind: ModelClass, *, seed: int) -> Tensor:
-    """Return `tokens` (n, seq) with some of them masked, for models that fill masks in."""
-    if kind is not MASKED:
-        return tokens
-    mask = getattr(tokenizer, "mask_token_id", None)
-    if mask is None:
-        raise ValueError(f"{type(tokenizer).__name__} has no mask token, which this model fills in")
-    special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
-    drawn = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed)) < MASKED_SHARE
-    return torch.where(drawn & ~torch.isin(tokens, special), mask, tokens)
-
-
-def pooling_said(model: str, architecture_is_causal: bool) -> str:
-    """Return how a folder of sentence-transformers pools, else what its kind of model does."""
-    path = Path(model) / _POOLING
-    said: Mapping[str, Any] = {}
-    if path.is_file():
-        said = json.loads(path.read_text(encoding="utf-8"))
-    word = str(said.get("pooling_mode", ""))
-    known = {"cls": "first", "lasttoken": "last", "mean": "mean"}
-    for key, pooling in known.items():
-        if word == key or any(said.get(f"pooling_mode_{k}") for k in (key, f"{key}_token")):
-            return pooling
-    if said and not said.get("pooling_mode_mean_tokens"):
-        logger.warning("%s pools in a way that is not known here; the mean is compared", path)
-    return "mean" if said or not architecture_is_causal else "last"

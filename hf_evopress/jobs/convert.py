@@ -17,6 +17,8 @@ from ..calibration.own_text import write_self
 from ..calibration.text import RAW
 from ..loading.replace import blank_linears
 from ..methods.base import State
+from ..models.causal_only import check_causal
+from ..models.classes import ModelClass, takes_images
 from ..models.plain import match_plan
 from ..models.source import kind_of, read_config
 from ..plans.level import Level
@@ -65,7 +67,7 @@ def requantise(
 
 def _converted(model: str, out: str | Path, exporter: Any) -> tuple[Path, Any]:
     """Return `out`, written, and the dense model of what was written."""
-    kind = kind_of(read_config(model), model) if exporter.takes_any_class else None
+    kind = _kind(model, exporter)
     packed = load(model, dtype="auto", kind=kind)
     plan = getattr(getattr(packed.config, "quantization_config", None), "plan", None)
     if not isinstance(plan, Plan):
@@ -80,6 +82,19 @@ def _converted(model: str, out: str | Path, exporter: Any) -> tuple[Path, Any]:
     stock: Any = packed.dequantize()
     match_plan(stock, plan)
     return exporter.save(stock, plan, states, out, tokenizer=tokenizer_of(model)), stock
+
+
+def _kind(model: str, exporter: Any) -> ModelClass | None:
+    """Return the class to load a model by, None for a causal language model; ValueError for a
+    class that the format does not hold."""
+    if exporter.takes_any_class:
+        return kind_of(read_config(model), model)
+    if not model.endswith(".gguf"):
+        config = read_config(model)
+        is_one_graph = not (getattr(config, "is_encoder_decoder", False) or takes_images(config))
+        instead = "dense and onnx take it" if is_one_graph else "dense takes it"
+        check_causal(config, model, f"{exporter.name} holds", instead=instead)
+    return None
 
 
 def _written(model: Any, tokenizer: Any) -> Tensor:

@@ -14,13 +14,14 @@ from ..adapters.repair import load, tokenizer_of
 from ..base.devices import on_device
 from ..base.own_code import trusts_code
 from ..base.progress import Progress
-from ..calibration.data import tokenize_file
+from ..calibration.class_tokens import file_tokens
 from ..calibration.transcripts import read_sounds
 from ..loading.layers import prepare_layers
 from ..loading.quantizer import register_with_transformers
 from ..loading.runtimes import EXPANDED, PACKED
 from ..models.classes import ModelClass, set_pooling, text_length
 from ..models.images import give_images
+from ..models.pooling import pooling_said
 from ..models.size import model_size, stored_bytes
 from ..models.sounds import Sounds
 from ..models.source import (
@@ -40,7 +41,6 @@ from ..scoring.kick.speaker import Speaker
 from ..scoring.tasks import TaskRequest, check_tasks, run_tasks
 from ..sharing.cards import CARD, is_ours, write_card
 from ..sharing.task_results import add_results
-from .class_rules import masked, pooling_said
 
 TASK = "task:"  # before the name of a task of lm-eval that questions come from
 
@@ -151,7 +151,6 @@ def compare_class(
     config = read_config(name)
     for one in (model, dense) if kind.is_vector else ():
         set_pooling(one, pooling_said(name, is_decoder(config)))
-    tokens = masked(tokens, read_tokenizer(name), kind, seed=0)
     windows = tokens[: len(tokens) // window * window].view(-1, window)[:max_windows]
     for one in (model, dense):
         give_images(one, sounds)
@@ -238,9 +237,7 @@ def _text(
         tokens = made.write(min(made.n_sequences, max_windows or made.n_sequences))
         return tokens.flatten(), tokens.shape[1], made.images
     window = window_of(read_config(model), window)
-    tokens = tokenize_file(data, read_tokenizer(model), column=column)
-    if len(tokens) < window:
-        raise ValueError(f"{data} has {len(tokens)} tokens, one window needs {window}")
+    tokens = file_tokens(data, read_tokenizer(model), kind, window=window, column=column)
     return tokens, window, None
 
 

@@ -34,6 +34,7 @@ from ..base.placement import Place, computing_in, decide, put
 from ..base.progress import Progress
 from ..base.ranks import start
 from ..base.target import work_beside
+from ..calibration.class_tokens import masked
 from ..calibration.data import Writer
 from ..calibration.own_text import prompts, write_self, write_sequences
 from ..calibration.text import bos_of, is_own, prompts_file
@@ -42,6 +43,7 @@ from ..models.classes import set_pooling
 from ..models.experts import warn_of_experts
 from ..models.images import give_images
 from ..models.plain import make_plain
+from ..models.pooling import pooling_said
 from ..models.source import (
     check_context,
     check_head,
@@ -61,7 +63,7 @@ from ..scoring.fitness.base import Fitness
 from ..scoring.objective import fitness_of
 from ..search.space import Genome
 from ..store.level_store import LevelStore
-from .class_rules import fitted, masked, pooling_said
+from .class_rules import fitted
 from .for_target import for_this_machine
 from .problem import pose
 from .reporting import Reports
@@ -231,11 +233,10 @@ class Job:
         )
         if made is not None:
             made.images.check(torch.cat(list(found.values())))
-        return {name: self.masked(part) for name, part in found.items()}
-
-    def masked(self, tokens: Tensor) -> Tensor:
-        """Return `tokens` as the model is asked: with masks where it fills those in."""
-        return masked(tokens, self.tokenizer, self.kind, seed=self.recipe.data.seed)
+        return {
+            name: masked(part, self.tokenizer, self.kind, seed=data.seed)
+            for name, part in found.items()
+        }
 
     def _writer(self, kind: str) -> tuple[str, Writer]:
         """Return a fingerprint of text that the dense model writes itself, and what writes it."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..base.memory import whole_within_memory
 from ..base.placement import dtype_of
-from ..calibration.data import tokenize_file
+from ..calibration.class_tokens import file_tokens
 from ..loading.checks import never_saved
 from ..loading.kv_cache.cache import GearCache
 from ..loading.layers import prepare_layers
@@ -254,10 +254,8 @@ def unseen_tokens(job: Job, test: str | None, window: int | None) -> tuple[Tenso
         return job.tokens["test"].flatten(), job.tokens["test"].shape[1]
     if test is not None:
         window = window_of(job.config, window)
-        tokens = tokenize_file(test, job.tokenizer)
-        if len(tokens) < window:
-            raise ValueError(f"{test} has {len(tokens)} tokens, one window needs {window}")
-        return job.masked(tokens), window
+        seed = job.recipe.data.seed
+        return file_tokens(test, job.tokenizer, job.kind, window=window, seed=seed), window
     return job.tokens["test"].flatten(), job.recipe.data.seq_len
 
 

@@ -6,22 +6,30 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibration.data import load_tokens
+from ..calibration.class_tokens import class_tokens
 from ..calibration.transcripts import read_sounds
-from ..models.classes import class_of
+from ..models.classes import class_of, set_pooling
 from ..models.images import give_images
-from ..models.source import check_context, read_tokenizer
+from ..models.pooling import pooling_said
+from ..models.source import check_context, is_decoder, read_tokenizer
 from .config import EvoPressConfig
 
 
 def read(model: Any, config: EvoPressConfig) -> Tensor:
-    """Return token sequences (n, seq); a speech recogniser is given their sounds as well."""
+    """Return token sequences (n, seq), as the class of `model` knows them.
+
+    A speech recogniser is given their sounds as well, an embedding model how it pools.
+    """
     sources = [config.data] if isinstance(config.data, str) else list(config.data or ())
     name, n = model.config.name_or_path, config.n_sequences
     cut: dict[str, Any] = {"seq_len": config.seq_len, "seed": config.seed}
-    if class_of(model).hears:
+    kind = class_of(model)
+    if kind.hears:
         sounds = read_sounds(name, model.config, sources, **cut)
         give_images(model, sounds.images)
         return sounds.write(n)
+    if kind.is_vector:  # levels that are felt by outputs are felt by the vector
+        set_pooling(model, pooling_said(name, is_decoder(model.config)))
     check_context(model.config, config.seq_len, "seq_len")
-    return load_tokens(sources, read_tokenizer(name), n_sequences=n, column=config.column, **cut)
+    words = read_tokenizer(name)
+    return class_tokens(sources, words, kind, n_sequences=n, column=config.column, **cut)

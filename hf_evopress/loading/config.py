@@ -117,7 +117,7 @@ class EvoPressConfig(QuantizationConfigMixin):
                 raise TypeError(f"{key} must be true or false, got {getattr(self, key)!r}")
         if self.size is not None:
             parse_size(self.size)
-        if self.runtime not in RUNTIMES:
+        if not isinstance(self.runtime, str) or self.runtime not in RUNTIMES:
             raise ValueError(
                 f"no runtime {self.runtime!r}{did_you_mean(str(self.runtime), list(RUNTIMES))}"
             )

@@ -23,6 +23,8 @@ from .packed import PackedWeight, tensors_of
 from .runtime import Runtime
 from .runtimes import AUTO, BY_KERNELS, RUNTIMES, log_choices
 
+_STACKS = ("encoder", "decoder")
+
 
 class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
     """x (..., in_features) -> (..., out_features) with a weight stored at a level.
@@ -209,7 +211,8 @@ def resolve_units(model: nn.Module, plan: Plan) -> dict[str, str]:
     """Return unit -> module path in `model` for every unit of `plan` that is not dropped.
 
     A plan made for the whole model also names the modules of its base model, and the other way
-    round; the head of a plan has no place in a base model. Raises ValueError that lists units
+    round; the head of a plan has no place in a base model, and one of the stacks of an
+    encoder-decoder none where the other is loaded alone. Raises ValueError that lists units
     the model does not have, that have another shape or cannot take their level, and TypeError
     for a unit that is no linear layer and not the input embedding.
     """
@@ -217,13 +220,17 @@ def resolve_units(model: nn.Module, plan: Plan) -> dict[str, str]:
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     found: dict[str, str] = {}
     shapes = _shapes(model, modules)
-    headless = output_head(model) is None and any(unit.startswith(prefix) for unit in plan)
+    absent = _absent_stacks(plan, modules, prefix)
+    is_base = any(unit.startswith(prefix) for unit in plan)
+    headless = output_head(model) is None and (is_base or bool(absent))
     left_out = set()
     for unit, level in plan.items():
         names = () if level.is_drop else (unit, unit.removeprefix(prefix), prefix + unit)
         name = next((name for name in names if name in modules), None)
         if name is None:
-            if headless and not level.is_drop and not unit.startswith(prefix):
+            in_stack = _stack_of(unit)
+            is_other_head = headless and in_stack is None and not unit.startswith(prefix)
+            if not level.is_drop and (is_other_head or in_stack in absent):
                 left_out.add(unit)
             continue
         found[unit] = name
@@ -236,6 +243,25 @@ def resolve_units(model: nn.Module, plan: Plan) -> dict[str, str]:
     plan.check({**shapes, **{unit: plan.shapes.get(unit, (0, 0)) for unit in left_out}})
     _check_levels(model, {name: plan[unit] for unit, name in found.items()}, shapes)
     return found
+
+
+def _stack_of(unit: str) -> str | None:
+    """Return the path of the encoder or decoder that a unit is in, None where it is in neither."""
+    parts = unit.split(".")[:-1]
+    place = next((i for i, part in enumerate(parts) if part in _STACKS), None)
+    return None if place is None else ".".join(parts[: place + 1])
+
+
+def _absent_stacks(plan: Plan, modules: Mapping[str, nn.Module], prefix: str) -> set[str]:
+    """Return the paths of stacks that a plan for an encoder-decoder names and a model lacks.
+
+    Of the encoder or the decoder alone: none where it has both, or where it has neither.
+    """
+    named = {stack for unit in plan if (stack := _stack_of(unit)) is not None}
+    if {stack.rpartition(".")[2] for stack in named} != set(_STACKS):
+        return set()
+    there = {s for s in named if {s, s.removeprefix(prefix), prefix + s} & modules.keys()}
+    return named - there if there else set()
 
 
 def _shapes(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Shape]:
@@ -305,6 +331,20 @@ def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
     """
     linears = ((n, m) for n, m in model.named_modules() if isinstance(m, CompressedLinear))
     return {name: layer for name, layer in linears if not layer.is_tied}
+
+
+def zero_missing_biases(model: nn.Module) -> None:
+    """Zero the biases of packed linear layers that were in no checkpoint.
+
+    A new head is tied to a packed embedding and has a bias of its own: transformers draws no
+    weights for a packed layer, and leaves that bias in memory that was never written.
+    """
+    for module in model.modules():
+        if not isinstance(module, CompressedLinear) or module.bias is None or module.bias.is_meta:
+            continue
+        if not getattr(module.bias, "_is_hf_initialized", False):  # set on what is loaded or tied
+            with torch.no_grad():
+                module.bias.zero_()
 
 
 def compressed_layers(model: nn.Module) -> dict[str, PackedWeight]:

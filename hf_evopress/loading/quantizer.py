@@ -35,7 +35,13 @@ from .checks import (
 from .config import QUANT_METHOD, EvoPressConfig
 from .embedding import finish_loading
 from .file_names import names_of
-from .layers import compressed_layers, planned_levels, prepare_layers, resolve_units
+from .layers import (
+    compressed_layers,
+    planned_levels,
+    prepare_layers,
+    resolve_units,
+    zero_missing_biases,
+)
 from .neighbours import left_out, refuse_shared, share
 from .replace import replace, restore_linears
 from .runtimes import check_runtime
@@ -217,6 +223,8 @@ class EvoPressQuantizer(AnyHfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         show_again(model)
+        if not self._compresses_after:  # biases of layers that are dense yet are initialized
+            zero_missing_biases(model)
         if not self.pre_quantized:
             from ..models.source import check_finite
 

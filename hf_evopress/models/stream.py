@@ -26,6 +26,13 @@ _EXCHANGED = {
     "num_kv_shared_layers": "blocks that read the keys and values of others",
     "hidden_size_per_layer_input": "an embedding of the tokens for each block",
 }
+# model types, and what their blocks take or give besides hidden states of the tokens
+_OTHER_BLOCKS = {
+    "fsmt": "a decoder whose blocks get masks that depend on the tokens",
+    "led": "an encoder that takes whole attention windows only",
+    "pegasus_x": "an encoder whose blocks pass on states of global tokens as well",
+    "prophetnet": "a decoder that computes several predictions of each token in one stack",
+}
 _MAX_SHAPES = 8  # without images, where masks depend on nothing else
 _MAX_BYTES = 2**30  # masks grow with batch * seq^2; with images each batch has its own
 
@@ -357,14 +364,21 @@ class BlockStream:
 
 def check_streamable(model: nn.Module) -> None:
     """Raise ValueError where the config says that blocks exchange more than hidden states."""
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    for key, what in _EXCHANGED.items():
-        if n := getattr(config, key, None):
-            raise ValueError(
-                f"{type(model).__name__} with {key}={n} has {what}, so it cannot be computed block "
-                "by block as calibration and search do; levels that need no data can be given to "
-                "it by EvoPressConfig(plan=...)"
-            )
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
+    found = [
+        f" with {key}={n} has {what}"
+        for key, what in _EXCHANGED.items()
+        if (n := getattr(text, key, None))
+    ]
+    if (other := _OTHER_BLOCKS.get(config.model_type)) is not None:
+        found.append(f" has {other}")
+    if found:
+        raise ValueError(
+            f"{type(model).__name__}{found[0]}, so it cannot be computed block by block as "
+            "calibration and search do; levels that need no data can be given to it by "
+            "EvoPressConfig(plan=...)"
+        )
 
 
 def _check_ids(input_ids: Tensor) -> None:

@@ -63,14 +63,14 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "compress, search, evaluate and apply can do, and this cannot; supported here: "
             f"{SUPPORTED}"
         )
-    n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    text = config.get_text_config(decoder=True)
+    n_layers = getattr(text, "num_hidden_layers", None)
     decoder: nn.Module = getattr(model, "get_decoder", lambda: model)()
     inside = {id(module) for module in decoder.modules()}
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers
-    ]
+    every = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    lists = [entry for entry in every if len(entry[1]) == n_layers]
+    if not lists:  # the decoder of an encoder-decoder alone, whose config counts the encoder's
+        lists = [entry for entry in every if len(entry[1]) == getattr(text, "decoder_layers", 0)]
     # ModernBERT calls its head the decoder: then any list will do
     found = [entry for entry in lists if id(entry[1]) in inside] or lists
     if not found:

@@ -97,7 +97,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return means and per-window values as JSON values; what was not measured is left out."""
         means = {
-            "perplexity": self.perplexity,
+            "perplexity": self.perplexity if self.nll_windows else None,
             "dense_perplexity": self.dense_perplexity,
             "kl_nats": self.kl_nats,
             "kl_standard_error": self.kl_standard_error,

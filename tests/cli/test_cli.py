@@ -65,6 +65,14 @@ def test_levels_search_apply_evaluate_and_show_follow_each_other(home: Path, run
     assert run("diff", plan, home / "small")[0] == 0
 
 
+def test_what_is_infinite_is_null_in_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"perplexity": float("inf"), "nll_windows": [1.0, float("inf")], "window": 8}
+    monkeypatch.setattr("hf_evopress.jobs.evaluate.evaluate_model", lambda *a, **k: found)
+    code, out, err = run("evaluate", "any", "--data", "text.txt", "--json")
+    assert code == 0, err
+    assert json.loads(out) == {"perplexity": None, "nll_windows": [1.0, None], "window": 8}
+
+
 def test_compress_does_the_whole_line_and_prints_the_table(home: Path, run: Run) -> None:
     code, out, err = run(
         "compress", home / "dense", *_common(home), "--bits", "3.6", "--out", home / "out",

@@ -375,6 +375,7 @@ def test_each_class_is_evaluated_against_its_dense_model(
     losses = found["cosine_windows" if kind.is_vector else "kl_windows"]
     assert len(losses) == 3 and all(0 < loss < 1 for loss in losses)
     assert 3 < found["bits_per_weight"] < 5
+    assert ("perplexity" in found) == kind.continues_text and json.dumps(found, allow_nan=False)
     if kind.continues_text:
         return
     with pytest.raises(ValueError, match=f"is of class {kind.name}, .* give it with --against"):
@@ -386,7 +387,7 @@ def test_each_class_is_evaluated_against_its_dense_model(
 @pytest.mark.parametrize(
     "architecture", ["T5ForConditionalGeneration", "BertForMaskedLM", "BertModel"]
 )
-def test_what_adapts_and_trains_refuses_other_classes_by_name(
+def test_what_is_of_causal_models_refuses_other_classes_by_name(
     architecture: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     here = folder(architecture)
@@ -396,9 +397,13 @@ def test_what_adapts_and_trains_refuses_other_classes_by_name(
         lambda: tune(model, tmp_path / "b", Tuning(seq_len=32), data=text),
         lambda: merge(model, "nowhere", tmp_path / "c"),
         lambda: bench(model),
+        *(
+            lambda format=format: convert(model, tmp_path / "d", format=format)  # type: ignore[misc]
+            for format in ("gguf", "compressed_tensors", "exl3", "pruned")
+        ),
     ]
     for door in doors:
-        with pytest.raises(ValueError, match=f"{architecture}.*supported"):
+        with pytest.raises(ValueError, match=f"causal language models; .* is a {architecture}"):
             door()
     for more in ({"adapter": {"rank": 2}}, {"tune": {}}):
         with pytest.raises(ValueError, match=f"{next(iter(more))} is of causal .*leave"):

@@ -220,7 +220,7 @@ def test_what_is_wrong_is_said_at_once(home: Path, tmp_path: Path) -> None:
     fails("refinement is .* class speech: leave out refine", refine="fast")
     fails("no sub-block of Whisper.* can be dropped", drop={"kinds": ["mlp"]})
     fails("is of class speech and continues no text", data={"sources": ["self"]})
-    with pytest.raises(ValueError, match=r"WhisperFor.*supported"):
+    with pytest.raises(ValueError, match=r"bench measures causal .* is a WhisperFor"):
         bench(str(tmp_path / "dense"))
     with pytest.raises(ValueError, match=r"measured on sounds of its data .*leave out x.txt"):
         compress(recipe(tmp_path), test="x.txt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from hf_evopress.loading.config import EvoPressConfig
 from hf_evopress.loading.embedding import CompressedEmbedding, compress_embedding
@@ -24,6 +31,7 @@ from hf_evopress.models.size import model_size
 from hf_evopress.plans.plan import Plan
 
 LEVEL = "rtn:bits=4,group_size=32"
+LAYER = "transformer.layer.0.ffn.lin1"  # of DistilBERT
 IDS = torch.arange(40).view(2, 20)
 EMBEDDING = "model.embed_tokens"
 
@@ -104,6 +112,46 @@ def test_a_tied_head_with_a_bias_survives_a_checkpoint(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.lm_head.scales is loaded.model.embed_tokens.scales
     assert torch.equal(logits(loaded), expected)
+
+
+@pytest.fixture
+def unwritten_memory_is_nan() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[assignment]
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("on_load", [False, True], ids=["packed", "on load"])
+def test_a_new_head_that_is_tied_begins_with_a_bias_of_zero(
+    on_load: bool, tmp_path: Path, unwritten_memory_is_nan: None
+) -> None:
+    sizes = {"vocab_size": 256, "dim": 64, "n_layers": 1, "n_heads": 4, "hidden_dim": 128}
+    config = AutoConfig.for_model("distilbert", **sizes)
+    dense = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+    embedding, other = (f"distilbert.{n}" for n in ("embeddings.word_embeddings", LAYER))
+    torch.nn.init.normal_(dense.get_submodule(other).bias)
+    shapes = {embedding: (256, 64), other: (128, 64)}
+    plan = Plan(dict.fromkeys(shapes, LEVEL), shapes, base_model=str(tmp_path))
+    options: dict[str, Any] = {}
+    if on_load:
+        options["quantization_config"] = EvoPressConfig(plan)
+    else:
+
+        def states(unit: str, level: Any) -> dict[str, Tensor]:
+            weight = dense.get_submodule(unit).weight.detach()
+            return compose.compress(compose.normalize(level), weight, None)
+
+        replace_linears(dense, plan, states)
+        attach(dense, plan)
+    dense.save_pretrained(tmp_path)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path, **options)
+    assert isinstance(model.vocab_projector, CompressedLinear)
+    assert torch.equal(model.vocab_projector.bias, torch.zeros(256))
+    assert torch.equal(model.get_submodule(other).bias, dense.get_submodule(other).bias)
 
 
 def test_tied_tensors_are_counted_once(tiny_model: Any) -> None:

@@ -321,6 +321,8 @@ def test_joint_sparse_codes_reload_and_generate(folder: Path) -> None:
 
 
 def test_another_runtime_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no runtime \['auto'\], did you mean 'auto'"):
+        EvoPressConfig(runtime=["auto"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no runtime 'expand', did you mean 'expanded'"):
         EvoPressConfig(runtime="expand")
     with pytest.raises(ValueError, match="no runtime 'fast'; known: auto, packed, expanded, int4"):

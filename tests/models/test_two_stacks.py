@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig
 
 from hf_evopress.models.classes import call, n_source, shifted, start_of
-from hf_evopress.models.stream import BlockStream
+from hf_evopress.models.stream import BlockStream, check_streamable
 from hf_evopress.models.two_stacks import TwoStackStream, stream_of
 from hf_evopress.models.units import all_blocks, find_units
 
@@ -106,3 +106,29 @@ def test_blocks_are_numbered_through_both_stacks() -> None:
     assert blocks["decoder.block.2.layer.1.EncDecAttention.k"] == 4
     with pytest.raises(ValueError, match="encoder-decoder, of two stacks"):
         BlockStream(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("fsmt", {"src_vocab_size": 128, "tgt_vocab_size": 128}, "FSMTFor.* masks that depend on"),
+        ("led", {"attention_window": 8}, "LEDFor.* whole attention windows only, so it cannot be"),
+        ("pegasus_x", {"block_size": 8}, "PegasusXFor.* states of global tokens as well, so it"),
+        (
+            "prophetnet",
+            {"num_encoder_layers": 1, "num_decoder_layers": 1, "hidden_size": 32},
+            "ProphetNetFor.* several predictions of each token in one stack, so it cannot be",
+        ),
+    ],
+)
+def test_stacks_whose_blocks_need_more_are_refused_by_name(
+    kind: str, settings: dict[str, Any], message: str
+) -> None:
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 32}
+    config = AutoConfig.for_model(
+        kind, vocab_size=128, **({} if kind == "prophetnet" else sizes), **settings
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    with pytest.raises(ValueError, match=message):
+        check_streamable(model)

@@ -123,6 +123,12 @@ def test_a_report_is_json(dense: nn.Module, damaged: nn.Module, tokens: Tensor) 
     assert found["nll_windows"] == list(report.nll_windows)
 
 
+def test_a_report_without_a_perplexity_says_nothing_of_it() -> None:
+    report = Report(9, (), (), kl_windows=(0.5, 0.7))
+    found = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert "perplexity" not in found and found["kl_nats"] == pytest.approx(0.6)
+
+
 def test_paired_differences_have_smaller_errors_than_the_windows_they_come_from() -> None:
     a = Report(9, (), (), (0.5, 0.9, 0.7))
     b = Report(9, (), (), (0.4, 0.8, 0.6))
