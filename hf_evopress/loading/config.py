@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -140,8 +139,7 @@ class EvoPressConfig(QuantizationConfigMixin):
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "written_by": __version__,
-            # through text: there a shape is "576x1536", one line of config.json instead of four
-            "plan": None if self.plan is None else json.loads(self.plan.to_json()),
+            "plan": None if self.plan is None else self.plan.to_short_dict(),
         }
         if self.checksums:
             values["checksums"] = dict(sorted(self.checksums.items()))
@@ -154,6 +152,13 @@ class EvoPressConfig(QuantizationConfigMixin):
         `requested_plan` lets the quantizer refuse a plan that is not the model's.
         """
         return {**{key: getattr(self, key) for key in _LOADING}, "requested_plan": self.plan}
+
+    def __deepcopy__(self, memo: Any) -> EvoPressConfig:
+        made: EvoPressConfig = object.__new__(type(self))
+        for name, value in self.__dict__.items():  # none holds what can be changed, deeper down
+            kind = type(value)
+            setattr(made, name, kind(value) if kind in (dict, list) else value)
+        return made
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, EvoPressConfig) and vars(self) == vars(other)

@@ -31,7 +31,7 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
 
     It is an nn.Linear so that PEFT wraps it and tools count it, yet it calls only
     nn.Module.__init__: the packed tensors of the level and the bias are its only parameters,
-    and `weight` is computed at every look and cannot be changed.
+    and `weight` is computed when its values are first used and cannot be changed.
 
     After `prepare()` it also holds what a runtime computes with, and calls are faster.
     """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..methods import compose
 from ..methods.base import Shape, State
 from ..plans.level import Level
-from .computed_weight import READ_ONLY, ComputedWeight
+from .computed_weight import READ_ONLY, ComputedWeight, traced_weight
 from .kernels.gpu_layer import triton_kernel_of
 from .kernels.layer import Kernel, kernel_of
 from .runtimes import BY_KERNELS, PACKED, RUNTIMES, TRITON, check_device, chosen
@@ -120,14 +120,29 @@ class PackedWeight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight (out, in) in `weight_dtype`, computed now; changes to it raise."""
-        if len({tensor.is_meta for tensor in self.state.values()}) > 1:
+        """The dense weight (out, in) in `weight_dtype`; changes to it raise.
+
+        It is computed when its values are first used, and not for its dtype or shape.
+        """
+        state, shape, dtype = self.state, self.shape, self.weight_dtype
+        if len({tensor.is_meta for tensor in state.values()}) > 1:
             # transformers ties a head tensor by tensor, and looks at its shape if it has a bias
-            return torch.empty(self.shape, dtype=self.weight_dtype, device="meta")
-        W = compose.decompress(self.level, self.state, self.shape, self.weight_dtype)
-        W = W.as_subclass(ComputedWeight)
-        W._is_hf_initialized = True  # type: ignore[attr-defined]
-        return W
+            return torch.empty(shape, dtype=dtype, device="meta")
+        trains = torch.is_grad_enabled() and any(t.requires_grad for t in state.values())
+        if torch.compiler.is_dynamo_compiling():
+            if trains:
+                return compose.decompress(self.level, state, shape, dtype)
+            return traced_weight(list(state.values()), self.level_text, shape, dtype)
+        if not trains:  # what layer.to() does next does not change this weight
+            state = {name: tensor.detach() for name, tensor in state.items()}
+        level, is_inference = self.level, torch.is_inference_mode_enabled()
+
+        def compute() -> Tensor:
+            with torch.inference_mode(is_inference), torch.set_grad_enabled(trains):
+                return compose.decompress(level, state, shape, dtype)
+
+        device = next(iter(state.values())).device
+        return ComputedWeight(compute, shape, dtype, device, trains)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

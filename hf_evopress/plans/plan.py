@@ -97,6 +97,9 @@ class Plan(Mapping[str, Level]):
     def __reduce__(self) -> tuple[Any, ...]:  # mapping proxies cannot be copied or pickled
         return (Plan.from_dict, (self.to_dict(),))
 
+    def __deepcopy__(self, memo: Any) -> Plan:  # encoder-decoders copy their config at each call
+        return self
+
     def __str__(self) -> str:
         return self.summary()
 
@@ -141,13 +144,19 @@ class Plan(Mapping[str, Level]):
 
     def to_json(self) -> str:
         """Return the plan as text: one unit per line, made to be read and diffed."""
-        return json.dumps(self._with_short_shapes(), indent=2, allow_nan=False) + "\n"
+        return json.dumps(self.to_short_dict(), indent=2, allow_nan=False) + "\n"
 
-    def _with_short_shapes(self) -> dict[str, Any]:
-        # "576x1536" keeps one unit on one line, where a list would take four
-        data = self.to_dict()
-        data["shapes"] = {unit: f"{o}x{i}" for unit, (o, i) in self.shapes.items()}
-        return data
+    def to_short_dict(self) -> dict[str, Any]:
+        """Return the JSON values of a plan's file, for the caller to change; cheap when repeated.
+
+        A shape is "576x1536", which keeps a unit on one line where a list would take four.
+        """
+        kept: dict[str, Any] | None = self.__dict__.get("_short")
+        if kept is None:
+            kept = self.to_dict()
+            kept["shapes"] = {unit: f"{o}x{i}" for unit, (o, i) in self.shapes.items()}
+            object.__setattr__(self, "_short", kept)
+        return _copied(kept)  # type: ignore[no-any-return]
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -359,3 +368,10 @@ def _place(unit: str) -> tuple[int, str] | None:
 def _some(items: list[str], sep: str = ", ", most: int = 8) -> str:
     more = f"{sep}and {len(items) - most} more" if len(items) > most else ""
     return sep.join(items[:most]) + more
+
+
+def _copied(value: Any) -> Any:
+    """Return a deep copy of JSON values, much faster than copy.deepcopy."""
+    if isinstance(value, dict):
+        return {key: v if type(v) is str else _copied(v) for key, v in value.items()}
+    return [_copied(v) for v in value] if isinstance(value, list) else value

@@ -43,6 +43,31 @@ def test_it_prints_and_copies() -> None:
     assert "rtn:bits=3,group_size=32" in repr(config)
 
 
+def test_a_copy_shares_the_plan_and_nothing_that_can_be_changed() -> None:
+    config = EvoPressConfig(PLAN, data=["a.txt"], checksums={"a.weight": "0123abcd"})
+    made = copy.deepcopy(config)
+    assert made == config and made.plan is config.plan
+    made.checksums.clear()
+    made.data.append("b.txt")
+    made.plan = None
+    assert config.checksums and config.data == ["a.txt"] and config.plan is PLAN
+
+
+def test_changes_to_what_config_json_holds_do_not_reach_the_config() -> None:
+    plan = PLAN.replace(search={"menu": [{"bits": 3}]}, results={"kl": {"loss_nats": 0.1}})
+    config = EvoPressConfig(plan, checksums={"a.weight": "0123abcd"})
+    text = json.dumps(config.to_dict())
+    said = config.to_dict()
+    said["checksums"].clear()
+    said["plan"]["levels"].clear()
+    said["plan"]["shapes"].clear()
+    said["plan"]["search"]["menu"][0]["bits"] = 4
+    said["plan"]["results"]["kl"].clear()
+    del said["plan"]["base_model"]
+    assert json.dumps(config.to_dict()) == text
+    assert plan.to_dict()["search"] == {"menu": [{"bits": 3}]}
+
+
 def test_configs_with_other_plans_are_not_equal() -> None:
     other = PLAN.replace(levels={"model.layers.0.mlp.up_proj": "rtn:bits=2,group_size=32"})
     assert EvoPressConfig(PLAN) != EvoPressConfig(other)
