@@ -96,26 +96,23 @@ def refine(
 
     training = {"--steps": steps, "--learning-rate": learning_rate, "--codes": codes or None}
     if mode == END_TO_END:
-        pool = None if search_pool == 32 else search_pool
-        _check(mode, {"--work": work, "--revision": revision, "--search-pool": pool})
+        _check(mode, {"--work": work, "--revision": revision})
     else:
         _check(mode, {} if mode.endswith(END_TO_END) else training)
     common: dict[str, Any] = {
         **{"data": data or (), "column": column, "test": test, "window": window, "seed": seed},
-        "seq_len": seq_len,
-        "n_sequences": calibration,
-        "written": written,
+        **{"seq_len": seq_len, "n_sequences": calibration, "written": written},
         "overwrite": overwrite,
     }
+    given = {"steps": steps, "learning_rate": learning_rate, "codes": codes}
+    common |= {key: value for key, value in given.items() if value is not None}
     with bars() as progress:
         common["progress"] = progress
-        given = {"steps": steps, "learning_rate": learning_rate, "codes": codes}
-        common |= {key: value for key, value in given.items() if value is not None}
         if mode == END_TO_END:
             result = refine_end_to_end(plan, out, dense=model, **common)
         else:
             where: dict[str, Any] = {"model": model, "work": work, "revision": revision}
-            where["search_pool"] = search_pool
+            where |= {"search_pool": search_pool}
             result = refine_plan(plan, out, mode=mode, **where, **common)
     show_result(result)
 

@@ -16,7 +16,6 @@ from torch import nn
 
 from ..base.patterns import matches
 from ..methods import compose
-from ..methods.base import Shape
 from ..methods.menu import menus
 from ..models.kv_cache import CacheUnit, cache_level, cache_menus, find_caches
 from ..models.size import NOTICE, header_bytes
@@ -34,6 +33,7 @@ from .ends import Ends, are_in_budget, bits_per_weight, choose_ends, default_lev
 from .for_gguf import check_menus, fitting_menus, fixed_bits, is_for_gguf
 from .for_target import check_for_exl3, check_for_vllm
 from .shared_levels import check_shared, with_shared
+from .starting_plans import with_starts
 
 NOTHING = Droppable({}, {}, {})
 # what stands in for dropped attention counts tokens by a key and a value of one 16-bit number
@@ -162,7 +162,7 @@ def _parts(
         families = recipe.families if recipe.levels else recipe.offered_families
         offered = menus(shapes, recipe.levels, families=families, sparsity=said.sparsity, bits=bits)
         if not recipe.levels:
-            offered = _with_starts(offered, shapes, recipe.search.start)
+            offered = with_starts(offered, shapes, recipe.search.start)
     offered, pairs = with_shared(offered, shapes, recipe)
     ends = choose_ends(skeleton, recipe, small=small_ends)
     units, offered = [*units, *ends.units], {**offered, **ends.menus}
@@ -194,25 +194,6 @@ def _parts(
         "ends": ends,
         "caches": caches,
     }
-
-
-def _with_starts(
-    offered: Mapping[str, list[Level]], shapes: Mapping[str, Shape], plans: Sequence[str]
-) -> dict[str, list[Level]]:
-    """Return a default menu with the levels of plans to start from: they may be of other sizes."""
-    made = {unit: list(menu) for unit, menu in offered.items()}
-    for name in plans:
-        for unit, text in Plan.from_pretrained(name).levels.items():
-            if unit not in made or text.is_drop:
-                continue
-            try:
-                level = _normal(text)
-                compose.check_shape(level, shapes[unit])
-            except ValueError:
-                continue  # `Problem.starts` says what is wrong with the plan
-            if level not in made[unit]:
-                made[unit].append(level)
-    return made
 
 
 def _budget(recipe: Recipe, parts: Mapping[str, Any]) -> Budget:

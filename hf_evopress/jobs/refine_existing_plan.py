@@ -55,8 +55,7 @@ def refine_plan(
     that the dense model writes itself, to learn from as well. search_pool: sequences that a search
     is left, as in the run whose `work` folder this goes on with: the others are what calibrates.
     """
-    found = Plan.from_pretrained(plan)
-    found = found.replace(levels=compose.normalize_each(found.levels))
+    found = _canonical(Plan.from_pretrained(plan))
     recipe = recipe_of_plan(
         found,
         model=model,
@@ -75,9 +74,7 @@ def refine_plan(
         },
         revision=revision or found.revision,
     )
-    known = {unit.name: unit.shape for unit in Job(replace(recipe, pin={})).units}
-    inside = [unit for unit, level in found.items() if _is_in_block(unit) and not level.is_drop]
-    found.check(known if {*inside} - {*known} else {**found.shapes, **known})
+    _check_fits(found, recipe)
     job = Job(recipe, progress=progress)
     unseen, length = unseen_tokens(job, test, window)
     store = build_levels(job)
@@ -85,6 +82,17 @@ def refine_plan(
         found.levels, search={**found.search, "versions": versions()}, results=found.results
     )
     return ship(job, store, _with_cache(made, found), (unseen, length, max_windows))
+
+
+def _canonical(plan: Plan) -> Plan:
+    return plan.replace(levels=compose.normalize_each(plan.levels))
+
+
+def _check_fits(plan: Plan, recipe: Recipe) -> None:
+    """Raise ValueError where a plan is of other units than the model of its recipe."""
+    known = {unit.name: unit.shape for unit in Job(replace(recipe, pin={})).units}
+    inside = {unit for unit, level in plan.items() if _is_in_block(unit) and not level.is_drop}
+    plan.check(known if inside - {*known} else {**plan.shapes, **known})
 
 
 def _is_in_block(unit: str) -> bool:
