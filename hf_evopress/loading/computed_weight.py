@@ -56,6 +56,7 @@ class ComputedWeight(Tensor):
 
     _is_hf_initialized = True  # transformers must not draw a new random weight
     _values: Callable[[], Tensor]
+    _device: torch.device
 
     @staticmethod
     def __new__(
@@ -66,8 +67,12 @@ class ComputedWeight(Tensor):
         device: torch.device,
         requires_grad: bool = False,
     ) -> ComputedWeight:
-        how: dict[str, Any] = {"dtype": dtype, "device": device, "requires_grad": requires_grad}
+        # meta but for its name: PyTorch then refuses `linear.weight.data = W`, of which it tells
+        # no subclass, where a tensor of the CPU without storage would crash later
+        how: dict[str, Any] = {"device": "meta", "dispatch_device": True}
+        how |= {"dtype": dtype, "requires_grad": requires_grad}
         W: ComputedWeight = Tensor._make_wrapper_subclass(cls, shape, **how)  # type: ignore[attr-defined]
+        W._device = device
         W._values = cache(values)
         return W
 
@@ -105,6 +110,8 @@ class ComputedWeight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return args[0]._device
         changes = isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable
         if changes and any(isinstance(value, cls) for value in (*args[:1], kwargs.get("out"))):
             raise RuntimeError(READ_ONLY)

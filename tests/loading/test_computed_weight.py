@@ -146,6 +146,14 @@ def test_operators_that_go_around_python_read_it_and_cannot_change_it() -> None:
             W.add_(1)
 
 
+def test_a_dense_layer_takes_a_clone_of_it_as_its_data() -> None:
+    W, linear = make_layer().weight, nn.Linear(64, 16)
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):
+        linear.weight.data = W  # PyTorch asks no subclass here
+    linear.weight.data = W.clone()
+    assert torch.equal(linear.weight, W)
+
+
 class OwnProduct(nn.Module):
     """A layer that computes with the weight of another one, as DoRA does."""
 
