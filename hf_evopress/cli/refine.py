@@ -96,7 +96,8 @@ def refine(
 
     training = {"--steps": steps, "--learning-rate": learning_rate, "--codes": codes or None}
     if mode == END_TO_END:
-        _check(mode, {"--work": work, "--revision": revision})
+        pool = None if search_pool == 32 else search_pool
+        _check(mode, {"--work": work, "--revision": revision, "--search-pool": pool})
     else:
         _check(mode, {} if mode.endswith(END_TO_END) else training)
     common: dict[str, Any] = {
