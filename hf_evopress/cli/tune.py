@@ -229,7 +229,7 @@ def merge(
             overwrite=overwrite,
             progress=progress,
         )
-    _show_merged(result, against)
+    _show_merged(result, against, exact=exact)
 
 
 def show_follow_up(made: dict[str, Any]) -> None:
@@ -271,7 +271,7 @@ def _show_tuned(result: Tuned) -> None:
     console.print(f"written to {result.folder}", markup=False)
 
 
-def _show_merged(result: Merged, against: str | None) -> None:
+def _show_merged(result: Merged, against: str | None, *, exact: bool) -> None:
     if result.reports:
         of = f"from {against}" if against else "from the model with its adapter"
         rows = [
@@ -280,7 +280,8 @@ def _show_merged(result: Merged, against: str | None) -> None:
         ]
         console.print(table((f"KL (nats) {of}", "KL", "perplexity"), rows))
         kl = {name: report.kl_nats or 0.0 for name, report in result.reports.items()}
-        if against and kl["merged"] > kl["without adapter"]:
+        gained = "with adapter" in kl and kl["with adapter"] < kl["without adapter"]
+        if gained and kl["merged"] > kl["without adapter"] and not exact:
             error_console.print(
                 "rounding lost more than the adapter had gained: use the adapter beside the model, "
                 "or make its factors part of the checkpoint (merge --exact)"

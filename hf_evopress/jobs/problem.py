@@ -94,10 +94,9 @@ class Problem:
             try:
                 genome = self.genome(plan)
             except ValueError as error:
-                raise ValueError(
-                    f"the search cannot start from {name}: {error}; offer the plan's levels as "
-                    "well (--level)"
-                ) from error
+                fits = {*plan.levels} <= {*self.menus, *self.added.options}
+                tail = "; offer the plan's levels as well (--level)" if fits else ""
+                raise ValueError(f"the search cannot start from {name}: {error}{tail}") from error
             if not self.budget.allows(self.space, genome):
                 bits = self.space.bits_per_weight(genome)
                 raise ValueError(

@@ -47,8 +47,9 @@ class ComputedWeight(Tensor):
     """A dense weight made for one look: like any tensor, but an in-place change raises.
 
     Without this, `layer.weight.data += delta`, which is how PEFT merges an adapter, would
-    change a temporary and the adapter would be gone without a word. Views raise as well; a
-    clone(), or anything computed, is a plain tensor.
+    change a temporary and the adapter would be gone without a word. Views raise as well, but those
+    that come several at once (chunk); a clone(), or anything computed, is a plain tensor, and what
+    `other.data = ` takes.
 
     It has no storage: `values`, called once at most, returns the tensor that all but questions
     for dtype, shape and the like are answered by.

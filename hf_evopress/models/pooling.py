@@ -8,16 +8,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import cached_file
+
 logger = logging.getLogger(__name__)
 
 _POOLING = "1_Pooling/config.json"  # of sentence-transformers
 
 
+def _file_of(model: str) -> Path | None:
+    """Return the file of a folder, or of a repository on the Hub, None where there is none."""
+    if Path(model).is_dir():
+        path = Path(model) / _POOLING
+        return path if path.is_file() else None
+    quiet = ("missing_entries", "connection_errors", "gated_repo")
+    found = cached_file(
+        model, _POOLING, **{f"_raise_exceptions_for_{what}": False for what in quiet}
+    )
+    return None if found is None else Path(found)
+
+
 def pooling_said(model: str, architecture_is_causal: bool) -> str:
     """Return how a folder of sentence-transformers pools, else what its kind of model does."""
-    path = Path(model) / _POOLING
+    path = _file_of(model)
     said: Mapping[str, Any] = {}
-    if path.is_file():
+    if path is not None:
         said = json.loads(path.read_text(encoding="utf-8"))
     word = str(said.get("pooling_mode", ""))
     known = {"cls": "first", "lasttoken": "last", "mean": "mean"}

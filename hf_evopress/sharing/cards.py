@@ -127,7 +127,7 @@ def model_card(folder: Path, plan: Plan, recipe: Recipe | None, *, name: str) ->
         parts=_parts(plan),
         checkpoint_bytes=sum(stored.values()) or None,
         kept_bytes=_kept_bytes(plan, stored),
-        has_ends=bool(ends_of(plan)),
+        has_ends=any(not plan[unit].is_dense for unit in ends_of(plan)),
         recipe=portable(recipe),
         versions=_versions(plan.search),
         **_pictures(folder, plan, bits),

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_evopress.loading.kernels import gpu_matrix, gpu_turns
 from hf_evopress.loading.kernels.gpu_turns import turned
+from hf_evopress.methods import compose
 from hf_evopress.methods.maths.rotation import rotate, unrotate
 
 from .test_triton import DEVICE, kernel_at
@@ -75,6 +76,24 @@ def test_dtypes_slices_and_no_tokens() -> None:
     found = turned(part, 0, 0, torch.float16, is_back=False)
     assert torch.equal(found, reference(part.float(), 0, 0, is_back=False).half())
     assert turned(x[:0], 0, 0, torch.bfloat16, is_back=True).shape == (0, 128)
+
+
+@pytest.mark.parametrize("tokens, n", [(70000, 64), (3, 14336), (9, 4096)])
+def test_a_grid_has_no_more_than_a_card_takes(
+    tokens: int, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(gpu_turns, "launch", lambda *given: grids.append(given[2]))
+    turned(torch.empty(tokens, n, device=DEVICE), 0, 0, torch.float32, is_back=True)
+    assert grids[0][0] == tokens and all(size <= 65535 for size in grids[0][1:])
+
+
+def test_sides_that_no_program_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_turns, "MOST", 4)
+    kernel, state = kernel_at("trellis:bits=3,state_bits=8,feedback=none", (40, 72))
+    W = compose.decompress(kernel.level, state, (40, 72), torch.float32)
+    x = torch.randn(3, 72, device=DEVICE)
+    torch.testing.assert_close(kernel.linear(x, state, None), x @ W.T, rtol=0, atol=1e-4)
 
 
 class Operations(TorchDispatchMode):

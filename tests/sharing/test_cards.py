@@ -173,7 +173,10 @@ def test_a_card_says_whether_embedding_and_head_are_packed(folder: Path) -> None
     assert "not compressed: embeddings, output head, norms" in card(folder, plan())
     levels = {**plan().levels, "model.embed_tokens": "rtn:bits=8,group_size=32"}
     text = card(folder, Plan(levels, dict.fromkeys(levels, (64, 64)), base_model=BASE))
-    assert "not compressed: norms" in text and "those of the decoder; embedding" in text
+    assert (
+        "not compressed: norms, biases, headers, and embedding" in text
+        and "those of the decoder; embedding" in text
+    )
 
 
 def test_bits_count_scales_and_zero_points() -> None:

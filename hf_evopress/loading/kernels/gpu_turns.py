@@ -40,7 +40,8 @@ def turned(
         turn = unrotate if is_back else rotate
         own = x if is_back or scales is None else x * scales
         own = turn(own.T, seed, block).T
-        return scaled(own, dtype, scales=scales if is_back else None, start=start, bias=bias)
+        own = scaled(own, dtype, scales=scales if is_back else None, start=start, bias=bias)
+        return own.contiguous()
     D, is_apart = Q.matrix, Q.q * tokens > MOST_MIXED
     if D is not None and is_apart and is_back:
         x = _mixed(D.T, x)
@@ -59,7 +60,7 @@ def turned(
         "num_warps": min(16, power_above(max(1, sides * Q.p // OF_WARP))),
     }
     if y.numel():
-        launch(FAMILY, "turn", (-(-Q.q // sides), tokens), x.device, given)
+        launch(FAMILY, "turn", (tokens, -(-Q.q // sides)), x.device, given)  # the second: < 65536
     return _mixed(D, y).to(dtype) if D is not None and mixes_after else y
 
 

@@ -41,7 +41,7 @@ def turn(  # type: ignore[no-untyped-def]
     mix: O (q, q), or its transpose by the strides mix_to and mix_from; None where parts do not mix
     here. factor: 1 / sqrt(p).
     """
-    part, token = tl.program_id(0), tl.program_id(1)
+    token, part = tl.program_id(0), tl.program_id(1)
     row = token.to(tl.int64) * n
     inner = tl.arange(0, SIDES * P)
     at = part * (SIDES * P) + inner
