@@ -104,8 +104,10 @@ def adjusted(line: str) -> list[str]:
     line = re.sub(r"--written \d+", "--written 2", line)
     words = shlex.split(line)
     known = _options(words[0])
+    by_mode = {"best": "--steps", "end-to-end": "--search-pool"}
+    refused = {option for mode, option in by_mode.items() if mode in words}
     for name, value in SHORT.items():
-        if name in known and name not in words and not (name == "--steps" and "best" in words):
+        if name in known and name not in words and name not in refused:
             words += [name, value]
     if words[0] == "compress":
         words += [] if "--data" in words else ["--data", "my.txt"]

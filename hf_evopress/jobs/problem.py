@@ -65,8 +65,7 @@ class Problem:
 
     def genome(self, levels: Mapping[str, Any]) -> Genome:
         """Return the genome of a plan, or of its levels, the inverse of `levels`."""
-        own = {u: level for u, level in levels.items() if u not in self.ends.fixed}
-        said = {u: str(level) for u, level in compose.normalize_each(own).items()}
+        said = {u: str(_normal(x)) for u, x in levels.items() if u not in self.ends.fixed}
         said |= {u: str(_normal(level)) for u, level in getattr(levels, "cache", {}).items()}
         for name in self.caches:
             if self.added.inside.get(name) not in said:  # else dropped: there is no cache
