@@ -67,10 +67,10 @@ def launched(text: str, shape: tuple[int, int], tokens: int) -> list[tuple[str, 
     assert kernel is not None
     empty = compose.empty(level, shape, torch.float32)
     state = {n: torch.empty(t.shape, dtype=t.dtype, device="cpu") for n, t in empty.items()}
-    kernel.has_checked = lambda *way: True  # type: ignore[method-assign]
+    setattr(kernel, "has_checked", lambda *way: True)  # noqa: B010
     for module in (gpu_matrix, gpu_turns):
-        module.launch = lambda *given: found.append((given[0], given[1], given[-1]))  # type: ignore[assignment]
-    gpu_matrix.needs_exact = lambda device: False  # type: ignore[assignment]
+        setattr(module, "launch", lambda *given: found.append((given[0], given[1], given[-1])))  # noqa: B010
+    setattr(gpu_matrix, "needs_exact", lambda device: False)  # noqa: B010
     kernel.linear(torch.empty(tokens, shape[1], dtype=torch.bfloat16), state, None)
     return found
 

@@ -1,8 +1,8 @@
 """Microseconds of single layers on a GPU, packed and dense, by turns, in CUDA graphs and without.
 
-    python -m tests.benchmarks.gpu_kernels
-    python -m tests.benchmarks.gpu_kernels --levels trellis:bits=3,codebook=mcg --tokens 1 16
-    python -m tests.benchmarks.gpu_kernels --device cpu --shapes 256x256 --tokens 1 --megabytes 1
+    python tests/benchmarks/gpu_kernels.py
+    python tests/benchmarks/gpu_kernels.py --levels trellis:bits=3,codebook=mcg --tokens 1 16
+    python tests/benchmarks/gpu_kernels.py --device cpu --shapes 256x256 --tokens 1 --megabytes 1
 
 Each figure is of one call among calls of many copies of a layer, as many as make --megabytes, so
 that weights come from memory and not from a cache. Graphs are what `generate` with a static cache
@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from decode import any_state
 from torch import Tensor, nn
 
 from hf_evopress.base.devices import find_device, using
 from hf_evopress.jobs.bench import best, machine, read_bandwidth, read_bytes
 from hf_evopress.loading.layers import CompressedLinear
 from hf_evopress.methods import compose
-from tests.benchmarks.decode import any_state
 
 LEVELS = [
     *(f"rtn:bits={bits},group_size=64" for bits in (2, 3, 4, 8)),

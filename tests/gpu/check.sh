@@ -35,7 +35,7 @@ if [ "$small" != --small ]; then
     fi
     "$python" -m tests.gpu.line --device "$device" --size 1B
     "$python" -m tests.gpu.line --device "$device" --size 1B --offload cpu
-    "$python" -m tests.benchmarks.gpu_kernels --device "$device" --tokens 1 16 512
+    "$python" tests/benchmarks/gpu_kernels.py --device "$device" --tokens 1 16 512
     "$python" tests/benchmarks/trellis.py gaussian --device "$device" --tiles 65536 --state-bits 12
     OMP_NUM_THREADS=2 "$python" tests/benchmarks/trellis.py gaussian --threads 2 --state-bits 12
     "$python" tests/benchmarks/scale.py --device "$device" --size 135M --size 1B --size 8B
