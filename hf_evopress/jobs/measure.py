@@ -143,9 +143,7 @@ def _reload(job: Job, folder: Path) -> Any:
     trust = {"trust_remote_code": True} if job.recipe.trust_remote_code else {}
     model = job.kind.loader.from_pretrained(folder, dtype=dtype_of(job.model), **trust)
     state = model.state_dict()
-    for name in {*never_saved(model)} & {
-        *state
-    }:  # made anew, for the search in the dtype that is shipped
+    for name in never_saved(model) & state.keys():  # made anew, in another dtype than is shipped
         state[name].copy_(state[name].to(job.dtype))
     prepare_layers(model, PACKED)  # the reference that plans were scored with
     job.fit(model)

@@ -74,8 +74,7 @@ def refine_plan(
         },
         revision=revision or found.revision,
     )
-    _check_fits(found, recipe)
-    job = Job(recipe, progress=progress)
+    job = _job_of(found, recipe, progress)
     unseen, length = unseen_tokens(job, test, window)
     store = build_levels(job)
     made = job.plan(
@@ -88,11 +87,21 @@ def _canonical(plan: Plan) -> Plan:
     return plan.replace(levels=compose.normalize_each(plan.levels))
 
 
-def _check_fits(plan: Plan, recipe: Recipe) -> None:
-    """Raise ValueError where a plan is of other units than the model of its recipe."""
-    known = {unit.name: unit.shape for unit in Job(replace(recipe, pin={})).units}
-    inside = {unit for unit, level in plan.items() if _is_in_block(unit) and not level.is_drop}
-    plan.check(known if inside - {*known} else {**plan.shapes, **known})
+def _job_of(plan: Plan, recipe: Recipe, progress: Progress | None) -> Job:
+    """Return the job of a recipe in which a plan is pinned.
+
+    Raises ValueError where the plan is of other units than the model.
+    """
+    try:
+        job = Job(recipe, progress=progress)
+    except ValueError:  # of a pin, if the plan is of another model
+        known = {unit.name: unit.shape for unit in Job(replace(recipe, pin={})).units}
+        inside = {unit for unit, level in plan.items() if _is_in_block(unit) and not level.is_drop}
+        if inside - {*known}:
+            plan.check(known)
+        raise
+    plan.check({**plan.shapes, **{unit.name: unit.shape for unit in job.units}})
+    return job
 
 
 def _is_in_block(unit: str) -> bool:
