@@ -11,6 +11,7 @@ from hf_evopress.methods import compose
 from hf_evopress.methods.base import State
 from hf_evopress.methods.maths.walks import BITS
 
+from .test_kernels import error
 from .test_triton import DEVICE
 
 pytest.importorskip("triton", reason='no Triton: pip install "hf-evopress[dev]" on Linux')
@@ -51,20 +52,35 @@ def test_walks_are_read_at_every_rate_in_every_order(number: int) -> None:
 
 
 @pytest.mark.parametrize("bits", ["7", "8", "3,symmetric=true", "4,scales=bfloat16"])
-def test_codes_of_large_matrices_are_read_without_divisions(bits: str) -> None:
-    shape = (520, 128)  # eighths of the zero points end within a program
+def test_codes_of_whole_rows_are_read_without_divisions(bits: str) -> None:
+    shape = (40, 128)  # eighths of the zero points end within a program
     kernel, state = drawn(f"rtn:bits={bits},group_size=32", shape)
     matrix = kernel._terms[0][0]
-    assert isinstance(matrix, Codes) and matrix.constants["NEAR"]
+    assert isinstance(matrix, Codes) and matrix.constants["WHOLE"]
     W = compose.decompress(kernel.level, state, shape, torch.float32)
     columns = [0, 31, 32, 90, 127]
     for some in (columns[3:4], columns):
         x = torch.eye(128, device=DEVICE)[some]
         assert torch.equal(kernel.linear(x, state, None), W[:, some].T)
-    assert torch.equal(matrix.weights(state, torch.float32, first=500), W[500:])
+    assert torch.equal(matrix.weights(state, torch.float32, first=20), W[20:])
 
 
-@pytest.mark.parametrize("rows, n", [(512, 128), (9, 320), (9, 328), (9, 20)])
+@pytest.mark.parametrize("bits", ["2", "3", "3,symmetric=true", "4", "5", "6", "7"])
+def test_one_token_is_multiplied_by_four_codes_at_once(bits: str) -> None:
+    number = int(bits[0])
+    dtype = (torch.bfloat16, torch.float16)[number % 2]
+    rows, n, group = (24, *((128, 32), (384, 32), (640, 128))[number % 3])  # 1, 3 and 5 parts
+    kernel, state = drawn(f"rtn:bits={bits},group_size={group}", (rows, n))
+    matrix = kernel._terms[0][0]
+    W = compose.decompress(kernel.level, state, (rows, n), torch.float32)
+    x = torch.randn(1, n + 1, device=DEVICE).to(dtype)
+    for some in (x[:, :n], x[:, 1:]):  # the second does not lie in words
+        found = matrix.product(state, some, torch.float32)
+        exact = some.double() @ W.double().T
+        assert error(found, exact) < 1e-6
+
+
+@pytest.mark.parametrize("rows, n", [(16, 128), (9, 320), (9, 328), (9, 20)])
 def test_codes_that_do_not_lie_in_words_or_in_aligned_groups(rows: int, n: int) -> None:
     kernel, state = drawn("rtn:bits=3,group_size=-1", (rows, n))
     W = compose.decompress(kernel.level, state, (rows, n), torch.float32)

@@ -14,7 +14,7 @@ from ...methods.maths.codebook import codebook, weyl_half, weyl_multiplier
 from ...methods.maths.packing import unpack
 from ...methods.maths.trellis_rounding import block_of
 from . import task as T
-from .gpu_matrix import LEAST, MOST, OnGPU, power_above
+from .gpu_matrix import LEAST, OnGPU, at_word, power_above
 from .gpu_turns import FAMILY as TURNS
 from .gpu_turns import scaled, turned
 from .launch import launch
@@ -54,12 +54,13 @@ class Codes(OnGPU):
             **_grid_sizes(self.matrix),
             **{"octets": octets, "BITS": bits, "ALIGNED": is_aligned},
             "WIDE": 1 if octets % 4 else 4,
-            # an eighth of the zero points is of as many rows as a program has, or more
-            "NEAR": is_aligned and is_whole and rows >= 8 * MOST,
+            # the zero points of a row are in one eighth
+            "WHOLE": is_aligned and is_whole and rows % 8 == 0,
+            "PARTS": min(4, power_above(octets // self.columns_at_once())) if is_whole else 1,
         }
 
     def tensors(self, state: Tensors) -> dict[str, Any]:
-        return {"codes": in_words(state[self.matrix.codes]), **_grids(self.matrix, state)}
+        return {"codes": at_word(state[self.matrix.codes]), **_grids(self.matrix, state)}
 
 
 class Floats(OnGPU):
@@ -167,7 +168,7 @@ class Walks(OnGPU):
         return self.rotated.starts if self.constants["L"] > own else None
 
     def tensors(self, state: Tensors) -> dict[str, Any]:
-        codes = in_words(state[self.matrix.codes])
+        codes = at_word(state[self.matrix.codes])
         starts = None if self.starts is None else state[self.starts]
         return {"codes": codes, "starts": starts, "table": self.table_on(codes.device)}
 
@@ -283,11 +284,6 @@ def on_gpu(matrix: Matrix) -> OnGPU:
         T.MMA_WALKS: Walks,
     }
     return kinds[matrix.fixed.get("source", T.CODED)](matrix)
-
-
-def in_words(codes: Tensor) -> Tensor:
-    """Return bytes where they can be read as words of 32 bits: most lie so."""
-    return codes if codes.data_ptr() % 4 == 0 else codes.clone()
 
 
 def order_of(is_top: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ...base.lasting import lasting
 from ...methods.maths.packing import unpack
 from .gpu import Floats, RowsOfTwoKinds, Sparse, Walks, order_of
 from .gpu_layer import TritonKernel, has_failed
-from .gpu_matrix import OnGPU
+from .gpu_matrix import OnGPU, at_word
 from .launch import launch, needs_exact
 from .matrix import KINDS, Tensors
 
@@ -142,7 +142,7 @@ class Call:
         names, kinds = tensors_of(matrix)
         addresses = self.experts.addresses(names, has_bias=has_bias)
         given: dict[str, Any] = {
-            **{"x": x, "tiles": self.tiles.table, "start": start, "order": order, "y": y},
+            **{"x": at_word(x, 8), "tiles": self.tiles.table, "start": start, "order": order, "y": y},
             **{"rows": rows, "n": n, "width": y.shape[1]},
             "addresses": _table(addresses, device),
             **{"ONE": self.tiles.is_one, "EXACT": x.dtype == torch.float32 or needs_exact(device)},

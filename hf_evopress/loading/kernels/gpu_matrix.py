@@ -78,7 +78,7 @@ class OnGPU(ABC):
         tile = self.tile(tokens)
         grid = (-(-rows // tile["BN"]), -(-tokens // tile["BM"]))
         given = {
-            **{"x": x, "start": start, "bias": bias, "order": order, "y": y},
+            **{"x": at_word(x, 8), "start": start, "bias": bias, "order": order, "y": y},
             **{"tokens": tokens, "rows": rows, "n": n, "width": width},
             **{"ONE": tokens == 1, "EXACT": exact},
         }
@@ -160,6 +160,11 @@ class OnGPU(ABC):
 
     def leave_back(self, total: Tensor, state: Tensors) -> Tensor:
         return self.matrix.leave_back(total, state)
+
+
+def at_word(tensor: Tensor, n_bytes: int = 4) -> Tensor:
+    """Return numbers where they can be read in words of so many bytes: most lie so."""
+    return tensor if tensor.data_ptr() % n_bytes == 0 else tensor.clone()
 
 
 def power_above(n: int) -> int:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_fours import add_up_fours
+from .triton_grids import grid_at, row_grid
 from .triton_tiles import finish, multiply, nothing, rows_of, write
 
 
@@ -56,85 +58,33 @@ def numbers_of(code, WIDE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  #
 
 
 @triton.jit
-def code_in(base, e, i, is_there, octets, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the codes int32 at place i of the eighth e of one packed row of 8 * octets codes."""
-    if BITS == 8:
-        code = tl.load(base + e * octets + i, mask=is_there, other=0).to(tl.int32)
-    else:
-        code = tl.zeros_like(i).to(tl.int32)
-        if BITS & 4:
-            place = base + (e & 3) * octets + i
-            part = tl.load(place, mask=is_there, other=0).to(tl.int32)
-            code += ((part >> (4 * (e >> 2))) & 15) << (BITS & 3)
-        if BITS & 2:
-            place = base + ((BITS & 4) + (e & 1)) * octets + i
-            part = tl.load(place, mask=is_there, other=0).to(tl.int32)
-            code += ((part >> (2 * (e >> 1))) & 3) << (BITS & 1)
-        if BITS & 1:
-            place = base + (BITS & 6) * octets + i
-            part = tl.load(place, mask=is_there, other=0).to(tl.int32)
-            code += (part >> e) & 1
-    return code
-
-
-@triton.jit
-def code_at(base, index, is_there, octets, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the codes int32 at any places of one packed row of 8 * octets codes."""
-    e = index // octets
-    return code_in(base, e, index - e * octets, is_there, octets, BITS)
-
-
-@triton.jit
-def grid_at(scales, zeros, index, is_there, zero_octets, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return scale and zero point, float32, of groups numbered over all rows; 0 where masked."""
-    scale = tl.load(scales + index, mask=is_there, other=0.0).to(tl.float32)
-    if zeros is not None:
-        zero = code_at(zeros, index, is_there, zero_octets, BITS).to(tl.float32)
-    else:
-        zero = tl.zeros_like(scale) + (1 << (BITS - 1))
-    return scale, zero
-
-
-@triton.jit
-def grid_near(scales, zeros, index, e0, zero_octets, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the same where all groups are, zero points in eighths e0 and e0 + 1: no division."""
-    scale = tl.load(scales + index).to(tl.float32)
-    if zeros is not None:
-        i = index - e0 * zero_octets
-        is_next = i >= zero_octets
-        e, i = e0 + is_next.to(tl.int32), tl.where(is_next, i - zero_octets, i)
-        zero = code_in(zeros, e, i, is_next | True, zero_octets, BITS).to(tl.float32)
-    else:
-        zero = tl.zeros_like(scale) + (1 << (BITS - 1))
-    return scale, zero
-
-
-@triton.jit
 def weights_of(  # type: ignore[no-untyped-def]
-    codes, scales, zeros, row, is_row, e0, i0, i, n, octets, zero_octets, groups,
+    codes, scales, zeros, row, is_row, i0, i, n, octets, zero_octets, groups,
     E: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr, NEAR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    WIDE: tl.constexpr, WHOLE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Return the weights (BN, BK) float32 of columns E * octets + i: (code - zero) * scale.
 
-    ALIGNED: those columns of a row have one scale. NEAR: all rows and columns are there, in no more
-    than two eighths of the zero points, from e0 on.
+    ALIGNED: those columns of a row have one scale. WHOLE: so they have, and all rows and columns are
+    there, and the number of rows is a multiple of 8.
     """
     words, places = octets // WIDE, codes
     if WIDE == 4:
         places = codes.to(tl.pointer_type(tl.uint32))
     j = i0 // WIDE + tl.arange(0, BK // WIDE)
     is_there = is_row[:, None] & (j < words)[None, :]
-    if NEAR:
+    if WHOLE:
         is_there = tl.full((BN, BK // WIDE), True, tl.int1)
     base = places + row.to(tl.int64)[:, None] * (BITS * words)
     q = numbers_of(eighth(base, j[None, :], is_there, words, E, BITS), WIDE, BN, BK)
     if ALIGNED:
         # columns that pad the last byte of a row belong to no group
-        at = row * groups + tl.minimum((E * octets + i0) // GROUP, groups - 1)
-        if NEAR:
-            scale, zero = grid_near(scales, zeros, at, e0, zero_octets, BITS)
+        group = tl.minimum((E * octets + i0) // GROUP, groups - 1)
+        if WHOLE:
+            scale, zero = row_grid(scales, zeros, row, group, zero_octets, groups, BITS)
+            zero = zero.to(tl.float32)
         else:
+            at = row * groups + group
             scale, zero = grid_at(scales, zeros, at, is_row, zero_octets, BITS)
         w = (q - (zero + 8388608.0)[:, None]) * scale[:, None]
     else:
@@ -147,29 +97,48 @@ def weights_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def add_up(  # type: ignore[no-untyped-def]
+def add_up_weights(  # type: ignore[no-untyped-def]
     x, codes, scales, zeros, row, is_row, token, tokens, n, octets, zero_octets, groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    NEAR: tl.constexpr,
+    WHOLE: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Return the sums of x W^T for BN rows of W and BM tokens, as `finish` takes them."""
-    sums, e0 = nothing(ONE, BM, BN, BK), 0
-    if NEAR:
-        first = tl.min(row, 0)
-        e0, row = first * groups // zero_octets, tl.where(is_row, row, first)
+    """Return the same by weights: for any number of tokens, and any codes."""
+    sums = nothing(ONE, BM, BN, BK)
     for i0 in range(0, octets, BK):
         i = i0 + tl.arange(0, BK)
         for E in tl.static_range(8):
             w = weights_of(
-                codes, scales, zeros, row, is_row, e0, i0, i, n, octets, zero_octets, groups,
-                E, BITS, GROUP, ALIGNED, WIDE, NEAR, BN, BK,
+                codes, scales, zeros, row, is_row, i0, i, n, octets, zero_octets, groups,
+                E, BITS, GROUP, ALIGNED, WIDE, WHOLE, BN, BK,
             )  # fmt: skip
             column = E * octets + i
             is_column = (i < octets) & (column < n)
-            if NEAR:
+            if WHOLE:
                 is_column = tl.full((BK,), True, tl.int1)
             sums = multiply(sums, w, x, token, tokens, column, is_column, n, ONE, EXACT)
+    return sums
+
+
+@triton.jit
+def add_up(  # type: ignore[no-untyped-def]
+    x, codes, scales, zeros, row, is_row, token, tokens, n, octets, zero_octets, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, PARTS: tl.constexpr,
+    ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of x W^T for BN rows of W and BM tokens, as `finish` takes them."""
+    if WHOLE:
+        row = tl.where(is_row, row, 0)
+    if ONE and WHOLE and WIDE == 4 and BITS < 8 and x.dtype.element_ty.primitive_bitwidth == 16:
+        sums = add_up_fours(
+            x, codes, scales, zeros, row, octets, zero_octets, groups, BITS, GROUP, PARTS, BN, BK
+        )
+    else:
+        sums = add_up_weights(
+            x, codes, scales, zeros, row, is_row, token, tokens, n, octets, zero_octets, groups,
+            BITS, GROUP, ALIGNED, WIDE, WHOLE, ONE, EXACT, BM, BN, BK,
+        )  # fmt: skip
     return sums
 
 
@@ -178,7 +147,7 @@ def product(  # type: ignore[no-untyped-def]
     x, codes, scales, zeros, start, bias, order, y,
     tokens, rows, n, width, octets, zero_octets, groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    NEAR: tl.constexpr,
+    WHOLE: tl.constexpr, PARTS: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write x W^T + start + bias to y for BN rows of W and BM tokens."""
@@ -186,7 +155,7 @@ def product(  # type: ignore[no-untyped-def]
     token = tl.program_id(1) * BM + tl.arange(0, BM)
     sums = add_up(
         x, codes, scales, zeros, row, row < rows, token, tokens, n, octets, zero_octets, groups,
-        BITS, GROUP, ALIGNED, WIDE, NEAR, ONE, EXACT, BM, BN, BK,
+        BITS, GROUP, ALIGNED, WIDE, WHOLE, PARTS, ONE, EXACT, BM, BN, BK,
     )  # fmt: skip
     finish(sums, y, start, bias, order, row, rows, token, tokens, width, ONE)
 
@@ -196,7 +165,7 @@ def unpack(  # type: ignore[no-untyped-def]
     codes, scales, zeros, ids, y,
     first, rows, all_rows, n, octets, zero_octets, groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    NEAR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    WHOLE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write rows of W, those that ids names or from `first` on, to y (rows, n)."""
     out, row, is_there = rows_of(ids, first, rows, all_rows, BN)
@@ -204,7 +173,7 @@ def unpack(  # type: ignore[no-untyped-def]
     i = i0 + tl.arange(0, BK)
     for E in tl.static_range(8):
         w = weights_of(
-            codes, scales, zeros, row, is_there, 0, i0, i, n, octets, zero_octets, groups,
+            codes, scales, zeros, row, is_there, i0, i, n, octets, zero_octets, groups,
             E, BITS, GROUP, ALIGNED, WIDE, False, BN, BK,  # rows may be anywhere
         )  # fmt: skip
         column = E * octets + i

@@ -67,7 +67,7 @@ def codes(  # type: ignore[no-untyped-def]
     x, addresses, tiles, start, order, y, rows, n, width, octets, zero_octets, groups,
     SCALE: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    NEAR: tl.constexpr,
+    WHOLE: tl.constexpr, PARTS: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write x W^T + start + bias to y (tokens, width), for matrices of codes."""
@@ -80,7 +80,7 @@ def codes(  # type: ignore[no-untyped-def]
         row_of(x, first, n, ONE), place_of(addresses, expert, 0, tl.uint8),
         place_of(addresses, expert, 1, SCALE), place_of(addresses, expert, 2, ZERO),
         row, row < rows, token, end, n, octets, zero_octets, groups,
-        BITS, GROUP, ALIGNED, WIDE, NEAR, ONE, EXACT, BM, BN, BK,
+        BITS, GROUP, ALIGNED, WIDE, WHOLE, PARTS, ONE, EXACT, BM, BN, BK,
     )  # fmt: skip
     finish_tile(
         sums, y, start, addresses, order, expert, row, rows, token, first, end, width, BIAS, ONE

@@ -29,9 +29,17 @@ def factor_up(  # type: ignore[no-untyped-def]
         sums = codes_up(
             narrow, factor, factor_scales, factor_zeros, row, is_row, token, tokens, rank,
             factor_octets, factor_zero_octets, factor_groups,
-            FACTOR_BITS, FACTOR_GROUP, False, FACTOR_WIDE, False, ONE, True, BM, BN, BK,
+            FACTOR_BITS, FACTOR_GROUP, False, FACTOR_WIDE, False, 1, ONE, True, BM, BN, BK,
         )  # fmt: skip
     return sums
+
+
+@triton.jit
+def both(sums, term, ONE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the sums of both; those of one token may be of different widths."""
+    if ONE:
+        sums, term = tl.sum(sums, 1)[:, None], tl.sum(term, 1)[:, None]
+    return sums + term
 
 
 @triton.jit
@@ -40,7 +48,7 @@ def product_codes(  # type: ignore[no-untyped-def]
     tokens, rows, n, octets, zero_octets, groups,
     rank, factor_octets, factor_zero_octets, factor_groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    NEAR: tl.constexpr,
+    WHOLE: tl.constexpr, PARTS: tl.constexpr,
     FACTOR_BITS: tl.constexpr, FACTOR_GROUP: tl.constexpr, FACTOR_WIDE: tl.constexpr,
     ONE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -49,13 +57,14 @@ def product_codes(  # type: ignore[no-untyped-def]
     token = tl.program_id(1) * BM + tl.arange(0, BM)
     sums = codes_up(
         x, codes, scales, zeros, row, row < rows, token, tokens, n, octets, zero_octets, groups,
-        BITS, GROUP, ALIGNED, WIDE, NEAR, ONE, EXACT, BM, BN, BK,
+        BITS, GROUP, ALIGNED, WIDE, WHOLE, PARTS, ONE, EXACT, BM, BN, BK,
     )  # fmt: skip
-    sums += factor_up(
+    term = factor_up(
         narrow, factor, factor_scales, factor_zeros, row, row < rows, token, tokens, rank,
         factor_octets, factor_zero_octets, factor_groups,
         FACTOR_BITS, FACTOR_GROUP, FACTOR_WIDE, ONE, BM, BN, BK,
     )  # fmt: skip
+    sums = both(sums, term, ONE)
     finish(sums, y, None, bias, None, row, rows, token, tokens, rows, ONE)
 
 
@@ -77,9 +86,10 @@ def product_sparse(  # type: ignore[no-untyped-def]
         octets, row_kept, code_octets, zero_octets, groups,
         M, NUMBER_BITS, BITS, GROUP, ONE, EXACT, BM, BN, BK,
     )  # fmt: skip
-    sums += factor_up(
+    term = factor_up(
         narrow, factor, factor_scales, factor_zeros, row, row < rows, token, tokens, rank,
         factor_octets, factor_zero_octets, factor_groups,
         FACTOR_BITS, FACTOR_GROUP, FACTOR_WIDE, ONE, BM, BN, BK,
     )  # fmt: skip
+    sums = both(sums, term, ONE)
     finish(sums, y, None, bias, None, row, rows, token, tokens, rows, ONE)

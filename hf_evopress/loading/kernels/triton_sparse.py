@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_codes import code_at, grid_at
+from .triton_grids import code_at, grid_at
 from .triton_tiles import finish, multiply, nothing, rows_of, write
 
 
