@@ -142,7 +142,13 @@ class Call:
         names, kinds = tensors_of(matrix)
         addresses = self.experts.addresses(names, has_bias=has_bias)
         given: dict[str, Any] = {
-            **{"x": at_word(x, 8), "tiles": self.tiles.table, "start": start, "order": order, "y": y},
+            **{
+                "x": at_word(x, 8),
+                "tiles": self.tiles.table,
+                "start": start,
+                "order": order,
+                "y": y,
+            },
             **{"rows": rows, "n": n, "width": y.shape[1]},
             "addresses": _table(addresses, device),
             **{"ONE": self.tiles.is_one, "EXACT": x.dtype == torch.float32 or needs_exact(device)},

@@ -34,7 +34,12 @@ class WithLowRank:
         y = torch.empty(tokens, rows, dtype=dtype, device=x.device)
         tile = self.W.tile(tokens)
         given = {
-            **{"x": at_word(x, 8), "narrow": self.A.product(state, x, torch.float32), "bias": bias, "y": y},
+            **{
+                "x": at_word(x, 8),
+                "narrow": self.A.product(state, x, torch.float32),
+                "bias": bias,
+                "y": y,
+            },
             **{"tokens": tokens, "rows": rows, "n": n, "ONE": tokens == 1},
             "EXACT": x.dtype == torch.float32 or needs_exact(x.device),
             **self.W.constants,

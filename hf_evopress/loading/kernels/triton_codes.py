@@ -65,8 +65,8 @@ def weights_of(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Return the weights (BN, BK) float32 of columns E * octets + i: (code - zero) * scale.
 
-    ALIGNED: those columns of a row have one scale. WHOLE: so they have, and all rows and columns are
-    there, and the number of rows is a multiple of 8.
+    ALIGNED: those columns of a row have one scale. WHOLE: the same, all rows and columns are there,
+    and the number of rows is a multiple of 8.
     """
     words, places = octets // WIDE, codes
     if WIDE == 4:

@@ -58,7 +58,7 @@ def number_of(code, one, B: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def two_of(pair, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the two numbers of 16 bits in words, float32."""
-    if KIND == tl.bfloat16:
+    if KIND.is_bf16():
         low = (pair << 16).to(tl.float32, bitcast=True)
         high = (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:

@@ -42,7 +42,7 @@ def weyl(state, FACTOR: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-un
 
 @triton.jit
 def value_of(  # type: ignore[no-untyped-def]
-    state, table, L: tl.constexpr, BOOK: tl.constexpr, FACTOR: tl.constexpr, HALF: tl.constexpr
+    state, table, n, L: tl.constexpr, BOOK: tl.constexpr, FACTOR: tl.constexpr, HALF: tl.constexpr
 ):
     """Return the values float32 of states uint32, whose lowest L bits count.
 
@@ -63,7 +63,9 @@ def value_of(  # type: ignore[no-untyped-def]
                 x = state * 0xCBAC1FED
             else:
                 x = state * 89226354 + 64248484
-            x = (x & 0x8FFF8FFF) ^ 0x3B603B60
+            # with n, which the compiler does not know, the mask and this are one operation, not two
+            flip = ((n & -2147483648) ^ 0x3B603B60).to(tl.uint32, bitcast=True)
+            x = (x & 0x8FFF8FFF) ^ flip
             value = (half_of(x) + half_of(x >> 16)).to(tl.float32)
         else:
             value = tl.load(table + state).to(tl.float32)
@@ -83,14 +85,14 @@ def start_of(starts, walk, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def word_of(  # type: ignore[no-untyped-def]
-    codes, starts, walk, at, PAIR: tl.constexpr, L: tl.constexpr
+    base, starts, walk, tile, at, PAIR: tl.constexpr, L: tl.constexpr
 ):
     """Return the word `at` of walks, uint32, the first bit the highest.
 
-    Before the first word is the last, or where a walk does not bite its tail, its start.
+    base: where the walks of a row of tiles begin; tile: the number of each in that row. Before the
+    first word is the last, or where a walk does not bite its tail, its start.
     """
-    place = walk * (4 * PAIR) + tl.where(at < 0, at + 4 * PAIR, at)
-    word = tl.load(codes.to(tl.pointer_type(tl.uint32)) + place)
+    word = tl.load(base + (tile * (4 * PAIR) + tl.where(at < 0, at + 4 * PAIR, at)))
     word = ((word & 0x00FF00FF) << 8) | ((word >> 8) & 0x00FF00FF)
     word = (word << 16) | (word >> 16)
     if starts is not None:
@@ -122,13 +124,15 @@ def bits_of(  # type: ignore[no-untyped-def]
     end = OWN * (run + 1)
     last = ((end + 31) // 32 - 1)[None, :]
     after = (32 * last + 32 - end[None, :]).to(tl.uint64)
-    walk = (row // 16).to(tl.int64)[None, :] * wide + tile[:, None]
-    new = word_of(codes, starts, walk, last, PAIR, L).to(tl.uint64)
-    past = word_of(codes, starts, walk, last - 1, PAIR, L)
+    walk, tile = (row // 16).to(tl.int64)[None, :] * wide, tile[:, None]
+    base = codes.to(tl.pointer_type(tl.uint32)) + walk * (4 * PAIR)
+    walk += tile
+    new = word_of(base, starts, walk, tile, last, PAIR, L).to(tl.uint64)
+    past = word_of(base, starts, walk, tile, last - 1, PAIR, L)
     new = ((past.to(tl.uint64) << 32) | new) >> after
     past = tl.zeros_like(past)
     if OWN + L - PAIR // 2 + AFTER > 64:
-        past = word_of(codes, starts, walk, last - 2, PAIR, L)
+        past = word_of(base, starts, walk, tile, last - 2, PAIR, L)
         new = new | ((past.to(tl.uint64) << 32) << (32 - after))
         past = past >> after.to(tl.uint32)
     return new, past
@@ -136,7 +140,7 @@ def bits_of(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def weight_of(  # type: ignore[no-untyped-def]
-    new, past, table, J: tl.constexpr, PAIR: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr,
+    new, past, table, n, J: tl.constexpr, PAIR: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr,
     FACTOR: tl.constexpr, HALF: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Return the J-th weight of each run, float32."""
@@ -145,27 +149,27 @@ def weight_of(  # type: ignore[no-untyped-def]
         state = (((past.to(tl.uint64) << 32) | (new >> 32)) >> (LATER - 32)).to(tl.uint32)
     else:
         state = (new >> LATER).to(tl.uint32)
-    return value_of(state, table, L, BOOK, FACTOR, HALF)
+    return value_of(state, table, n, L, BOOK, FACTOR, HALF)
 
 
 @triton.jit
 def weights_of(  # type: ignore[no-untyped-def]
-    codes, starts, table, row, tile, wide,
+    codes, starts, table, row, tile, n, wide,
     PAIR: tl.constexpr, L: tl.constexpr, BOOK: tl.constexpr, FACTOR: tl.constexpr,
     HALF: tl.constexpr, MMA: tl.constexpr, RUN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Return the weights (BN, 16 BK) float32 of rows in these tiles; arguments as in `bits_of`."""
     new, past = bits_of(codes, starts, row, tile, wide, PAIR, L, MMA, RUN)
     # tl.join adds the last dimension: the first bit of J is joined first
-    w0 = weight_of(new, past, table, 0, PAIR, L, BOOK, FACTOR, HALF, RUN)
-    w1 = weight_of(new, past, table, 1, PAIR, L, BOOK, FACTOR, HALF, RUN)
-    w2 = weight_of(new, past, table, 2, PAIR, L, BOOK, FACTOR, HALF, RUN)
-    w3 = weight_of(new, past, table, 3, PAIR, L, BOOK, FACTOR, HALF, RUN)
+    w0 = weight_of(new, past, table, n, 0, PAIR, L, BOOK, FACTOR, HALF, RUN)
+    w1 = weight_of(new, past, table, n, 1, PAIR, L, BOOK, FACTOR, HALF, RUN)
+    w2 = weight_of(new, past, table, n, 2, PAIR, L, BOOK, FACTOR, HALF, RUN)
+    w3 = weight_of(new, past, table, n, 3, PAIR, L, BOOK, FACTOR, HALF, RUN)
     if RUN == 8:
-        w4 = weight_of(new, past, table, 4, PAIR, L, BOOK, FACTOR, HALF, RUN)
-        w5 = weight_of(new, past, table, 5, PAIR, L, BOOK, FACTOR, HALF, RUN)
-        w6 = weight_of(new, past, table, 6, PAIR, L, BOOK, FACTOR, HALF, RUN)
-        w7 = weight_of(new, past, table, 7, PAIR, L, BOOK, FACTOR, HALF, RUN)
+        w4 = weight_of(new, past, table, n, 4, PAIR, L, BOOK, FACTOR, HALF, RUN)
+        w5 = weight_of(new, past, table, n, 5, PAIR, L, BOOK, FACTOR, HALF, RUN)
+        w6 = weight_of(new, past, table, n, 6, PAIR, L, BOOK, FACTOR, HALF, RUN)
+        w7 = weight_of(new, past, table, n, 7, PAIR, L, BOOK, FACTOR, HALF, RUN)
         even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
         odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
     else:
@@ -192,7 +196,7 @@ def add_up(  # type: ignore[no-untyped-def]
     for t0 in range(0, wide, BK):
         tile = tl.minimum(t0 + tl.arange(0, BK), wide - 1)
         w = weights_of(
-            codes, starts, table, row, tile, wide,
+            codes, starts, table, row, tile, n, wide,
             PAIR, L, BOOK, FACTOR, HALF, MMA, RUN, BN, BK,
         )  # fmt: skip
         column = 16 * t0 + tl.arange(0, 16 * BK)
@@ -235,7 +239,7 @@ def unpack(  # type: ignore[no-untyped-def]
     t0 = tl.program_id(1) * BK
     tile = tl.minimum(t0 + tl.arange(0, BK), wide - 1)
     w = weights_of(
-        codes, starts, table, row, tile, wide, PAIR, L, BOOK, FACTOR, HALF, MMA, RUN, BN, BK
+        codes, starts, table, row, tile, n, wide, PAIR, L, BOOK, FACTOR, HALF, MMA, RUN, BN, BK
     )
     column = 16 * t0 + tl.arange(0, 16 * BK)
     write(w, y, out, rows, is_row, column, column < n, n)
