@@ -21,7 +21,7 @@ import pytest
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_evopress.loading.kernels import compiled
+from hf_evopress.loading.kernels.cpu import compiled
 from hf_evopress.loading.quantizer import attach
 from hf_evopress.loading.stitch import compress_model
 from hf_evopress.models.units import find_units

@@ -354,6 +354,6 @@ def test_only_the_files_for_vllm_import_it_and_nothing_imports_those(path: Path)
 def test_only_kernels_in_triton_import_it_and_nothing_imports_those(path: Path) -> None:
     is_own = path.name.startswith("triton_")
     roots = {name.partition(".")[0] for name in imports(path)}
-    assert is_own or "triton" not in roots, "import_module at the first launch (kernels/launch.py)"
-    own = {m for m in inner_imports(path) if m.startswith("loading.kernels.triton_")}
+    assert is_own or "triton" not in roots, "import_module at the first launch: gpu/launch.py"
+    own = {m for m in inner_imports(path) if m.startswith("loading.kernels.gpu.triton_")}
     assert is_own or not own

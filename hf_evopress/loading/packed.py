@@ -13,7 +13,7 @@ from ..methods import compose
 from ..methods.base import Shape, State
 from ..plans.level import Level
 from .computed_weight import READ_ONLY, ComputedWeight, traced_weight
-from .kernels.gpu_layer import triton_kernel_of
+from .kernels.gpu.layer import triton_kernel_of
 from .kernels.layer import Kernel, kernel_of
 from .runtimes import BY_KERNELS, PACKED, RUNTIMES, TRITON, check_device, chosen
 

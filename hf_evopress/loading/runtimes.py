@@ -30,8 +30,8 @@ from ..methods.base import Shape
 from ..plans.level import Level
 from ..plans.plan import Plan
 from .int4 import Int4, has_int4_kernel
-from .kernels.gpu_layer import triton_kernel_of
-from .kernels.launch import why_not
+from .kernels.gpu.launch import why_not
+from .kernels.gpu.layer import triton_kernel_of
 from .kernels.layer import DTYPES
 from .kernels.operators import usable, why_failed
 from .runtime import Expanded, Runtime

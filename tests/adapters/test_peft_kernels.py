@@ -12,8 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from hf_evopress.loading.kernels import gpu_layer, operators
-from hf_evopress.loading.kernels.gpu_layer import TritonKernel
+from hf_evopress.loading.kernels import operators
+from hf_evopress.loading.kernels.gpu import layer as gpu_layer
+from hf_evopress.loading.kernels.gpu.layer import TritonKernel
 from hf_evopress.loading.kernels.layer import Kernel
 from hf_evopress.loading.layers import compressed_linears, prepare_layers
 from hf_evopress.loading.quantizer import attach

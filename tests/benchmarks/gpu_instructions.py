@@ -26,8 +26,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_evopress.loading.kernels import gpu_matrix, gpu_turns
-from hf_evopress.loading.kernels.gpu_layer import triton_kernel_of
+from hf_evopress.loading.kernels.gpu import matrix as gpu_matrix
+from hf_evopress.loading.kernels.gpu import turns as gpu_turns
+from hf_evopress.loading.kernels.gpu.layer import triton_kernel_of
 from hf_evopress.methods import compose
 from tests.loading.compile_for_gpus import described
 
@@ -87,7 +88,7 @@ def measured(family: str, name: str, given: Any) -> tuple[float, float] | None:
     """Return a product's instructions per weight, and those of whole numbers; None of others."""
     if name != "product":
         return None
-    kernel = getattr(import_module(f"hf_evopress.loading.kernels.triton_{family}"), name)
+    kernel = getattr(import_module(f"hf_evopress.loading.kernels.gpu.triton_{family}"), name)
     made = triton.compile(ASTSource(kernel, *described(kernel, given)), target=H100)
     columns = (16 if family == "walks" else 8 * parts(given)) * given["BK"]
     weights = given["BN"] * columns / (32 * made.metadata.num_warps)

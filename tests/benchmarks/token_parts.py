@@ -18,7 +18,7 @@ from generate import load, plan_at, rounded
 from torch import Tensor, nn
 
 from hf_evopress.jobs.bench import START, decoder, machine
-from hf_evopress.loading.kernels.compiled import compiled, scratch
+from hf_evopress.loading.kernels.cpu.compiled import compiled, scratch
 from hf_evopress.loading.layers import CompressedLinear, prepare_layers
 from hf_evopress.loading.replace import replace_linears
 

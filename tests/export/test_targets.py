@@ -16,7 +16,7 @@ from hf_evopress.export.compressed_tensors import check_plan
 from hf_evopress.export.exl3_format.tensors import LEVEL, obstacles
 from hf_evopress.export.gguf import fits_file
 from hf_evopress.export.onnx_format.layers import is_packed
-from hf_evopress.loading.kernels import launch
+from hf_evopress.loading.kernels.gpu import launch
 from hf_evopress.loading.runtimes import KERNELS, TRITON_KERNELS, chosen
 from hf_evopress.methods import compose
 from hf_evopress.methods.menu import fits

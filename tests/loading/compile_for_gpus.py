@@ -16,9 +16,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_evopress.loading.kernels import gpu, gpu_experts, gpu_lowrank, gpu_matrix, gpu_turns
-from hf_evopress.loading.kernels.gpu_experts import Experts, can_group, grouped
-from hf_evopress.loading.kernels.gpu_layer import TritonKernel, dense_kernel, triton_kernel_of
+from hf_evopress.loading.kernels.gpu import experts as gpu_experts
+from hf_evopress.loading.kernels.gpu import kinds as gpu
+from hf_evopress.loading.kernels.gpu import lowrank as gpu_lowrank
+from hf_evopress.loading.kernels.gpu import matrix as gpu_matrix
+from hf_evopress.loading.kernels.gpu import turns as gpu_turns
+from hf_evopress.loading.kernels.gpu.experts import Experts, can_group, grouped
+from hf_evopress.loading.kernels.gpu.layer import TritonKernel, dense_kernel, triton_kernel_of
 from hf_evopress.methods import compose
 from hf_evopress.methods.maths import triton_viterbi, viterbi_gpu
 from hf_evopress.methods.maths.linalg import Stats
@@ -54,7 +58,7 @@ def compile_as_launched(
     family: str, name: str, grid: tuple[int, ...], device: torch.device, given: Mapping[str, Any]
 ) -> None:
     """Compile a kernel for all TARGETS with the types and constants that it is launched with."""
-    module = import_module(f"hf_evopress.loading.kernels.triton_{family}")
+    module = import_module(f"hf_evopress.loading.kernels.gpu.triton_{family}")
     options = {"num_warps": given["num_warps"]} if "num_warps" in given else {}
     compile_for_all(family, name, getattr(module, name), given, options)
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from hf_evopress.loading.experts import group_experts
 from hf_evopress.loading.kernels import experts as operators
-from hf_evopress.loading.kernels import gpu_experts, gpu_layer, steps
-from hf_evopress.loading.kernels.gpu_experts import FEW, tiles_of
+from hf_evopress.loading.kernels import steps
+from hf_evopress.loading.kernels.gpu import experts as gpu_experts
+from hf_evopress.loading.kernels.gpu import layer as gpu_layer
+from hf_evopress.loading.kernels.gpu.experts import FEW, tiles_of
 from hf_evopress.loading.kernels.layer import MOST_TOKENS
 from hf_evopress.loading.layers import CompressedLinear, prepare_layers
 from hf_evopress.methods import compose

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
-from hf_evopress.loading.kernels import gpu_layer, operators
+from hf_evopress.loading.kernels import operators
+from hf_evopress.loading.kernels.gpu import layer as gpu_layer
 from hf_evopress.loading.layers import prepare_layers
 from hf_evopress.loading.quantizer import attach
 from hf_evopress.loading.stitch import compress_model

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_evopress.loading.kernels import compiled, dots, operators, places, terms, walks, weyl
 from hf_evopress.loading.kernels import layer as layer_module
+from hf_evopress.loading.kernels import operators, terms
+from hf_evopress.loading.kernels.cpu import compiled, dots, places, walks, weyl
 from hf_evopress.loading.kernels.layer import MOST_TOKENS, SLICE, Kernel, kernel_of
 from hf_evopress.loading.layers import CompressedLinear
 from hf_evopress.loading.runtimes import KERNELS

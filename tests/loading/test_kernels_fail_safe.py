@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from hf_evopress.loading.embedding import compress_embedding
-from hf_evopress.loading.kernels import compiled, operators
+from hf_evopress.loading.kernels import operators
+from hf_evopress.loading.kernels.cpu import compiled
 from hf_evopress.loading.layers import CompressedLinear
 from hf_evopress.methods import compose
 from hf_evopress.plans.level import Level

@@ -19,8 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_evopress.loading.kernels import gpu_layer, gpu_lowrank, gpu_matrix, launch
-from hf_evopress.loading.kernels.gpu_layer import MOST_TOKENS, TritonKernel, triton_kernel_of
+from hf_evopress.loading.kernels.gpu import launch
+from hf_evopress.loading.kernels.gpu import layer as gpu_layer
+from hf_evopress.loading.kernels.gpu import lowrank as gpu_lowrank
+from hf_evopress.loading.kernels.gpu import matrix as gpu_matrix
+from hf_evopress.loading.kernels.gpu.layer import MOST_TOKENS, TritonKernel, triton_kernel_of
 from hf_evopress.loading.layers import CompressedLinear, prepare_layers
 from hf_evopress.loading.runtimes import KERNELS, TRITON_KERNELS, check_device, chosen
 from hf_evopress.methods import base, compose, trellis
@@ -340,7 +343,7 @@ def test_a_kernel_that_fails_is_left_with_one_warning_that_names_it(
 def test_a_kernel_that_computes_something_else_is_left_at_its_first_call(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from hf_evopress.loading.kernels.gpu import Codes
+    from hf_evopress.loading.kernels.gpu.kinds import Codes
 
     made = layer("rtn:bits=5,group_size=32,symmetric=true")
     x = torch.randn(3, 96, device=DEVICE)
@@ -361,7 +364,7 @@ def test_a_kernel_that_computes_something_else_is_left_at_its_first_call(
 def test_where_the_first_input_tells_nothing_another_is_tried(
     value: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from hf_evopress.loading.kernels.gpu import Codes
+    from hf_evopress.loading.kernels.gpu.kinds import Codes
 
     made = layer()
     made._kernel._checked.clear()

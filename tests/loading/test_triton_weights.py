@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_evopress.loading.kernels.gpu import Codes
-from hf_evopress.loading.kernels.gpu_layer import TritonKernel, triton_kernel_of
+from hf_evopress.loading.kernels.gpu.kinds import Codes
+from hf_evopress.loading.kernels.gpu.layer import TritonKernel, triton_kernel_of
 from hf_evopress.methods import compose
 from hf_evopress.methods.base import State
 from hf_evopress.methods.maths.walks import BITS

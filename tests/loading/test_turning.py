@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_evopress.loading.kernels.turning import rotate_rows
+from hf_evopress.loading.kernels.cpu.turning import rotate_rows
 from hf_evopress.methods.maths.rotation import parts, rotate, unrotate
 
 SIZES = (1, 6, 8, 13, 48, 192, 224, 320, 576, 1536, 2048, 4096, 14336)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_evopress.loading.kernels import gpu_matrix, gpu_turns
-from hf_evopress.loading.kernels.gpu_turns import turned
+from hf_evopress.loading.kernels.gpu import matrix as gpu_matrix
+from hf_evopress.loading.kernels.gpu import turns as gpu_turns
+from hf_evopress.loading.kernels.gpu.turns import turned
 from hf_evopress.methods import compose
 from hf_evopress.methods.maths.rotation import rotate, unrotate
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import task as T
-from .compiled import bytes_of, bytes_of_thread, compiled, scratch, threads_for
+from .cpu.compiled import bytes_of, bytes_of_thread, compiled, scratch, threads_for
 from .layer import MOST_TOKENS, Kernel
 from .matrix import KINDS, Matrix, Tensors
 from .tracing import has_tangents, in_functorch

@@ -3,7 +3,7 @@
 Tokens come sorted by their expert, so that no shape depends on how they are routed. On a CPU all
 experts are one call of the compiled kernels, whatever their levels; an expert with many tokens, and
 one without a kernel, is a product by itself. On a GPU those of one level, dense ones too, are one
-launch (gpu_experts.py), unless one of them has no kernel. `evopress::experts` is the operator: for
+launch (gpu/experts.py), unless one of them has no kernel. `evopress::experts` is the operator: for
 torch.compile and for gradients.
 """
 
@@ -21,8 +21,8 @@ from torch import Tensor
 from ...methods import compose
 from ...methods.base import Shape
 from ...plans.level import DENSE, Level
-from .gpu_experts import FAMILY, FEW, Experts, can_group, grouped
-from .gpu_layer import CHECKED, TritonKernel, dense_kernel, probe, tells
+from .gpu.experts import FAMILY, FEW, Experts, can_group, grouped
+from .gpu.layer import CHECKED, TritonKernel, dense_kernel, probe, tells
 from .layer import DTYPES, Kernel
 from .operators import failures, give_up_on, kernel_on, known_layer
 from .steps import finish_all

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...methods import compose
 from ...methods.base import Shape
 from ...plans.level import Level
-from .compiled import most_by_integers
+from .cpu.compiled import most_by_integers
 from .matrix import Matrix, Tensors
 from .steps import Steps, finish
 from .terms import factors
@@ -195,7 +195,7 @@ class Kernel:
 
 def _elsewhere(level: Level, shape: Shape, device: torch.device) -> Kernel | None:
     # there, the kernels of this file are the base class
-    return import_module(".gpu_layer", __package__).for_device(level, shape, device)  # type: ignore[no-any-return]
+    return import_module(".gpu.layer", __package__).for_device(level, shape, device)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=4096)

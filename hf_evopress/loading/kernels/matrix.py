@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...methods.base import Shape
 from . import task as T
-from .compiled import Task, run
+from .cpu.compiled import Task, run
 from .steps import Steps, finish
 
 KINDS = {torch.float32: T.FLOAT32, torch.bfloat16: T.BFLOAT16, torch.float16: T.FLOAT16}

@@ -23,8 +23,8 @@ from torch import Tensor
 from ...methods import compose
 from ...methods.base import Shape, State
 from ...plans.level import Level
-from .gpu_layer import TritonKernel, give_up, triton_kernel_of
-from .launch import KernelError
+from .gpu.launch import KernelError
+from .gpu.layer import TritonKernel, give_up, triton_kernel_of
 from .layer import DTYPES, Kernel, kernel_of
 from .tracing import has_tangents, in_functorch, is_exporting, is_traced
 from .transforms import Product, whole_batches

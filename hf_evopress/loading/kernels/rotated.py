@@ -15,9 +15,9 @@ from torch import Tensor
 from ...methods.maths.rotation import parts
 from ...methods.maths.trellis_rounding import block_of
 from . import task as T
+from .cpu.turning import rotate_rows
 from .matrix import Matrix, Tensors
 from .steps import Steps
-from .turning import rotate_rows
 
 
 @dataclass(frozen=True)

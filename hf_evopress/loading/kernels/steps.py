@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .compiled import run
+from .cpu.compiled import run
 
 Steps = Generator[Any, None, Tensor]  # of tasks
 

@@ -20,11 +20,11 @@ from ...methods.maths.two_sided import TILE
 from ...methods.rows import Rows, parts_of
 from ...methods.trellis import Trellis
 from . import task as T
-from .compiled import chunk_of, weyl_bytes
+from .cpu.compiled import chunk_of, weyl_bytes
+from .cpu.weyl import CHUNKS
 from .matrix import KINDS, Matrix
 from .rotated import Rotated
 from .stacked import Stacked
-from .weyl import CHUNKS
 
 Factors = tuple[Matrix, ...]  # of one term: W, or of a low-rank one A and B with W = B A
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ...base.devices import capability, is_captured
-from ...base.triton_errors import failures
+from ....base.devices import capability, is_captured
+from ....base.triton_errors import failures
 
 DEVICES = ("cuda", "xpu")
 LEAST_CAPABILITY = (8, 0)  # of NVIDIA's GPUs, for products of bfloat16

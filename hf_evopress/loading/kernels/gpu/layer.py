@@ -1,4 +1,4 @@
-"""The kernels of a layer on a GPU, in Triton: those of layer.py with other matrices."""
+"""The kernels of a layer on a GPU, in Triton: those of ../layer.py with other matrices."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...base.devices import is_captured
-from ...methods import compose
-from ...methods.base import Shape
-from ...plans.level import DENSE, Level
-from . import task as T
-from .gpu import on_gpu
-from .gpu_lowrank import FAMILY as LOW_RANK
-from .gpu_lowrank import with_low_rank
+from ....base.devices import is_captured
+from ....methods import compose
+from ....methods.base import Shape
+from ....plans.level import DENSE, Level
+from .. import task as T
+from ..layer import Kernel, kernel_of
+from ..matrix import KINDS, Matrix, Tensors
+from ..steps import Steps
+from .kinds import on_gpu
 from .launch import KernelError, why_not
-from .layer import Kernel, kernel_of
-from .matrix import KINDS, Matrix, Tensors
-from .steps import Steps
+from .lowrank import FAMILY as LOW_RANK
+from .lowrank import with_low_rank
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .task import (
+from ..task import (
     CHUNK,
     FLOAT32,
     FLOAT_CHUNKS,

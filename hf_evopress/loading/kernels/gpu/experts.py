@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...base.lasting import lasting
-from ...methods.maths.packing import unpack
-from .gpu import Floats, RowsOfTwoKinds, Sparse, Walks, order_of
-from .gpu_layer import TritonKernel, has_failed
-from .gpu_matrix import OnGPU, at_word
+from ....base.lasting import lasting
+from ....methods.maths.packing import unpack
+from ..matrix import KINDS, Tensors
+from .kinds import Floats, RowsOfTwoKinds, Sparse, Walks, order_of
 from .launch import launch, needs_exact
-from .matrix import KINDS, Tensors
+from .layer import TritonKernel, has_failed
+from .matrix import OnGPU, at_word
 
 FAMILY = "experts"
 FEW = 16  # tokens, up to which a program has one of them

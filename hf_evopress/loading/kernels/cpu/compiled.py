@@ -24,8 +24,25 @@ from typing import Any
 
 import torch
 
-from ...base.progress import saying
-from ...methods.maths import codebook
+from ....base.progress import saying
+from ....methods.maths import codebook
+from .. import task as task_places
+from ..task import (
+    CHUNK,
+    COUNT,
+    LEAST_ROOM,
+    PARALLEL,
+    ROOM_SIZE,
+    ROWS,
+    SAME,
+    SIZE,
+    THREADS,
+    TOKENS,
+    WORK,
+    X_KIND,
+    N,
+    X,
+)
 from . import (
     blocks,
     butterflies,
@@ -44,23 +61,6 @@ from . import (
     walk_rows,
     walks,
     weyl,
-)
-from . import task as task_places
-from .task import (
-    CHUNK,
-    COUNT,
-    LEAST_ROOM,
-    PARALLEL,
-    ROOM_SIZE,
-    ROWS,
-    SAME,
-    SIZE,
-    THREADS,
-    TOKENS,
-    WORK,
-    X_KIND,
-    N,
-    X,
 )
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ...methods.maths.codebook import weyl_half
-from .computed import sum_computed, words_of
-from .task import (
+from ....methods.maths.codebook import weyl_half
+from ..task import (
     BFLOAT16,
     BITS,
     CHUNK,
@@ -32,6 +31,7 @@ from .task import (
     N,
     Y,
 )
+from .computed import sum_computed, words_of
 
 MOST = 16  # tokens whose sums a thread has room for
 # bytes in a thread's memory, 17600 in all

@@ -1,6 +1,6 @@
 """A packed matrix on a GPU: products and rows by a Triton kernel of its family.
 
-Each wraps the description that the CPU's kernels read (matrix.py, terms.py): the packed tensors
+Each wraps the description that the CPU's kernels read (../matrix.py, terms.py): the packed tensors
 are the same. Sizes of tiles follow from shapes; none was tuned on a machine.
 """
 
@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...methods.base import Shape
+from ....methods.base import Shape
+from ..matrix import Matrix, Tensors
+from ..steps import Steps
 from .launch import launch, needs_exact
-from .matrix import Matrix, Tensors
-from .steps import Steps
 
 LEAST, MOST = 16, 64  # columns, and rows, of a tile; tl.dot takes no fewer
 

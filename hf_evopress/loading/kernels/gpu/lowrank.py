@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gpu import Codes, Floats, Sparse
-from .gpu_matrix import OnGPU, at_word
+from ..matrix import Tensors
+from .kinds import Codes, Floats, Sparse
 from .launch import launch, needs_exact
-from .matrix import Tensors
+from .matrix import OnGPU, at_word
 
 FAMILY = "lowrank"
 

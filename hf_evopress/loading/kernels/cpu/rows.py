@@ -1,7 +1,7 @@
 """Rows of a packed weight, unpacked into the cache: the first half of what numba compiles.
 
-A task (`task.py`) says where the packed tensors are; `s` is the memory of the thread. The numbers
-are those of decompress(), to the bit: (code - zero) * scale in float32. Addresses and plain loads
+A task (`../task.py`) says where the packed tensors are; `s` is the memory of the thread. The
+numbers are those of decompress(), to the bit: (code - zero) * scale in float32. Addresses, loads
 instead of arrays: numba compiles those four times as fast, and checks no index.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .task import (
+from ..task import (
     ALL_ROWS,
     BFLOAT16,
     BITS,

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...methods.maths.codebook import weyl_half
-from .task import (
+from ....methods.maths.codebook import weyl_half
+from ..task import (
     BITS,
     CHUNK,
     CODES,

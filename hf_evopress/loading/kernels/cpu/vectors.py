@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...methods.maths.packing import PLANES
+from ....methods.maths.packing import PLANES
 from .lanes import constant_of, llvm_ir
 
 STEP = 32  # bytes of a vector

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .dots import TOGETHER
-from .task import (
+from ..task import (
     BFLOAT16,
     BIAS,
     BITS,
@@ -39,6 +38,7 @@ from .task import (
     Q,
     Y,
 )
+from .dots import TOGETHER
 
 # what compiled.py puts here: loads and stores (memory.py), vectors (lanes.py, dots.py), rows.py,
 # native.write, dots.AT_ONCE

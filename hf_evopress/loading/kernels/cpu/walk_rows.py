@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .task import BITS, CODES, MMA_WALKS, NUMBER_BITS, PLACES, ROOM, SOURCE, TABLE, WIDTH, W
+from ..task import BITS, CODES, MMA_WALKS, NUMBER_BITS, PLACES, ROOM, SOURCE, TABLE, WIDTH, W
 
 # what compiled.py puts here: loads and stores (memory.py)
 get: Any = None

@@ -7,10 +7,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ...methods.maths.rotation import Parts
+from ....methods.maths.rotation import Parts
+from ..matrix import KINDS
 from . import turns as J
 from .compiled import compiled, scratch, threads_for
-from .matrix import KINDS
 
 Job = ctypes.c_int64 * J.SIZE
 WORK_OF_NUMBER = 16  # multiplications that take as long as one number's rotation

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...methods.maths.walks import BITS
+from ....methods.maths.walks import BITS
 from .floats import rounded
 from .lanes import LANES, llvm_ir, loop_of, place_of, vector_of
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .task import FLOAT32
+from ..task import FLOAT32
 
 # what a job holds: addresses and sizes, one int64 each, at these places of an array
 NEXT = 0  # the next token to be taken

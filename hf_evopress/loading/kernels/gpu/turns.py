@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ...methods.maths.rotation import parts, rotate, unrotate
-from .gpu_matrix import power_above
+from ....methods.maths.rotation import parts, rotate, unrotate
 from .launch import launch
+from .matrix import power_above
 
 FAMILY = "turns"
 SIZE, MOST = 2048, 2**15  # numbers of a program: of several short parts, and at most

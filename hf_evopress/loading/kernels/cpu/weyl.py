@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ...methods.maths.codebook import WEYL_POLYNOMIAL, WEYL_UNIT
+from ....methods.maths.codebook import WEYL_POLYNOMIAL, WEYL_UNIT
 from .lanes import constant_of, llvm_ir, loop_of, place_of, splat_at, spread_of, vector_of
 from .walks import PAIRS, SIDE, up_to
 

@@ -11,18 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import multiply_codes
-from .inputs import place, prepare, share
-from .rows import (
-    count_kept,
-    expand_codes,
-    read_grids,
-    read_weights,
-    round_bfloat16,
-    to_bfloat16,
-    to_float,
-)
-from .task import (
+from ..task import (
     BFLOAT16,
     BIAS,
     BIAS_KIND,
@@ -61,6 +50,17 @@ from .task import (
     W,
     X,
     Y,
+)
+from .blocks import multiply_codes
+from .inputs import place, prepare, share
+from .rows import (
+    count_kept,
+    expand_codes,
+    read_grids,
+    read_weights,
+    round_bfloat16,
+    to_bfloat16,
+    to_float,
 )
 
 # what compiled.py puts here: loads and stores (memory.py), vectors (lanes.py, floats.py),

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...base.lasting import lasting
-from ...methods.maths.codebook import codebook, weyl_half, weyl_multiplier
-from ...methods.maths.packing import unpack
-from ...methods.maths.trellis_rounding import block_of
-from . import task as T
-from .gpu_matrix import LEAST, OnGPU, at_word, power_above
-from .gpu_turns import FAMILY as TURNS
-from .gpu_turns import scaled, turned
+from ....base.lasting import lasting
+from ....methods.maths.codebook import codebook, weyl_half, weyl_multiplier
+from ....methods.maths.packing import unpack
+from ....methods.maths.trellis_rounding import block_of
+from .. import task as T
+from ..matrix import Matrix, Tensors
+from ..rotated import Rotated
+from ..stacked import Stacked
 from .launch import launch
-from .matrix import Matrix, Tensors
-from .rotated import Rotated
-from .stacked import Stacked
+from .matrix import LEAST, OnGPU, at_word, power_above
+from .turns import FAMILY as TURNS
+from .turns import scaled, turned
 
 FORMULAS = ("mul1", "mcg", "3inst", "weyl")  # codebooks that are computed
 
