@@ -1,4 +1,4 @@
-"""The README's code: Python blocks are run, on tiny models; every command is parsed.
+"""The code of README and guides: Python blocks are run, on tiny models; every command is parsed.
 
 What a block names is made first, in an empty folder: a name with "bit" in it is a compressed
 model, one with "eora" or "adapter" an adapter, *.txt a text, any other owner/name a dense model.
@@ -23,11 +23,15 @@ from hf_evopress.models.units import find_units
 from .hub_server import Hub
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+# in the order that their code runs in: what a block uses is of its own page or of the README
+PAGES = [ROOT / "README.md", *(ROOT / f"docs/{n}.md" for n in ("running", "formats", "sizes"))]
+PAGES.append(ROOT / "docs/results.md")
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[str]:
@@ -40,6 +44,13 @@ def commands() -> list[str]:
 
 def of(program: str) -> list[str]:
     return [line for line in commands() if line.startswith(program + " ")]
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+LINKED = ["README.md", "tests/benchmarks/README.md", *(f"docs/{p.name}" for p in DOCS)]
 
 
 @pytest.fixture
@@ -89,7 +100,7 @@ def _model(path: Path, name: str, model: nn.Module) -> None:
 def test_the_python_blocks_run_in_order(hub: Hub, place: Path) -> None:
     namespace: dict[str, object] = {}
     for number, block in enumerate(blocks("python"), start=1):
-        exec(compile(block, f"README.md, Python block {number}", "exec"), namespace)
+        exec(compile(block, f"Python block {number} of {len(PAGES)} pages", "exec"), namespace)
 
 
 def test_there_is_code_to_check() -> None:
@@ -119,3 +130,17 @@ def test_a_make_target_is_there(line: str) -> None:
 def test_a_script_is_there(line: str) -> None:
     script = shlex.split(line)[1]
     assert script in ("-m", "-c") or (ROOT / script).is_file()
+
+
+@pytest.mark.parametrize("page", sorted(LINKED), ids=str)
+def test_links_lead_somewhere(page: str) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", read(page)):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
