@@ -13,7 +13,6 @@ from ..base.target import check_target
 from ..calibration.text import is_own
 from ..recipes.recipe import Recipe
 from ..training.settings import Tuning
-from ..training.tune import tune
 
 
 def check_follow_up(recipe: Recipe, *, overwrite: bool = False) -> None:
@@ -64,6 +63,8 @@ def follow_up(
         )
     if recipe.tune is not None:
         settings = _tuning(recipe, beside=made.get("adapter"))
+        from ..training.tune import tune  # imports Trainer, and with it datasets and peft
+
         made["tune"] = tune(
             str(folder),
             f"{folder}-tuned",

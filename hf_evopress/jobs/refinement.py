@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,8 +35,10 @@ from ..refine.levels import refine_levels
 from ..store.level_store import LevelStore
 from ..training.pv_tuning import has_p_step
 from ..training.settings import CODES, Tuning
-from ..training.tune import Tuned, trained
 from .job import Job
+
+if TYPE_CHECKING:
+    from ..training.tune import Tuned
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +156,8 @@ def distil(job: Job, plan: Plan, folder: Path) -> tuple[bool, Plan]:
     work = job.work / f"end-to-end-{text_fingerprint(*map(str, made_from.values()))}"
     claim(work, made_from, what="a training run")
     targets = [_targets(job, ids) for ids in (learn, judge)]
+    from ..training.tune import trained  # imports Trainer, and with it datasets and peft
+
     done = trained(str(folder), folder, settings, *targets, work=work)
     notes = distilled_notes(done, settings.steps, written=len(job.written))
     logger.info("distilled: %s", notes)
