@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from hf_evopress.jobs import reporting
 from hf_evopress.jobs.reporting import Reports
 
 HISTORY = [
@@ -31,7 +30,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             seen.append(("end",))
 
-    monkeypatch.setattr(reporting, "get_reporting_integration_callbacks", lambda x: [Recorder])
+    name = "transformers.integrations.get_reporting_integration_callbacks"
+    monkeypatch.setattr(name, lambda x: [Recorder])
     return seen
 
 
