@@ -47,8 +47,9 @@ def mixture(tiny_model: Callable[..., nn.Module]) -> Callable[..., Any]:
         levels: list[str] | None = None,
         dtype: torch.dtype = torch.float32,
         runtime: str = "auto",
+        width: int = 64,
     ) -> Any:
-        model = tiny_model(kind).to(dtype)
+        model = tiny_model(kind, hidden_size=width).to(dtype)
         split_experts(model)
         found = next(m for m in model.modules() if isinstance(m, SplitExperts))
         for own, text in zip(found, levels or ALIKE, strict=True):
@@ -81,12 +82,14 @@ def one_by_one(experts: Any, *given: Tensor) -> Tensor:
     return twin(*given)  # type: ignore[no-any-return]
 
 
-def routed(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def routed(
+    tokens: int, dtype: torch.dtype = torch.float32, width: int = 64
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens that the first expert gets all of, the second some, the third none."""
     torch.manual_seed(0)
     expert = torch.zeros(tokens, 2, dtype=torch.int64)
     expert[:, 1] = torch.tensor([1, 3, NONE])[torch.arange(tokens) % 3]
-    return torch.randn(tokens, 64).to(dtype), expert, torch.rand(tokens, 2).to(dtype)
+    return torch.randn(tokens, width).to(dtype), expert, torch.rand(tokens, 2).to(dtype)
 
 
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -303,6 +306,22 @@ def test_triton_kernels_answer_as_the_reference(
     wanted = one_by_one(experts, *routed(tokens, dtype))
     close = 1e-4 if dtype == torch.float32 else 2e-2
     assert torch.allclose(found.cpu(), wanted, atol=close)
+
+
+@torch.no_grad()
+def test_a_token_is_multiplied_by_four_codes_of_its_experts_at_once(
+    mixture: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason='no Triton: pip install "hf-evopress[dev]" on Linux')
+    monkeypatch.setattr(gpu_layer.TritonKernel, "has_checked", lambda *given: True)
+    experts = mixture(dtype=torch.bfloat16, runtime="triton", width=128).to(DEVICE)
+    shape = experts[0].get_submodule(experts[0].names[0]).shape
+    kernel = gpu_layer.triton_kernel_of(compose.normalize(ALIKE[0]), shape)
+    assert shape[1] == 128 and kernel._terms[0][0].constants["WHOLE"]
+    found = experts(*(one.to(DEVICE) for one in routed(2, torch.bfloat16, 128))).cpu()
+    prepare_layers(experts.to("cpu"), "packed")
+    wanted = one_by_one(experts, *routed(2, torch.bfloat16, 128))
+    assert torch.allclose(found, wanted, atol=2e-2)
 
 
 @torch.no_grad()

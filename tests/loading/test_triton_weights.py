@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_evopress.loading.kernels.gpu import lowrank as gpu_lowrank
 from hf_evopress.loading.kernels.gpu.kinds import Codes
 from hf_evopress.loading.kernels.gpu.layer import TritonKernel, triton_kernel_of
 from hf_evopress.methods import compose
@@ -78,6 +79,22 @@ def test_one_token_is_multiplied_by_four_codes_at_once(bits: str) -> None:
         found = matrix.product(state, some, torch.float32)
         exact = some.double() @ W.double().T
         assert error(found, exact) < 1e-6
+
+
+def test_a_low_rank_term_is_added_to_one_token_times_four_codes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    level = "rtn:bits=3,group_size=32 + lowrank:rank=4,metric=plain"
+    kernel, state = drawn(level, (24, 128))
+    names, real = [], gpu_lowrank.launch
+    monkeypatch.setattr(
+        gpu_lowrank, "launch", lambda *given: names.append(given[1]) or real(*given)
+    )
+    W = compose.decompress(kernel.level, state, (24, 128), torch.float32)
+    x = torch.randn(1, 128, device=DEVICE).bfloat16()
+    exact = x.double() @ W.double().T
+    assert error(kernel.linear(x, state, None), exact) < 2**-8
+    assert names == ["product_codes"]
 
 
 @pytest.mark.parametrize("rows, n", [(16, 128), (9, 320), (9, 328), (9, 20)])
