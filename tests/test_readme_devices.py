@@ -38,6 +38,8 @@ from .test_readme import of
 DENSE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # errors along inputs alone: the second device takes its time for each of the others' small steps
 LEVELS = " ".join(f"-l gptq:bits={b},group_size=64,outputs=false" for b in (2, 4))
+# without them where a command is about something else
+QUICK = " ".join(f"-l rtn:bits={b},group_size=64,clip=false" for b in (2, 4))
 # the search for codes is slow here: two layers are enough for where its tensors lie
 TRELLIS = (
     "-l trellis:bits=2,state_bits=6 --ends dense --skip 'model.layers.1.*' "
@@ -98,7 +100,8 @@ def adjusted(line: str) -> list[str]:
     line = re.sub(r"\b(\d+)MB\b", lambda m: f"{float(m[1]) * MEGABYTES * 1000:.0f}KB", line)
     line = re.sub(r"--device \S+", "", line).replace("--drop-ratio 0.25", "--drop-ratio 0.5")
     line = line.replace("--family trellis", TRELLIS)
-    line = line.replace("--family all", LEVELS + " -l sparsegpt:sparsity=0.5")
+    levels = LEVELS if "--bits 3.3" in line or "gptq" in line else QUICK
+    line = line.replace("--family all", levels + " -l sparsegpt:sparsity=0.5")
     line = line.replace("--width 0.75", "--width 0.5")  # 128 channels, in steps of 64
     line = line.replace("--context 8192", "--context 256 --seq-len 128")
     line = re.sub(r"--written \d+", "--written 2", line)
@@ -113,7 +116,7 @@ def adjusted(line: str) -> list[str]:
         words += [] if "--data" in words else ["--data", "my.txt"]
     if words[0] in ("compress", "levels", "search"):
         has_levels = {"-l", "--level", "--sparsity", "--drop-ratio", "--for"} & set(words)
-        words += [] if has_levels else shlex.split(LEVELS)
+        words += [] if has_levels else shlex.split(levels)
     words += ["--overwrite"] if "--overwrite" in known else []
     return words + (["--device", "sim"] if "--device" in known else [])
 
