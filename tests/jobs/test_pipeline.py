@@ -231,6 +231,21 @@ def test_evaluate_measures_the_folder_against_the_dense_model(
     assert measured["size_bytes"] == stored_bytes(result.folder)
 
 
+def test_sizes_of_plans_that_are_not_written_are_comparable(
+    home: Path, result: pipeline.Result
+) -> None:
+    uniform = next(row for row in result.rows if row.name.startswith("uniform"))
+    job = Job(recipe(home, "out"))
+    level = uniform.name.removeprefix("uniform ")
+    plan = result.plan.replace(levels=job.levels(job.space.uniform()[level]))
+    plan.save(home / "uniform.json")
+    folder = apply_plan(
+        str(home / "uniform.json"), home / "uniform", data=[str(home / "text.txt")],
+        n_sequences=24, seq_len=64,
+    )  # fmt: skip
+    assert uniform.size_bytes == pytest.approx(stored_bytes(folder), abs=64)
+
+
 def test_the_package_is_registered_by_import() -> None:
     assert hf_evopress.__version__
 
