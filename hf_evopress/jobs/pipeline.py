@@ -133,8 +133,9 @@ def ship(
     named = {} if text is None else {"text": text}
     plan = plan.replace(results={**plan.results, **figures(rows), **named})
     plan.save(folder)
-    job.recipe.save(folder / "evopress_recipe.yaml")
-    write_card(folder, plan, job.recipe)
+    recipe = replace(job.recipe, revision=plan.revision)  # the commit, where a branch was said
+    recipe.save(folder / "evopress_recipe.yaml")
+    write_card(folder, plan, recipe)
     gguf = None
     if is_for_gguf(job.recipe):
         # from the finished folder: what was trained comes along
@@ -153,7 +154,7 @@ def export(job: Job, store: LevelStore, plan: Plan, *, format: str = "evopress")
         job.recipe.out,
         tokenizer=job.tokenizer,
         source=job.recipe.model,
-        revision=job.recipe.revision,
+        revision=job.whole.revision,
         with_code=job.recipe.trust_remote_code,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def stack(recipe: Recipe, *, overwrite: bool = False, progress: Any = None) -> t
             tensors = [e for file in folder.glob("*.safetensors") for e in entries_of(file)]
             arrange(folder, plan, units_in_files(folder / "config.json", plan, tensors))
             verify(job, store, plan, folder)
+    recipe = replace(recipe, revision=plan.revision)  # the commit, where a branch was said
     recipe.save(folder / "evopress_recipe.yaml")
     write_card(folder, plan, recipe)
     return folder, plan

@@ -23,6 +23,8 @@ from hf_evopress.models.size import stored_bytes
 from hf_evopress.plans.plan import Plan
 from hf_evopress.recipes.recipe import Recipe
 
+from ..hub_server import Hub
+
 
 def recipe(home: Path, out: str, **changes: Any) -> Recipe:
     values: dict[str, Any] = {
@@ -215,6 +217,26 @@ def test_a_plan_is_applied_without_a_search(home: Path, result: pipeline.Result)
         result.plan["model.layers.0.mlp.up_proj"]
     )
     assert len(AutoTokenizer.from_pretrained(folder)) == 256
+
+
+def test_a_model_of_the_hub_is_recorded_and_applied_by_its_commit(hub: Hub, home: Path) -> None:
+    files = {path.name: path.read_bytes() for path in (home / "dense").iterdir()}
+    first = hub.put("me/dense", files)
+    made = pipeline.compress(
+        recipe(
+            home, "hub", model="me/dense", work=str(home / "hub.work"), budget={"bits": 5},
+            levels=["rtn:bits=4,group_size=32,clip=false"],
+            search={"strategy": "uniform", "sensitivity_tokens": 0},
+        )
+    )  # fmt: skip
+    assert made.plan.revision == first
+    assert Recipe.load(made.folder / "evopress_recipe.yaml").revision == first
+    assert f"revision: {first}" in (made.folder / "README.md").read_text()
+    other = {name: data for name, data in files.items() if name != "model.safetensors"}
+    hub.put("me/dense", {**other, "model.safetensors": b"another model"})
+    again = apply_plan(str(made.folder), home / "hub2")
+    weights = "model.safetensors"
+    assert (again / weights).read_bytes() == (made.folder / weights).read_bytes()
 
 
 def test_evaluate_measures_the_folder_against_the_dense_model(
