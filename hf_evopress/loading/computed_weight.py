@@ -47,9 +47,8 @@ class ComputedWeight(Tensor):
     """A dense weight made for one look: like any tensor, but an in-place change raises.
 
     Without this, `layer.weight.data += delta`, which is how PEFT merges an adapter, would
-    change a temporary and the adapter would be gone without a word. Views raise as well, but those
-    that come several at once (chunk); a clone(), or anything computed, is a plain tensor, and what
-    `other.data = ` takes.
+    change a temporary and the adapter would be gone without a word. Views raise as well; a clone(),
+    or anything computed, is a plain tensor, and what `other.data = ` takes.
 
     It has no storage: `values`, called once at most, returns the tensor that all but questions
     for dtype, shape and the like are answered by.
@@ -82,7 +81,7 @@ class ComputedWeight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        first = args[0] if args else kwargs.get("tensor")
+        first = args[0] if args else kwargs.get("input", kwargs.get("tensor"))
         if isinstance(first, cls):
             if func in _SET_REQUIRES_GRAD:
                 return first._set_requires_grad(*args[1:], **kwargs)
@@ -96,15 +95,10 @@ class ComputedWeight(Tensor):
                     return func(*args, **kwargs)
                 if func in _DETACH:
                     return first._detached()
+            if isinstance(first, cls) and func is Tensor.__iter__:
+                return iter(first._guarded(first._values().unbind(0)))
             result = func(*_computed(args), **_computed(kwargs))
-            if isinstance(first, cls) and isinstance(result, Tensor):
-                values = first._values()
-                if result is values:
-                    return first
-                if _shares(result, values):
-                    about = result.shape, result.dtype, result.device, result.requires_grad
-                    return cls(lambda: result, *about)
-        return result
+            return first._guarded(result) if isinstance(first, cls) else result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -117,6 +111,22 @@ class ComputedWeight(Tensor):
         if changes and any(isinstance(value, cls) for value in (*args[:1], kwargs.get("out"))):
             raise RuntimeError(READ_ONLY)
         return func(*_computed(args), **_computed(kwargs))
+
+    def _guarded(self, result: Any) -> Any:
+        """Return `result` with all that shares this weight's values as a weight of this kind."""
+        if isinstance(result, (tuple, list)):
+            parts = [self._guarded(part) for part in result]
+            is_same = all(new is old for new, old in zip(parts, result, strict=True))
+            return result if is_same else type(result)(parts)
+        if not isinstance(result, Tensor):
+            return result
+        values = self._values()
+        if result is values:
+            return self
+        if not _shares(result, values):
+            return result
+        about = result.shape, result.dtype, result.device, result.requires_grad
+        return ComputedWeight(lambda: result, *about)
 
     def _detached(self) -> ComputedWeight:
         return ComputedWeight(lambda: self._values().detach(), self.shape, self.dtype, self.device)
