@@ -6,7 +6,6 @@ Models of transformers ask `layer.weight.dtype` in each forward (T5, Mamba): tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +36,8 @@ _FACTS = {
     *(Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device),
     *(torch.numel, torch.is_floating_point, torch.is_complex),
 }
+_META = torch.device("meta")
+_DEVICE: Any = Tensor.device.__get__  # type: ignore[attr-defined]
 _OF_GRAPHS = _reads("grad", "grad_fn", "is_leaf")
 _DETACH = {Tensor.detach, torch.detach, *_reads("data")}
 _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -55,7 +56,8 @@ class ComputedWeight(Tensor):
     """
 
     _is_hf_initialized = True  # transformers must not draw a new random weight
-    _values: Callable[[], Tensor]
+    _compute: Callable[[], Tensor]
+    _made: Tensor | None = None
     _device: torch.device
 
     @staticmethod
@@ -69,17 +71,22 @@ class ComputedWeight(Tensor):
     ) -> ComputedWeight:
         # meta but for its name: PyTorch then refuses `linear.weight.data = W`, of which it tells
         # no subclass, where a tensor of the CPU without storage would crash later
-        how: dict[str, Any] = {"device": "meta", "dispatch_device": True}
-        how |= {"dtype": dtype, "requires_grad": requires_grad}
-        W: ComputedWeight = Tensor._make_wrapper_subclass(cls, shape, **how)  # type: ignore[attr-defined]
-        W._device = device
-        W._values = cache(values)
+        W: ComputedWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=dtype, device=_META, requires_grad=requires_grad,
+            dispatch_device=True,
+        )  # fmt: skip
+        W._device, W._compute = device, values
         return W
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func in _FACTS:  # first, as models ask in each forward
+            if func == _DEVICE:
+                return args[0]._device
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
         first = args[0] if args else kwargs.get("input", kwargs.get("tensor"))
         if isinstance(first, cls):
@@ -91,7 +98,7 @@ class ComputedWeight(Tensor):
             raise RuntimeError(READ_ONLY)
         with torch._C.DisableTorchFunctionSubclass():
             if isinstance(first, cls):
-                if func in _FACTS or (func in _OF_GRAPHS and not first.requires_grad):
+                if func in _OF_GRAPHS and not first.requires_grad:
                     return func(*args, **kwargs)
                 if func in _DETACH:
                     return first._detached()
@@ -111,6 +118,11 @@ class ComputedWeight(Tensor):
         if changes and any(isinstance(value, cls) for value in (*args[:1], kwargs.get("out"))):
             raise RuntimeError(READ_ONLY)
         return func(*_computed(args), **_computed(kwargs))
+
+    def _values(self) -> Tensor:
+        if self._made is None:
+            self._made = self._compute()
+        return self._made
 
     def _guarded(self, result: Any) -> Any:
         """Return `result` with all that shares this weight's values as a weight of this kind."""
