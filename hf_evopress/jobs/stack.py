@@ -25,6 +25,7 @@ from ..loading.config import EvoPressConfig
 from ..loading.file_names import names_of
 from ..methods.bitstack import MOST_BLOCKS
 from ..models.classes import find_class
+from ..models.plain import match_plan
 from ..models.source import read_config
 from ..plans.block_order import order_of, prefix, with_order
 from ..plans.level import Level
@@ -192,7 +193,8 @@ def units_in_files(config: Path, plan: Plan, tensors: Sequence[Entry]) -> dict[s
         return {}
     with torch.device("meta"):
         skeleton = kind.loader.from_config(settings)
-    names = names_of(skeleton, [f"{layer}.weight" for layer in layers])
+    match_plan(skeleton, plan)  # its experts one by one, as they are written
+    names = names_of(skeleton, [f"{layer}.weight" for layer in layers], are_packed=True)
     return {layer: names.of_model(f"{layer}.weight").removesuffix(".weight") for layer in layers}
 
 
