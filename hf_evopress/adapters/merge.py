@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..base.progress import Progress
-from ..calibration.input_moments import calibrate, load_stats
 from ..loading.layers import (
     CompressedLinear,
     compress_linear,
     prepare_layers,
     resolve_units,
 )
+from ..loading.stitch import block_stats, calibrate_levels
 from ..methods import compose
 from ..methods.maths.linalg import Stats, map_shared
 from ..models.units import Unit, find_units
@@ -39,8 +39,9 @@ def merge_adapter(
 
     The model is changed. Layers that the adapter does not touch are left as they are; dense ones
     get the adapter added. tokens (n_sequences, seq_len) calibrate levels that need it, on the
-    model with its adapter; or stats is the folder of an earlier calibration. What rounding costs
-    is for the caller to measure: at the same bits, some of the adapter is lost.
+    model with its adapter and as `compress_model` does; or stats is the folder of an earlier
+    calibration. What rounding costs is for the caller to measure: at the same bits, some of the
+    adapter is lost.
     """
     plan = model.hf_quantizer.quantization_config.plan
     _check_mergeable(model, adapter, plan)
@@ -54,23 +55,24 @@ def merge_adapter(
         else:
             layer.weight += adapter.delta(name).to(layer.weight.device, layer.weight.dtype)
     todo = [units[name] for name in units if name in packed]
-    calibrated = [u for u in todo if compose.needs_stats(packed[u.name].level)]
+    levels = {unit.name: packed[unit.name].level for unit in todo}
+    calibrated = [unit for unit in todo if compose.needs_stats(levels[unit.name])]
     if calibrated and tokens is None and stats is None:
         raise ValueError(
-            f"level '{packed[calibrated[0].name].level}' needs calibration data to be made again: "
+            f"level '{levels[calibrated[0].name]}' needs calibration data to be made again: "
             "give text (--data), or the folder of an earlier calibration (--work)"
         )
     with tempfile.TemporaryDirectory(prefix="evopress-") as temporary:
         folder = Path(stats if stats is not None else temporary)
         if calibrated and stats is None:
             assert tokens is not None  # checked above
-            calibrate(model, tokens, folder, units=calibrated, progress=progress)
+            calibrate_levels(model, tokens, folder, calibrated, levels, progress=progress)
         for block in sorted({unit.block for unit in todo}):
-            known = load_stats(folder, block) if calibrated else {}
             of_block = [unit for unit in todo if unit.block == block]
+            known = block_stats(folder, of_block, levels)
             for unit in of_block:
                 W = packed[unit.name].weight.float()
-                if known and known[unit.name].gram.device != W.device:
+                if any(of.gram.device != W.device for of in known.values()):
                     known = map_shared(known, lambda t, to=W.device: t.to(to))  # type: ignore[misc]
                 _replace(model, unit, packed[unit.name], W + adapter.delta(unit.name).to(W), known)
             if progress:

@@ -76,9 +76,10 @@ def adapt(
     check_target(out)
     refuse_other_classes(model)
     source = load(model)
+    revision = None if dense else _plan_revision(source)
     dense = dense or dense_name(source, model)
     check_readable(source)
-    base = load(dense)
+    base = load(dense, revision=revision)
     check_context(base.config, seq_len, "seq_len")
     words = tokenizer_of(dense if _gguf_file(model) else model)  # a GGUF file's is a translation
     cut: dict[str, Any] = {"n_sequences": n_sequences, "seq_len": seq_len, "seed": seed}
@@ -219,7 +220,13 @@ def refuse_other_classes(name: str) -> Any:
     return config
 
 
-def load(name: str, *, dtype: Any = None, kind: ModelClass | None = None) -> Any:
+def load(
+    name: str,
+    *,
+    dtype: Any = None,
+    kind: ModelClass | None = None,
+    revision: str | None = None,
+) -> Any:
     """Return the model called `name` on the device in use, in float32 on a CPU and bfloat16 on
     a GPU unless told.
 
@@ -231,9 +238,9 @@ def load(name: str, *, dtype: Any = None, kind: ModelClass | None = None) -> Any
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     where, file = _gguf_file(name) or (name, {})
     if not file:
-        read_config(where)  # its errors are clearer
+        read_config(where, revision=revision)  # its errors are clearer
         check_package(where)
-    model = load_checked(where, dtype=dtype, kind=kind, **file)
+    model = load_checked(where, dtype=dtype, kind=kind, revision=revision, **file)
     if getattr(model, "hf_quantizer", None) is None:
         make_plain(model)
     model = model.eval().requires_grad_(False)
@@ -269,6 +276,12 @@ def dense_name(compressed: Any, name: str) -> str:
     if plan is None or plan.base_model is None:
         raise ValueError(f"{name} does not say which model it was made from: give --dense MODEL")
     return plan.base_model
+
+
+def _plan_revision(model: Any) -> str | None:
+    """Return the commit of the dense model that `model` was made from, where its plan says it."""
+    plan = _plan(model)
+    return None if plan is None else plan.revision
 
 
 def _plan(model: Any) -> Any:

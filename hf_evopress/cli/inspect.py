@@ -58,12 +58,15 @@ def show(
         return _show_log(plan, png)
     if file is None and _is_front(plan):
         return show_front(plan, png)
+    from ..sharing.impossible import impossible_levels
     from ..sharing.report import bits_line, cache_lines, heat_map, level_table
 
     loaded = Plan.from_pretrained(plan, filename=file)
     console.print(loaded.summary(), markup=False)
     console.print("\n" + level_table(loaded), markup=False, soft_wrap=True)
     console.print("\n" + bits_line(loaded), markup=False, soft_wrap=True)
+    if impossible := impossible_levels(loaded):
+        console.print(impossible, markup=False, soft_wrap=True)
     console.print("\n" + heat_map(loaded, color=console.is_terminal), markup=False, soft_wrap=True)
     if caches := cache_lines(loaded):
         console.print("\n" + caches, markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from .options import Overwrite
 if TYPE_CHECKING:
     from ..plans.plan import Plan
     from ..plans.published import Kind, Published
+    from ..plans.repo import Entry
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 KindOption = Annotated[str | None, typer.Option(help="bits, sparsity or drop; default: as found.")]
@@ -89,7 +90,7 @@ def plans(
     rows = []
     for repo in find_repos(base_model, limit=limit):
         try:
-            entries = list(list_plans(repo).values()) or [Entry("")]
+            entries = list(list_plans(repo).values()) or [_plan_of_model(repo)]
         except (OSError, ValueError) as error:  # one bad repository does not hide the others
             entries = [Entry("", asked=f"not readable: {error}")]
         for e in entries:
@@ -100,6 +101,15 @@ def plans(
         return
     headers = ("repository", "file", "bits/weight", "KL (nats)", "asked for")
     console.print(table(headers, rows, is_text=True))
+
+
+def _plan_of_model(repo: str) -> Entry:
+    """Return what the plan of a model repository, which has no index, says of itself."""
+    from ..plans.plan import Plan
+    from ..plans.repo import entry_of, read_plan
+
+    text, where = read_plan(repo)
+    return entry_of(where.rpartition("/")[2], Plan.from_json(text).to_dict())
 
 
 def card(

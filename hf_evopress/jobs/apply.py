@@ -32,9 +32,9 @@ def apply_plan(
 ) -> Path:
     """Return the folder `out` with `model` compressed by `plan`, without a search.
 
-    model: the dense model, by default the plan's own. Levels that need no data are made while
-    the model loads; others are calibrated on `data`. overwrite: replace all that
-    is in `out`, ours or not.
+    model: the dense model, by default the plan's own, of the revision that it names. Levels that
+    need no data are made while the model loads; others are calibrated on `data`. overwrite:
+    replace all that is in `out`, ours or not.
     """
     register_with_transformers()
     config = EvoPressConfig(
@@ -48,6 +48,8 @@ def apply_plan(
     source = model or (config.plan.base_model if config.plan else None)
     if source is None:
         raise ValueError(f"the plan {plan} does not name its model; give one with --model")
+    if revision is None and config.plan is not None and source == config.plan.base_model:
+        revision = config.plan.revision
     kind = kind_of(read_config(source, revision=revision), source)
     tokenizer = read_tokenizer(source, revision=revision)
     compressed = load_checked(source, kind=kind, revision=revision, quantization_config=config)

@@ -40,6 +40,7 @@ from ..calibration.own_text import prompts, write_self, write_sequences
 from ..calibration.text import bos_of, is_own, prompts_file
 from ..calibration.token_cache import cached_splits
 from ..models.classes import set_pooling
+from ..models.commits import commit_of
 from ..models.experts import warn_of_experts
 from ..models.images import give_images
 from ..models.plain import make_plain
@@ -101,6 +102,8 @@ class Job:
         self.source = recipe.model if dense is None else str(dense)
         self.revision = recipe.revision if dense is None else None
         self.config = _dense_config(recipe, self.source, self.revision)
+        # all else is of the commit that the config is of: a branch may move on meanwhile
+        self.revision = commit_of(self.source, self.revision) or self.revision
         self.kind = kind_of(self.config, recipe.model)
         recipe = fitted(for_this_machine(recipe, self.device), self.kind)
         self.recipe, self.ranks = recipe, start()
@@ -205,7 +208,7 @@ class Job:
             return self.whole.tokenizer
         return read_tokenizer(
             self.recipe.model,
-            revision=self.recipe.revision,
+            revision=self.revision,
             trust_remote_code=self.recipe.trust_remote_code,
         )
 
@@ -355,8 +358,7 @@ class Job:
             levels,
             shapes=shapes,
             base_model=self.recipe.model,
-            # the commit that was loaded, where the Hub says it: a branch moves on
-            revision=getattr(self.whole.config, "_commit_hash", None) or self.recipe.revision,
+            revision=self.whole.revision,
             budget=budget,
             cache=cache,
             **about,

@@ -86,23 +86,26 @@ def measure(
 
     The searched row is the checkpoint in `folder`, reloaded, and read through its cache where the
     plan sets one; where that is refined there is a row
-    of the same plan as it was before, in the levels of `store`.
+    of the same plan as it was before, in the levels of `store`. Uniform and rivals are not
+    written: their bytes are those of `folder` and the difference of the tensors.
     """
     register_with_transformers()
     reloaded, evaluator = _reload(job, folder), job.evaluator(store)
     dense = partial(_logits, job.whole.evaluator(store), {})
     models: dict[str, Any] = {"dense": dense}
     sizes = {"dense": (16.0, job.whole.space.dense_bits // 8)}
+    searched, written = job.genome(plan), stored_bytes(folder)
+    # The space takes headers to be as long as they can be, which the written file's are not.
+    unused = job.space.size_bytes(searched) - written
     uniform = best_uniform(job, store)
     for name, genome in [*([uniform] if uniform else []), *(rivals or {}).items()]:
         models[name] = partial(_logits, evaluator, job.levels(genome))
-        sizes[name] = (job.space.bits_per_weight(genome), job.space.size_bytes(genome))
+        sizes[name] = (job.space.bits_per_weight(genome), job.space.size_bytes(genome) - unused)
     models["searched"] = reloaded
     if plan.cache:
         models["searched"] = through_cache(reloaded, partial(GearCache.of, reloaded))
         models[FULL_CACHE] = reloaded
-    genome = job.genome(plan)
-    sizes["searched"] = (job.space.bits_per_weight(genome), stored_bytes(folder))
+    sizes["searched"] = (job.space.bits_per_weight(searched), written)
     sizes[FULL_CACHE] = sizes["searched"]
     if is_refined:
         models[UNREFINED] = partial(_logits, evaluator, plan.levels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -33,6 +34,8 @@ from .measure import Row, figures, measure, unseen_tokens, verify
 from .plan_search import find_plan, rivals
 from .refinement import distil, refine_blocks
 from .widths import best_width
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,15 +129,24 @@ def ship(
     seconds("verify", partial(verify, job, states, plan, folder))
     is_refined = states is not store
     if job.recipe.is_distilled:
-        is_closer, plan = seconds("distil", partial(distil, job, plan, folder))
+        try:
+            is_closer, plan = seconds("distil", partial(distil, job, plan, folder))
+        except KeyboardInterrupt:
+            logger.warning(
+                "%s holds the whole model as it was before end-to-end training, without figures "
+                "and card; the same command goes on from the last checkpoint",
+                folder,
+            )
+            raise
         is_refined |= is_closer
     measured = partial(measure, job, store, plan, folder, *on)
     rows, sample = seconds("evaluate", partial(measured, rivals=rivals, is_refined=is_refined))
     named = {} if text is None else {"text": text}
     plan = plan.replace(results={**plan.results, **figures(rows), **named})
     plan.save(folder)
-    job.recipe.save(folder / "evopress_recipe.yaml")
-    write_card(folder, plan, job.recipe)
+    recipe = replace(job.recipe, revision=plan.revision)  # the commit, where a branch was said
+    recipe.save(folder / "evopress_recipe.yaml")
+    write_card(folder, plan, recipe)
     gguf = None
     if is_for_gguf(job.recipe):
         # from the finished folder: what was trained comes along
@@ -153,7 +165,7 @@ def export(job: Job, store: LevelStore, plan: Plan, *, format: str = "evopress")
         job.recipe.out,
         tokenizer=job.tokenizer,
         source=job.recipe.model,
-        revision=job.recipe.revision,
+        revision=job.whole.revision,
         with_code=job.recipe.trust_remote_code,
     )
 

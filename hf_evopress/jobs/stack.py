@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..loading.config import EvoPressConfig
 from ..loading.file_names import names_of
 from ..methods.bitstack import MOST_BLOCKS
 from ..models.classes import find_class
+from ..models.plain import match_plan
 from ..models.source import read_config
 from ..plans.block_order import order_of, prefix, with_order
 from ..plans.level import Level
@@ -72,6 +74,7 @@ def stack(recipe: Recipe, *, overwrite: bool = False, progress: Any = None) -> t
             tensors = [e for file in folder.glob("*.safetensors") for e in entries_of(file)]
             arrange(folder, plan, units_in_files(folder / "config.json", plan, tensors))
             verify(job, store, plan, folder)
+    recipe = replace(recipe, revision=plan.revision)  # the commit, where a branch was said
     recipe.save(folder / "evopress_recipe.yaml")
     write_card(folder, plan, recipe)
     return folder, plan
@@ -190,7 +193,8 @@ def units_in_files(config: Path, plan: Plan, tensors: Sequence[Entry]) -> dict[s
         return {}
     with torch.device("meta"):
         skeleton = kind.loader.from_config(settings)
-    names = names_of(skeleton, [f"{layer}.weight" for layer in layers])
+    match_plan(skeleton, plan)  # its experts one by one, as they are written
+    names = names_of(skeleton, [f"{layer}.weight" for layer in layers], are_packed=True)
     return {layer: names.of_model(f"{layer}.weight").removesuffix(".weight") for layer in layers}
 
 

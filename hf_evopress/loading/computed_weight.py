@@ -6,7 +6,6 @@ Models of transformers ask `layer.weight.dtype` in each forward (T5, Mamba): tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +36,8 @@ _FACTS = {
     *(Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device),
     *(torch.numel, torch.is_floating_point, torch.is_complex),
 }
+_META = torch.device("meta")
+_DEVICE: Any = Tensor.device.__get__  # type: ignore[attr-defined]
 _OF_GRAPHS = _reads("grad", "grad_fn", "is_leaf")
 _DETACH = {Tensor.detach, torch.detach, *_reads("data")}
 _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -47,16 +48,16 @@ class ComputedWeight(Tensor):
     """A dense weight made for one look: like any tensor, but an in-place change raises.
 
     Without this, `layer.weight.data += delta`, which is how PEFT merges an adapter, would
-    change a temporary and the adapter would be gone without a word. Views raise as well, but those
-    that come several at once (chunk); a clone(), or anything computed, is a plain tensor, and what
-    `other.data = ` takes.
+    change a temporary and the adapter would be gone without a word. Views raise as well; a clone(),
+    or anything computed, is a plain tensor, and what `other.data = ` takes.
 
     It has no storage: `values`, called once at most, returns the tensor that all but questions
     for dtype, shape and the like are answered by.
     """
 
     _is_hf_initialized = True  # transformers must not draw a new random weight
-    _values: Callable[[], Tensor]
+    _compute: Callable[[], Tensor]
+    _made: Tensor | None = None
     _device: torch.device
 
     @staticmethod
@@ -70,19 +71,24 @@ class ComputedWeight(Tensor):
     ) -> ComputedWeight:
         # meta but for its name: PyTorch then refuses `linear.weight.data = W`, of which it tells
         # no subclass, where a tensor of the CPU without storage would crash later
-        how: dict[str, Any] = {"device": "meta", "dispatch_device": True}
-        how |= {"dtype": dtype, "requires_grad": requires_grad}
-        W: ComputedWeight = Tensor._make_wrapper_subclass(cls, shape, **how)  # type: ignore[attr-defined]
-        W._device = device
-        W._values = cache(values)
+        W: ComputedWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=dtype, device=_META, requires_grad=requires_grad,
+            dispatch_device=True,
+        )  # fmt: skip
+        W._device, W._compute = device, values
         return W
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func in _FACTS:  # first, as models ask in each forward
+            if func == _DEVICE:
+                return args[0]._device
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
-        first = args[0] if args else kwargs.get("tensor")
+        first = args[0] if args else kwargs.get("input", kwargs.get("tensor"))
         if isinstance(first, cls):
             if func in _SET_REQUIRES_GRAD:
                 return first._set_requires_grad(*args[1:], **kwargs)
@@ -92,19 +98,14 @@ class ComputedWeight(Tensor):
             raise RuntimeError(READ_ONLY)
         with torch._C.DisableTorchFunctionSubclass():
             if isinstance(first, cls):
-                if func in _FACTS or (func in _OF_GRAPHS and not first.requires_grad):
+                if func in _OF_GRAPHS and not first.requires_grad:
                     return func(*args, **kwargs)
                 if func in _DETACH:
                     return first._detached()
+            if isinstance(first, cls) and func is Tensor.__iter__:
+                return iter(first._guarded(first._values().unbind(0)))
             result = func(*_computed(args), **_computed(kwargs))
-            if isinstance(first, cls) and isinstance(result, Tensor):
-                values = first._values()
-                if result is values:
-                    return first
-                if _shares(result, values):
-                    about = result.shape, result.dtype, result.device, result.requires_grad
-                    return cls(lambda: result, *about)
-        return result
+            return first._guarded(result) if isinstance(first, cls) else result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -117,6 +118,27 @@ class ComputedWeight(Tensor):
         if changes and any(isinstance(value, cls) for value in (*args[:1], kwargs.get("out"))):
             raise RuntimeError(READ_ONLY)
         return func(*_computed(args), **_computed(kwargs))
+
+    def _values(self) -> Tensor:
+        if self._made is None:
+            self._made = self._compute()
+        return self._made
+
+    def _guarded(self, result: Any) -> Any:
+        """Return `result` with all that shares this weight's values as a weight of this kind."""
+        if isinstance(result, (tuple, list)):
+            parts = [self._guarded(part) for part in result]
+            is_same = all(new is old for new, old in zip(parts, result, strict=True))
+            return result if is_same else type(result)(parts)
+        if not isinstance(result, Tensor):
+            return result
+        values = self._values()
+        if result is values:
+            return self
+        if not _shares(result, values):
+            return result
+        about = result.shape, result.dtype, result.device, result.requires_grad
+        return ComputedWeight(lambda: result, *about)
 
     def _detached(self) -> ComputedWeight:
         return ComputedWeight(lambda: self._values().detach(), self.shape, self.dtype, self.device)

@@ -45,15 +45,21 @@ class FileNames:
 
 
 def names_of(
-    model: Any, files: Iterable[str], others: Iterable[str] = (), *, quantizer: Any = None
+    model: Any,
+    files: Iterable[str],
+    others: Iterable[str] = (),
+    *,
+    quantizer: Any = None,
+    are_packed: bool = False,
 ) -> FileNames:
     """Return how tensors called so in the files go by in `model`, which may be on the meta device.
 
     others: further names, of a file that was written otherwise or of the model itself. Tensors that
-    transformers does not only rename but also converts are left out.
+    transformers does not only rename but also converts are left out; of packed ones there are none,
+    though some are called as what is: experts, which stock models merge.
     """
     rules = get_model_conversion_mapping(model, None, quantizer)
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    converters = [r for r in rules if isinstance(r, WeightConverter) and not are_packed]
     renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     base, known = model.base_model_prefix, model.state_dict()
     here, in_model = set(files), {}

@@ -79,7 +79,8 @@ class PackedWeight(nn.Module):
     @property
     def state(self) -> State:
         """The packed tensors by name, as they stand in a checkpoint."""
-        return {name: getattr(self, name) for name in self._state_names}
+        tensors = tensors_of(self)  # an attribute of a module takes 2 us
+        return {name: tensors[name] for name in self._state_names}
 
     @state.setter
     def state(self, value: State) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +65,10 @@ def _compress(model: Any, plan: Plan, tokens: Tensor | None, progress: Progress 
         if any(compose.needs_stats(level) for level in levels.values()):
             assert tokens is not None
             made = [unit for unit in ends if compose.needs_stats(levels[unit.name])]
-            calibrate(model, tokens, folder, units=[*units, *made], progress=progress)
-            felt = [unit for unit in units if compose.uses_outputs(levels[unit.name])] + made
-            if felt:
-                n = max(1, Search().sensitivity_tokens // text_length(model, tokens))
-                output_moments(
-                    model, tokens[:n], folder, units=felt, counted=tokens, progress=progress
-                )
+            calibrate_levels(model, tokens, folder, [*units, *made], levels, progress=progress)
         for block in sorted({unit.block for unit in units}):
             of_block = [unit for unit in units if unit.block == block]
-            _replace(model, of_block, levels, _stats(Path(folder), of_block, levels))
+            _replace(model, of_block, levels, block_stats(folder, of_block, levels))
             if progress:
                 progress("compress", block + 1, units[-1].block + 1)
         known = [unit for unit in ends if compose.needs_stats(levels[unit.name])]
@@ -83,14 +77,37 @@ def _compress(model: Any, plan: Plan, tokens: Tensor | None, progress: Progress 
     replace_dropped(model, plan)
 
 
-def _stats(folder: Path, units: list[Unit], levels: Mapping[str, Level]) -> Mapping[str, Stats]:
-    """Return what is known of each unit of one block, its outputs' moments included."""
-    if not any(compose.needs_stats(level) for level in levels.values()):
+def calibrate_levels(
+    model: Any,
+    tokens: Tensor,
+    folder: str | Path,
+    units: Sequence[Unit],
+    levels: Mapping[str, Level],
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Write to `folder` the statistics that `levels` of `units`, ends among them, are made from."""
+    calibrate(model, tokens, folder, units=units, progress=progress)
+    felt = [unit for unit in units if unit.is_end or compose.uses_outputs(levels[unit.name])]
+    if felt:
+        n = max(1, Search().sensitivity_tokens // text_length(model, tokens))
+        output_moments(model, tokens[:n], folder, units=felt, counted=tokens, progress=progress)
+
+
+def block_stats(
+    folder: str | Path, units: Sequence[Unit], levels: Mapping[str, Level]
+) -> Mapping[str, Stats]:
+    """Return what is known of each unit of one block, its outputs' moments where there are some."""
+    if not any(compose.needs_stats(levels[unit.name]) for unit in units):
         return {}
-    stats, block = load_stats(folder, units[0].block), units[0].block
+    block = units[0].block
+    stats = load_stats(folder, block)
     if not any(compose.uses_outputs(levels[unit.name]) for unit in units):
         return stats
-    moments = load_moments(folder, block)
+    try:
+        moments = load_moments(folder, block)
+    except FileNotFoundError:  # an earlier run's, which took no sensitivities
+        return stats
     return {name: of.with_outputs([moments.get(name)]) for name, of in stats.items()}
 
 

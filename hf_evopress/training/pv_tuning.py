@@ -41,6 +41,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..base.ranks import is_in_group, mean_over_group
 from ..loading.layers import CompressedLinear, compressed_linears
@@ -52,6 +53,7 @@ from ..plans.level import Level
 from .tunable import make_tunable, rates
 from .walk_steps import move_walks
 
+Show = Callable[[Tensor, Tensor], None]  # what dL/dW and squared inputs are told
 DAMPING = 1e-3  # of second moments, in their mean
 
 
@@ -163,33 +165,77 @@ class _Watch:
     def __call__(self, layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self._optimizer() is None or not (torch.is_grad_enabled() and output.requires_grad):
             return None
-        watched: Tensor = _Passed.apply(output, args[0].detach(), self.add)
+        trained = {n: t for n, t in (*layer.state.items(), ("bias", layer.bias)) if _is_trained(t)}
+        if not trained.keys() - {"bias"} or compose.bias_fix(layer.level, layer.state) is not None:
+            watched: Tensor = _Passed.apply(output, args[0].detach(), self.add)
+            return watched
+        own = self.add, layer, tuple(trained)
+        watched = _TrainedLayer.apply(output.detach(), *own, args[0], *trained.values())
         return watched
 
-    def add(self, x: Tensor, gradient: Tensor) -> None:
+    def add(self, gradient: Tensor, inputs: Tensor) -> None:
+        """Add dL/dW (out, in) float32 and the sums of the squared inputs (in,) of a batch."""
         optimizer = self._optimizer()
         if optimizer is None:
             return
-        x = x.flatten(0, -2).float()
-        G, inputs = gradient.flatten(0, -2).float().T @ x, x.square().sum(0)
         if (found := optimizer._seen.get(self.name)) is not None:
-            G, inputs = found[0].add_(G), found[1].add_(inputs)
-        optimizer._seen[self.name] = G, inputs
+            gradient, inputs = found[0].add_(gradient), found[1].add_(inputs)
+        optimizer._seen[self.name] = gradient, inputs
 
 
 class _Passed(torch.autograd.Function):
-    """y unchanged; its gradient, passed on unchanged, is shown with the layer's input x."""
+    """y unchanged; its gradient, passed on unchanged, gives dL/dW with the layer's input x."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, show: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, show: Show) -> Tensor:
         ctx.save_for_backward(x)
         ctx.show = show
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        ctx.show(ctx.saved_tensors[0], gradients[0])
+        x, g = ctx.saved_tensors[0].flatten(0, -2), gradients[0].flatten(0, -2)
+        ctx.show(g.float().T @ x.float(), x.float().square().sum(0))
         return gradients[0], None, None
+
+
+class _TrainedLayer(torch.autograd.Function):
+    """A layer's output y, computed before; dL/dW is made once, for codes and floats alike.
+
+    The layer's own graph would compute its output again, and a dL/dW that nobody else sees.
+    names: the floats that are trained, which follow x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, show: Show, layer: Any, names: tuple[str, ...], x: Tensor, *floats: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x, *floats)
+        ctx.show, ctx.layer, ctx.names = show, layer, names
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        layer, (x, *floats) = ctx.layer, ctx.saved_tensors
+        leaves = {n: t.detach().requires_grad_() for n, t in zip(ctx.names, floats, strict=True)}
+        bias = leaves.pop("bias", None)
+        with torch.enable_grad():
+            state = {**layer.state, **leaves}
+            W = compose.decompress(layer.level, state, layer.shape, x.dtype)
+        g, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
+        dW = g.T @ inputs.to(g.dtype)  # of autocast's dtype, where there is one
+        ctx.show(dW.float(), inputs.float().square().sum(0))
+        gradients = torch.autograd.grad(W, [*leaves.values()], dW.to(W.dtype))
+        found = dict(zip(leaves, gradients, strict=True))
+        if bias is not None:
+            found["bias"] = g.sum(0).to(bias.dtype)
+        dx = (gradient @ W.detach().to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[4] else None
+        return None, None, None, None, dx, *(found[name] for name in ctx.names)
+
+
+def _is_trained(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
 
 
 def has_p_step(level: Level) -> bool:

@@ -121,6 +121,31 @@ def test_stored_statistics_serve_as_well_as_text(
     assert kl(beside, merged, tokens[:2]) < 0.1
 
 
+def test_merging_weighs_errors_by_what_outputs_feel(
+    trained_llama: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = packed(trained_llama, tokens, "trellis:bits=3,state_bits=10")
+    adapter = random_adapter(model, size=0.02)
+    write_adapter(tmp_path / "adapter", adapter.factors)
+    beside = load_adapter(copy.deepcopy(model), tmp_path / "adapter")
+    merged = merge_adapter(copy.deepcopy(model), adapter, tokens)
+    monkeypatch.setattr("hf_evopress.methods.compose.uses_outputs", lambda level: False)
+    by_inputs = merge_adapter(model, adapter, tokens)
+    assert kl(beside, merged, tokens[:4]) < 0.9 * kl(beside, by_inputs, tokens[:4])
+
+
+def test_levels_with_and_without_calibration_are_merged_side_by_side(
+    trained_llama: Any, tokens: Tensor
+) -> None:
+    model = packed(
+        trained_llama, tokens, "gptq:bits=8,group_size=32",
+        q_proj="rtn:bits=8,group_size=32,clip=false",
+    )  # fmt: skip
+    before = logits(model, tokens[:1])
+    merged = merge_adapter(model, random_adapter(model, size=0.02), tokens)
+    assert not torch.allclose(logits(merged, tokens[:1]), before, atol=1e-2)
+
+
 def test_merging_eora_back_at_its_bits_is_measured_not_hidden(
     trained_llama: Any, tokens: Tensor, tmp_path: Path
 ) -> None:

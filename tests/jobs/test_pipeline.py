@@ -23,6 +23,8 @@ from hf_evopress.models.size import stored_bytes
 from hf_evopress.plans.plan import Plan
 from hf_evopress.recipes.recipe import Recipe
 
+from ..hub_server import Hub
+
 
 def recipe(home: Path, out: str, **changes: Any) -> Recipe:
     values: dict[str, Any] = {
@@ -217,6 +219,26 @@ def test_a_plan_is_applied_without_a_search(home: Path, result: pipeline.Result)
     assert len(AutoTokenizer.from_pretrained(folder)) == 256
 
 
+def test_a_model_of_the_hub_is_recorded_and_applied_by_its_commit(hub: Hub, home: Path) -> None:
+    files = {path.name: path.read_bytes() for path in (home / "dense").iterdir()}
+    first = hub.put("me/dense", files)
+    made = pipeline.compress(
+        recipe(
+            home, "hub", model="me/dense", work=str(home / "hub.work"), budget={"bits": 5},
+            levels=["rtn:bits=4,group_size=32,clip=false"],
+            search={"strategy": "uniform", "sensitivity_tokens": 0},
+        )
+    )  # fmt: skip
+    assert made.plan.revision == first
+    assert Recipe.load(made.folder / "evopress_recipe.yaml").revision == first
+    assert f"revision: {first}" in (made.folder / "README.md").read_text()
+    other = {name: data for name, data in files.items() if name != "model.safetensors"}
+    hub.put("me/dense", {**other, "model.safetensors": b"another model"})
+    again = apply_plan(str(made.folder), home / "hub2")
+    weights = "model.safetensors"
+    assert (again / weights).read_bytes() == (made.folder / weights).read_bytes()
+
+
 def test_evaluate_measures_the_folder_against_the_dense_model(
     home: Path, result: pipeline.Result
 ) -> None:
@@ -229,6 +251,21 @@ def test_evaluate_measures_the_folder_against_the_dense_model(
         result.plan.budget["bits_per_weight"], rel=1e-5
     )
     assert measured["size_bytes"] == stored_bytes(result.folder)
+
+
+def test_sizes_of_plans_that_are_not_written_are_comparable(
+    home: Path, result: pipeline.Result
+) -> None:
+    uniform = next(row for row in result.rows if row.name.startswith("uniform"))
+    job = Job(recipe(home, "out"))
+    level = uniform.name.removeprefix("uniform ")
+    plan = result.plan.replace(levels=job.levels(job.space.uniform()[level]))
+    plan.save(home / "uniform.json")
+    folder = apply_plan(
+        str(home / "uniform.json"), home / "uniform", data=[str(home / "text.txt")],
+        n_sequences=24, seq_len=64,
+    )  # fmt: skip
+    assert uniform.size_bytes == pytest.approx(stored_bytes(folder), abs=64)
 
 
 def test_the_package_is_registered_by_import() -> None:

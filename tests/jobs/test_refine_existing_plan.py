@@ -68,6 +68,24 @@ def test_the_plan_notes_the_loss_before_and_after(refined: pipeline.Result) -> N
     assert notes["is_kept"] and notes["after"] < notes["before"] and notes["mode"] == "fast"
 
 
+def test_stopped_in_its_second_stage_it_says_what_stands_in_the_folder(
+    home: Path,
+    refined: pipeline.Result,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "distil", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.compress(recipe(home, "stopped", "fast+end-to-end"))
+    said = f"{home / 'stopped'} holds the whole model as it was before end-to-end training"
+    assert said in caplog.text and "the same command goes on" in caplog.text
+    files = [folder / "model.safetensors" for folder in (home / "stopped", refined.folder)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_one_command_refines_block_by_block_and_end_to_end(
     home: Path, refined: pipeline.Result
 ) -> None:

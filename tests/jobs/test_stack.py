@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import hf_evopress
 from hf_evopress import EvoPressConfig, Plan
-from hf_evopress.jobs.stack import menu, resize_checkpoint, sizes_of, stack
+from hf_evopress.jobs.stack import menu, resize_checkpoint, sizes_of, stack, units_in_files
 from hf_evopress.loading.blocks import block_bytes
 from hf_evopress.models.size import stored_bytes
 from hf_evopress.plans.block_order import order_of
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.sharing.hub import push_folder
-from hf_evopress.store.header import entries_of
+from hf_evopress.store.header import Entry, entries_of
 
 TOKENS = torch.arange(40).view(2, 20)
 
@@ -360,6 +360,21 @@ def test_a_model_whose_files_have_other_names_has_all_sizes(llava: Path, tmp_pat
     assert torch.equal(logits(cut), logits(whole))
     hf_evopress.resize(whole, n_bytes(small))
     assert torch.equal(logits(small), logits(whole))
+
+
+def test_experts_whose_files_have_other_names_are_known(tmp_path: Path) -> None:
+    text = {"model_type": "qwen3_moe", "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 2, "vocab_size": 256}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 64, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    config = AutoConfig.for_model("llava", text_config=text, vision_config=vision)
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    layer = "layers.0.mlp.experts.1.down_proj"
+    unit, written = f"model.language_model.{layer}", f"language_model.model.{layer}"
+    plan = Plan({unit: "bitstack:blocks=2"}, shapes={unit: (64, 64)})
+    tensors = [Entry(f"{written}.block0_signs", "a", "U8", (64, 8), 0, 512)]
+    assert units_in_files(tmp_path / "config.json", plan, tensors) == {written: unit}
 
 
 def test_damage_is_seen_in_blocks_of_other_names(llava: Path, tmp_path: Path) -> None:

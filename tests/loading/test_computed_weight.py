@@ -146,6 +146,27 @@ def test_operators_that_go_around_python_read_it_and_cannot_change_it() -> None:
             W.add_(1)
 
 
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda W: W.chunk(2),
+        lambda W: W.split(4, dim=1),
+        lambda W: torch.unbind(input=W),
+        lambda W: W.t().tensor_split(2),
+        lambda W: torch.split(W.data, [4, 12]),
+        list,
+    ],
+)
+def test_views_that_come_several_at_once_cannot_be_changed(views: Callable[[Tensor], Any]) -> None:
+    layer = make_layer()
+    expected = views(layer.weight.clone())
+    for view, wanted in zip(views(layer.weight), expected, strict=True):
+        assert torch.equal(view, wanted)
+        with pytest.raises(RuntimeError, match="dequantize"):
+            view += 1
+    assert type(layer.weight.max(0).values) is Tensor
+
+
 def test_a_dense_layer_takes_a_clone_of_it_as_its_data() -> None:
     W, linear = make_layer().weight, nn.Linear(64, 16)
     with pytest.raises(RuntimeError, match="incompatible tensor type"):

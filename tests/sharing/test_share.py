@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,20 @@ def test_one_bad_repository_does_not_hide_the_others(
     assert run("plans", BASE) == 0
     out = capsys.readouterr().out
     assert "me/good" in out and "me/bad" in out and "not readable" in out
+
+
+def test_plans_of_model_repositories_are_listed_with_their_figures(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = f"---\nbase_model: {BASE}\ntags: [evopress-plan]\n---\n".encode()
+    hub.put("me/model", {"README.md": card, "evopress_plan.json": plan(3).to_json().encode()})
+    settings = {"quant_method": "evopress", "plan": json.loads(plan(4).to_json())}
+    config = json.dumps({"quantization_config": settings}).encode()
+    hub.put("me/bare", {"README.md": card, "config.json": config})
+    assert run("plans", BASE) == 0
+    out = capsys.readouterr().out
+    assert "evopress_plan.json" in out and "3.600" in out
+    assert "config.json" in out and "4.600" in out
 
 
 @pytest.fixture

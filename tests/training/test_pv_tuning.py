@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_evopress import PVTuning
-from hf_evopress.loading.layers import compressed_linears
+from hf_evopress.loading.layers import CompressedLinear, compressed_linears
 from hf_evopress.methods import compose
+from hf_evopress.methods.maths.linalg import Stats
 from hf_evopress.refine.distillation import Sequences
 from hf_evopress.training.settings import Tuning
 from hf_evopress.training.trainer import DistillationTrainer
@@ -116,6 +118,44 @@ def test_the_gradient_of_a_weight_is_that_of_the_dense_layer(model: Any, tokens:
         for part in tokens[:4].split(2):  # two batches add up
             made(input_ids=part, labels=part, use_cache=False).loss.backward()
     assert torch.allclose(optimizer._seen[name][0], linear.weight.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "level", [LEVEL, f"{LEVEL} + lowrank:rank=4", "trellis:bits=2,state_bits=8"]
+)
+def test_floats_learn_from_the_same_gradients_without_moving_codes(level: str) -> None:
+    torch.manual_seed(0)
+    stats = Stats(torch.eye(64))
+    state = compose.compress(compose.normalize(level), torch.randn(32, 64), stats)
+    both, x = [], torch.randn(3, 5, 64)
+    for moves_codes in (False, True):
+        layer = CompressedLinear.from_state(level, state, torch.zeros(32), (32, 64))
+        model = torch.nn.Sequential(copy.deepcopy(layer))
+        kinds = ("scales", "factors") if "lowrank" in level else ("scales",)
+        optimizer = PVTuning(model, kinds=kinds) if moves_codes else make_tunable(model, kinds)
+        model[0].bias.requires_grad_(True)
+        leaf = x.clone().requires_grad_()
+        with Products() as products:
+            model(leaf).square().sum().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        both.append({**grads, "x": leaf.grad})
+    assert optimizer is not None and len(both[0]) == len(both[1]) > 2
+    for name, grad in both[0].items():
+        assert torch.allclose(grad, both[1][name], rtol=1e-4, atol=1e-4), name
+    if level == LEVEL:
+        assert products.n == 3  # the output, dL/dx and dL/dW
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    n = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.n += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
