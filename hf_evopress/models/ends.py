@@ -74,6 +74,11 @@ def input_embedding(model: nn.Module) -> tuple[str, Any] | None:
     return (_path(model, module), module) if looks_up_rows(kind) else None
 
 
+def has_embedding(model: nn.Module) -> bool:
+    """Return whether a model says which module embeds its tokens."""
+    return _own(model, "get_input_embeddings") is not None
+
+
 def output_head(model: nn.Module) -> tuple[str, Any] | None:
     """Return path and module of the output head where it is a linear layer."""
     module = _own(model, "get_output_embeddings")
