@@ -36,6 +36,7 @@ from ..plans.level import Level
 from .eora_ranks import ErrorCurve, ranks_for_size
 from .folder import Factors, base_fingerprint, check_target, write_adapter
 from .foreign import check_readable, dense_weight
+from .peft_layers import takes_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -253,6 +254,7 @@ def shared_units(compressed: nn.Module, dense: nn.Module) -> list[Unit]:
     """Return the linear layers of `dense` that `compressed` has as well, of the same shape."""
     modules = dict(compressed.named_modules())
     units = [unit for unit in find_units(dense) if unit.name in modules]
+    units = [unit for unit in units if takes_adapter(dense, unit.name)]
     if not units:
         raise ValueError(
             f"{type(compressed).__name__} and {type(dense).__name__} share no linear layers; "

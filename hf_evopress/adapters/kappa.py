@@ -26,7 +26,7 @@ from ..methods.maths.decompositions import qr, singular_values
 from ..models.units import find_units
 from .folder import base_fingerprint
 from .foreign import dense_weight
-from .peft_layers import is_zero
+from .peft_layers import is_zero, takes_adapter
 
 FILE = "kappa.json"
 
@@ -48,6 +48,7 @@ def kappa_targets(
     from peft import find_kappa_target_modules
 
     numbers = condition_numbers(model, everywhere=everywhere, cache=cache)
+    numbers = {name: kappa for name, kappa in numbers.items() if takes_adapter(model, name)}
     found = find_kappa_target_modules(_Shown(numbers), top_p=share, show_progress=False)
     return list(found["target_modules"])
 

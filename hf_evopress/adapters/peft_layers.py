@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # They subtract their start from the base weight, which a packed layer cannot take.
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+# model types whose fast paths read the weight of out_proj without a call: PEFT refuses it
+_READ_WITHOUT_CALL = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 
 class MergesExactly:
@@ -152,6 +154,12 @@ def register_with_peft() -> None:
     LoraModel._replace_module = replace_module
     LoraModel.inject_adapter = inject_adapter
     LoraModel._knows_evopress = True
+
+
+def takes_adapter(model: nn.Module, name: str) -> bool:
+    """Return whether PEFT puts a LoRA adapter on the layer called `name`."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return kind not in _READ_WITHOUT_CALL or name.rpartition(".")[2] != "out_proj"
 
 
 def is_zero(module: Any) -> bool:

@@ -55,6 +55,7 @@ from ..models.source import (
     read_tokenizer,
 )
 from ..models.stream import check_streamable
+from ..models.text_inputs import check_reads_text
 from ..plans.level import Level
 from ..plans.plan import Plan
 from ..recipes.recipe import Recipe
@@ -124,6 +125,7 @@ class Job:
             skeleton = self.kind.loader.from_config(
                 self.config, dtype=self.dtype, trust_remote_code=recipe.trust_remote_code
             )
+        check_reads_text(skeleton)
         check_head(self.source, skeleton)
         for file in filter(None, map(prompts_file, recipe.data.sources)):
             prompts(file)  # so that it is missed now

@@ -148,6 +148,10 @@ def _reload(job: Job, folder: Path) -> Any:
     state = model.state_dict()
     for name in never_saved(model) & state.keys():  # made anew, in another dtype than is shipped
         state[name].copy_(state[name].to(job.dtype))
+    own = dict(job.model.named_buffers())
+    for name, buffer in model.named_buffers():  # such as sines of positions: rounded, as the own
+        if name in own and own[name].is_floating_point():
+            buffer.copy_(buffer.to(own[name].dtype))
     prepare_layers(model, PACKED)  # the reference that plans were scored with
     job.fit(model)
     return model.eval().to(job.device)

@@ -19,7 +19,8 @@ from .runtimes import AUTO
 
 READ_ONLY = (
     "the weight of a compressed layer is computed from its packed tensors, so a change to it "
-    "would be lost; call model.dequantize() first and change (or merge into) the dense model"
+    "would be lost; call model.dequantize() first and change (or merge into) the dense model, or "
+    "leave dense in the plan what the model itself changes"
 )
 
 

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..methods import compose
 from ..methods.base import Shape, State
-from ..models.ends import find_ends, input_embedding, output_head
+from ..models.ends import ends_of, input_embedding, output_head
+from ..models.units import check_weights_stay
 from ..plans.level import Level
 from ..plans.plan import Plan
 from .experts import group_experts
@@ -54,8 +55,8 @@ class CompressedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         default = torch.get_default_dtype() if bias is None else bias.dtype
+        self.register_parameter("bias", bias)  # first: see `hold`
         self.hold(level, shape, state, dtype or default)
-        self.register_parameter("bias", bias)
 
     @classmethod
     def from_state(
@@ -282,6 +283,7 @@ def planned_levels(model: nn.Module, plan: Plan) -> dict[str, Level]:
 
     Those it leaves dense and sub-blocks that it drops are not among them.
     """
+    check_weights_stay(model)
     names = resolve_units(model, plan)
     levels = compose.normalize_each({name: plan[unit] for unit, name in names.items()})
     return {name: level for name, level in levels.items() if not level.is_dense}
@@ -293,7 +295,7 @@ def _check_levels(
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     dense = [pair for pair in tied.items() if pair[0].endswith(".weight")]  # others are ours
     pairs = {tuple(key.rpartition(".")[0] for key in pair) for pair in dense}
-    ends = {unit.name for unit in find_ends(model)}
+    ends = {end.name for end in ends_of(model)}
     wrong = []
     for name, level in levels.items():
         if level.is_dense:

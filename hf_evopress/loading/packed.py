@@ -50,7 +50,8 @@ class PackedWeight(nn.Module):
         self._state_names = tuple(sorted(state))
         self._kernel = None
         self.level_text = str(self.level)
-        for name in self._state_names:
+        # models cast to the dtype of a module's first parameter (Swin v2), which of codes is none
+        for name in sorted(state, key=lambda name: (not state[name].is_floating_point(), name)):
             tensor = state[name]
             if not isinstance(tensor, nn.Parameter):  # of a module that it is tied to
                 tensor = nn.Parameter(tensor, requires_grad=False)

@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightConverter
 
 from ..methods import compose
 from ..models.dropped import replace_dropped, restore_zero, sentinel_keys
-from ..models.ends import find_ends
+from ..models.ends import ends_of
 from ..models.experts import SplitExperts
 from ..models.images import give_images
 from ..models.plain import make_stock, match_plan
@@ -379,7 +379,7 @@ def _with_merged(model: Any, plan: Plan) -> Plan:
 
 def _with_vocabulary(model: Any, plan: Plan) -> Plan:
     """Return `plan` with the shapes that embedding and head have, which may have been resized."""
-    shapes = {unit.name: unit.shape for unit in find_ends(model) if unit.name in plan}
+    shapes = {end.name: end.shape for end in ends_of(model) if end.name in plan}
     return plan.replace(shapes={**plan.shapes, **shapes})
 
 

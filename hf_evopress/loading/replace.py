@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..methods.base import State
-from ..models.ends import find_ends, output_head
+from ..models.ends import ends_of, output_head
 from ..plans.level import Level
 from ..plans.plan import Plan
 from .embedding import CompressedEmbedding, compress_embedding, tie_head, untie_packed
@@ -46,7 +46,7 @@ def replace(model: Any, path: str, level: Level, state: State | None = None) -> 
     """
     module = model.get_submodule(path)
     if isinstance(module, nn.Embedding):
-        is_shared = any(unit.name == path and unit.role == "tied" for unit in find_ends(model))
+        is_shared = any(end.name == path and end.role == "tied" for end in ends_of(model))
         model.set_submodule(path, compress_embedding(module, level, state))
         if is_shared:
             head = output_head(model)

@@ -67,6 +67,10 @@ IMAGE_TEXT = ModelClass(
     "image-text", "AutoModelForImageTextToText", "A vision-language model, its text part",
     "image-text-to-text", generates=True,
 )  # fmt: skip
+AUDIO_TEXT = ModelClass(
+    "audio-text", "AutoModelForMultimodalLM", "An audio language model, its text part",
+    "audio-text-to-text", generates=True,
+)  # fmt: skip
 SEQ2SEQ = ModelClass(
     "seq2seq", "AutoModelForSeq2SeqLM", "An encoder-decoder", "text2text-generation",
     generates=True, is_pooled=True, has_encoder=True,
@@ -92,7 +96,10 @@ HEADLESS = ModelClass(
     is_pooled=True, is_vector=True,
 )  # fmt: skip
 
-CLASSES = (CAUSAL, IMAGE_TEXT, SEQ2SEQ, SPEECH, MASKED, TOKENS, SEQUENCE, ANSWERS, HEADLESS)
+CLASSES = (
+    *(CAUSAL, IMAGE_TEXT, AUDIO_TEXT, SEQ2SEQ, SPEECH),
+    *(MASKED, TOKENS, SEQUENCE, ANSWERS, HEADLESS),
+)
 BY_NAME: Mapping[str, ModelClass] = MappingProxyType({kind.name: kind for kind in CLASSES})
 POOLINGS = ("mean", "first", "last")
 

@@ -9,7 +9,7 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,6 +17,14 @@ from ..base.patterns import matches
 from .units import Unit, all_blocks, is_linear
 
 Rows = Callable[[Tensor], Tensor]  # token ids (...) -> rows of the embedding (..., dim)
+
+
+class End(NamedTuple):
+    """An end of a model: its module path, its shape (tokens, dim), and a role as of a Unit."""
+
+    name: str
+    shape: tuple[int, int]
+    role: str
 
 
 def find_ends(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
@@ -29,9 +37,18 @@ def find_ends(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
     embeddings, embeddings of the tokens for each block, and those of an encoder whose decoder has
     its own, are never units.
     """
-    n_blocks = len(all_blocks(model))
+    after = len(all_blocks(model))
+    return [
+        Unit(end.name, end.shape, after if end.role == "head" else -1, end.role)
+        for end in ends_of(model)
+        if not any(matches(end.name, pattern) for pattern in skip)
+    ]
+
+
+def ends_of(model: nn.Module) -> list[End]:
+    """Return the ends that can be packed, of a model without a list of blocks, too."""
     embedding, head = input_embedding(model), output_head(model)
-    units = []
+    ends = []
     if embedding is not None:
         name, module = embedding
         shape = (module.num_embeddings, module.embedding_dim)
@@ -39,13 +56,13 @@ def find_ends(model: nn.Module, *, skip: Sequence[str] = ()) -> list[Unit]:
         if is_tied(model, name) or _is_of_encoder(model, module):
             pass  # the weight of another module, or the rows of a source
         elif not shared:
-            units.append(Unit(name, shape, -1, "embedding"))
+            ends.append(End(name, shape, "embedding"))
         elif head is not None and shared == [head[0]]:
-            units.append(Unit(name, shape, -1, "tied"))
+            ends.append(End(name, shape, "tied"))
     if head is not None and not is_tied(model, head[0]) and not _targets(model, head[0]):
         name, module = head
-        units.append(Unit(name, (module.out_features, module.in_features), n_blocks, "head"))
-    return [unit for unit in units if not any(matches(unit.name, p) for p in skip)]
+        ends.append(End(name, (module.out_features, module.in_features), "head"))
+    return ends
 
 
 def input_embedding(model: nn.Module) -> tuple[str, Any] | None:
@@ -55,6 +72,11 @@ def input_embedding(model: nn.Module) -> tuple[str, Any] | None:
     if not isinstance(module, nn.Embedding) or module.max_norm is not None:
         return None
     return (_path(model, module), module) if looks_up_rows(kind) else None
+
+
+def has_embedding(model: nn.Module) -> bool:
+    """Return whether a model says which module embeds its tokens."""
+    return _own(model, "get_input_embeddings") is not None
 
 
 def output_head(model: nn.Module) -> tuple[str, Any] | None:

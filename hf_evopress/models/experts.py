@@ -21,7 +21,7 @@ from ..plans.plan import Plan
 
 logger = logging.getLogger(__name__)
 
-_OF_EXPERT = re.compile(r"(.*experts)\.\d+\.(\w+)")
+_OF_EXPERT = re.compile(r"(.*experts)\.(?:expert_)?\d+\.(\w+)")  # expert_ of Switch and NLLB
 # (experts, hidden, expert_of, weight_of) -> what forward() returns, or None if it cannot do this
 Together: TypeAlias = "Callable[[SplitExperts, Tensor, Tensor, Tensor], Tensor | None]"
 # What transformers.integrations.use_experts_implementation, the decorator of such modules, sets.

@@ -269,6 +269,7 @@ def _kin(config: Any) -> str:
         made = mapping.get(type(config), ())
         classes = made if isinstance(made, (list, tuple)) else (made,)
         names += [c.__name__ for c in classes if c.main_input_name == "input_ids"]  # not of images
+    names = [name for name in names if name != _said(config)]
     return f" of its kind: {', '.join(dict.fromkeys(names))}; besides, " if names else ": "
 
 

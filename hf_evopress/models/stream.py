@@ -19,7 +19,7 @@ from ..base.placement import Place, Visit, place_of, visiting
 from .block_arguments import Arguments, as_form, held_bytes, same, split
 from .classes import call
 from .images import images_of
-from .units import find_blocks
+from .units import check_weights_stay, find_blocks
 
 # keys of a config, and what blocks get from elsewhere than the block before them (Gemma 3n and 4)
 _EXCHANGED = {
@@ -364,6 +364,7 @@ class BlockStream:
 
 def check_streamable(model: nn.Module) -> None:
     """Raise ValueError where the config says that blocks exchange more than hidden states."""
+    check_weights_stay(model)
     config: Any = model.config
     text = config.get_text_config(decoder=True)
     found = [

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
 from .block_arguments import Arguments, as_form, hidden_of, split
 from .classes import n_source, source_of
@@ -42,6 +43,7 @@ class TwoStackStream(BlockStream):
         names = [f"{encoder}.{i}" for i in range(len(first))]
         names += [f"{decoder}.{i}" for i in range(len(second))]
         self.encoder: Any = self.model.get_encoder()  # type: ignore[operator]
+        self._puts_out: Any = BaseModelOutput  # the class of what it puts out
         self.least_tokens = n_source(self.model, 2) + 1
         return names, [*first, *second]
 
@@ -96,7 +98,7 @@ class TwoStackStream(BlockStream):
         patches: dict[int, Callable[..., Any]] = {j: self._give(j, hidden[:, n:]) for j in blocks}
         # the decoder's blocks read nothing any more; the encoder need not run
         before = self.encoder.__dict__.get("forward")
-        self.encoder.forward = lambda *args, **kwargs: BaseModelOutput(hidden[:, :n])
+        self.encoder.forward = lambda *args, **kwargs: self._puts_out(hidden[:, :n])
         try:
             with self._patched(patches):
                 return self._forward(input_ids, with_images=False)  # they are in `hidden`
@@ -135,9 +137,12 @@ class TwoStackStream(BlockStream):
 
             return noted
 
-        hook = self.encoder.register_forward_hook(
-            lambda module, args, out: encoded.append(hidden_of(out[0]))
-        )
+        def after_encoder(module: nn.Module, args: Any, out: Any) -> None:
+            encoded.append(hidden_of(out[0]))
+            if isinstance(out, ModelOutput):  # a decoder may ask for more (router_logits of Switch)
+                self._puts_out = type(out)
+
+        hook = self.encoder.register_forward_hook(after_encoder)
         try:
             with self._patched({i: note(i) for i in range(self.n_blocks)}):
                 self._forward(input_ids)

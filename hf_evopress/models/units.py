@@ -23,6 +23,7 @@ SUPPORTED = (
 )
 _CHOOSING = "Indexer"  # picks the tokens that attention sees: as a router, never compressed
 _MAMBA = "MambaMixer"  # reads the weight of its dt_proj without calling it
+_MIXING = "AltUp"  # Gemma 3n's clamps the weights of its few coefficients as it runs
 _ROUTERS = ("gate", "router", "shared_expert_gate", "shared_gate")
 
 
@@ -118,8 +119,8 @@ def find_units(
     `skip` are globs ("*.v_proj", "model.layers.0.*") or regular expressions ("re:...") on
     module paths. Embeddings, the output head, routers, indexers of sparse attention, tied weights,
     and layers whose weight is read without a call (inside nn.MultiheadAttention, Mamba's dt_proj)
-    are never units. in_stock_form: take layers of other classes (Conv1D) too, for their names and
-    shapes, where a model in its plain form is not needed.
+    or changed by the model (Gemma 3n's AltUp) are never units. in_stock_form: take layers of other
+    classes (Conv1D) too, for their names and shapes, where a model in its plain form is not needed.
     """
     tied = {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", ())}
     routed = _expert_counts(model)
@@ -157,6 +158,16 @@ def linear_layers(model: nn.Module) -> list[str]:
     ]
 
 
+def check_weights_stay(model: nn.Module) -> None:
+    """Raise ValueError for a model that changes weights of its layers as it runs: RWKV."""
+    if every := getattr(getattr(model, "config", None), "rescale_every", None):
+        raise ValueError(
+            f"{type(model).__name__} with rescale_every={every} halves weights in place as it "
+            "runs, which packed ones cannot be: set rescale_every to 0 in its config.json; it "
+            "computes the same then, but for overflow in float16"
+        )
+
+
 def _linears(
     block: nn.Module, path: str, taken: Mapping[str, Any]
 ) -> Iterator[tuple[str, nn.Linear]]:
@@ -177,7 +188,7 @@ def _called(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     closed: list[str] = []
     for name, module in block.named_modules(prefix=path):
         kind = type(module).__name__
-        if isinstance(module, nn.MultiheadAttention) or kind.endswith(_CHOOSING):
+        if isinstance(module, nn.MultiheadAttention) or kind.endswith((_CHOOSING, _MIXING)):
             closed.append(f"{name}.")
         if kind.endswith(_MAMBA):
             closed.append(f"{name}.dt_proj")
@@ -203,4 +214,5 @@ def _expert_counts(model: nn.Module) -> set[int]:
 
 
 def _is_router(name: str, linear: Any, widths: set[int]) -> bool:
-    return name.rpartition(".")[2] in _ROUTERS and shape_of(linear)[0] in widths
+    own = name.split(".")[-2:]  # that of Switch is called router.classifier
+    return any(part in _ROUTERS for part in own) and shape_of(linear)[0] in widths

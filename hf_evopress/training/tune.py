@@ -23,6 +23,7 @@ from transformers import Trainer
 from ..adapters.folder import activate, check_target, load_adapter
 from ..adapters.kappa import FILE as KAPPA
 from ..adapters.kappa import kappa_targets
+from ..adapters.peft_layers import takes_adapter
 from ..adapters.repair import (
     load,
     local_folder,
@@ -258,7 +259,7 @@ def _targets(model: Any, target: str, kappa_file: Path | None) -> list[str]:
     """Return the full names of the layers that `target` describes."""
     if target.startswith("kappa:"):
         return kappa_targets(model, share_of(target), cache=kappa_file)
-    names = linear_layers(model)
+    names = [name for name in linear_layers(model) if takes_adapter(model, name)]
     if target == "all-linear":
         return names
     parts = {name.rpartition(".")[2] for name in names}

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_evopress.adapters.eora import Walk, eora
+from hf_evopress.adapters.eora import Walk, eora, shared_units
 from hf_evopress.adapters.eora_ranks import ErrorCurve, ranks_for_size
 from hf_evopress.adapters.folder import load_adapter, read_adapter, write_adapter
 from hf_evopress.adapters.foreign import dense_weight
+from hf_evopress.adapters.kappa import kappa_targets
 from hf_evopress.calibration.output_moments import load_moments, output_moments
 from hf_evopress.loading.quantizer import attach
 from hf_evopress.loading.stitch import compress_model
@@ -267,3 +269,14 @@ def test_a_dense_model_of_another_shape_is_refused(
 def test_writing_is_refused_without_factors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no factors"):
         write_adapter(tmp_path, {})
+
+
+def test_a_layer_that_peft_refuses_gets_no_adapter() -> None:
+    sizes = {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1}
+    config = AutoConfig.for_model("mamba2", vocab_size=32, num_hidden_layers=1, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    one, other = (unit.name for unit in find_units(model))
+    with pytest.raises(ValueError, match="'out_proj' is incompatible"):
+        get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=[other]))
+    assert [unit.name for unit in shared_units(model, model)] == [one]
+    assert kappa_targets(model, 1.0) == [one]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from hf_evopress.jobs.measure import check_reloaded
+from hf_evopress.base.placement import Place, computing_in, visiting
+from hf_evopress.jobs.measure import _reload, check_reloaded
+from hf_evopress.models.classes import CAUSAL
 from hf_evopress.plans.plan import Plan
 
 PLAN = Plan({"lm_head": "dense"})
@@ -61,3 +64,19 @@ def test_elsewhere_what_another_order_of_sums_makes_is_none(device: torch.device
         check_reloaded(scored, PLAN, Reloaded(float("nan")))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="largest difference"):  # where there is one order
         check_reloaded(Scored(device), PLAN, Reloaded(0.01))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_positions_that_are_in_no_file_are_rounded_as_those_that_were_scored(
+    tmp_path: Path,
+) -> None:
+    sizes = {"vocab_size": 64, "d_model": 32, "num_layers": 1, "attention_heads": 2, "ffn_dim": 32}
+    config = AutoConfig.for_model("xglm", **sizes)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    job: Any = SimpleNamespace(kind=CAUSAL, model=model, dtype=torch.bfloat16, device="cpu")
+    job.recipe, job.fit = SimpleNamespace(trust_remote_code=False), lambda model: None
+    with computing_in(model, torch.float32):
+        reloaded = _reload(job, tmp_path)
+        with visiting(model, Place(dtype=torch.float32)):
+            assert torch.equal(reloaded(TOKENS).logits, model(TOKENS).logits)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hf_evopress.loading.config import EvoPressConfig
 from hf_evopress.loading.layers import compressed_linears
@@ -63,3 +63,33 @@ def test_a_weight_that_is_not_a_number_is_named(
     config = EvoPressConfig(Plan({UP: level}), data=text, n_sequences=4, seq_len=32)
     with pytest.raises(ValueError, match=rf"NaN or infinity in {where}\.weight.*download it again"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "albert": {"embedding_size": 32, "hidden_size": 64, "vocab_size": 64, "num_attention_heads": 2},
+    "swinv2": {"image_size": 32, "embed_dim": 16, "depths": [1], "num_heads": [2]},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_plan_of_ones_own_is_for_models_that_no_command_searches_too(
+    kind: str, tmp_path: Path
+) -> None:
+    """Albert has no list of its blocks; Swin v2 casts to the dtype of a first parameter."""
+    config = AutoConfig.for_model(kind, **OTHERS[kind])
+    torch.manual_seed(0)
+    dense = AutoModel.from_config(config).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    linears = [n for n, m in dense.named_modules() if type(m) is nn.Linear]
+    plan = Plan(dict.fromkeys(linears, "rtn:bits=8,group_size=-1"))
+    made = AutoModel.from_pretrained(
+        tmp_path / "dense", quantization_config=EvoPressConfig(plan)
+    ).eval()
+    assert [*compressed_linears(made)] == linears
+    made.save_pretrained(tmp_path / "small")
+    again = AutoModel.from_pretrained(tmp_path / "small").eval()
+    x = torch.arange(20)[None] if kind == "albert" else torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected, found = dense(x).last_hidden_state, made(x).last_hidden_state
+        assert torch.allclose(found, expected, atol=0.05 * float(expected.abs().max()))
+        assert torch.equal(again(x).last_hidden_state, found)

@@ -57,6 +57,12 @@ def test_it_is_an_nn_linear_that_owns_only_packed_tensors_and_the_bias() -> None
     assert not list(layer.buffers())
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_its_first_parameter_is_no_integer(has_bias: bool) -> None:
+    first = next(make_layer(has_bias=has_bias).parameters())  # models cast to its dtype
+    assert first.is_floating_point() and (first.dtype == torch.float32 or not has_bias)
+
+
 def test_its_bytes_are_the_declared_cost() -> None:
     layer = make_layer(has_bias=False)
     assert 8 * sum(p.nbytes for p in layer.parameters()) == compose.cost_bits(LEVEL, (16, 64))

@@ -284,6 +284,8 @@ def test_others_are_the_same_layer_of_the_same_block() -> None:
     names = [f"l.{b}.experts.{e}.{n}" for b in (0, 1) for e in (0, 1, 2) for n in ("up", "down")]
     assert others("l.1.experts.0.up", names) == ["l.1.experts.1.up", "l.1.experts.2.up"]
     assert others("l.1.self_attn.q_proj", names) == []
+    of_switch = [f"block.{b}.mlp.experts.expert_{e}.wi" for b in (0, 1) for e in (0, 1)]
+    assert others(of_switch[0], of_switch) == [of_switch[1]]
 
 
 def test_experts_of_another_form_are_named(

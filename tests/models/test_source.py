@@ -12,17 +12,26 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForSequenceClassification
 
+from hf_evopress.models.classes import AUDIO_TEXT
 from hf_evopress.models.source import (
     check_class,
     check_context,
     check_head,
+    kind_of,
     load_checked,
     read_config,
     read_tokenizer,
     window_of,
 )
+from hf_evopress.models.stream import BlockStream
+from hf_evopress.models.units import find_units
 
 TinyModel = Callable[..., Any]
+
+PART = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+HEARD = {"model_type": "voxtral_encoder", **PART, "num_attention_heads": 2, "num_mel_bins": 8}
+TEXT = {**PART, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
+TEXT |= {"model_type": "llama", "head_dim": 16}
 
 
 def with_head(config: Any, *, tied: bool) -> Any:
@@ -182,3 +191,15 @@ def test_a_head_that_is_stored_by_another_name_is_no_missing_one(
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"has no lm_head\.weight: its GPTNeoX.* random head"):
         check_head(tmp_path, model)
+
+
+def test_of_an_audio_language_model_the_text_part_is_compressed() -> None:
+    config = AutoConfig.for_model("voxtral", audio_config=HEARD, text_config=TEXT)
+    config.architectures = ["VoxtralForConditionalGeneration"]
+    assert kind_of(config, "heard") is AUDIO_TEXT
+    model = AUDIO_TEXT.loader.from_config(config).eval()
+    assert {u.name.rpartition(".layers")[0] for u in find_units(model)} == {"model.language_model"}
+    BlockStream(model).check(torch.arange(8)[None])  # to the bit
+    config.architectures = ["VoxtralForCTC"]  # another head, which is of no class
+    with pytest.raises(ValueError, match="is a VoxtralForCTC.* VoxtralForConditionalGeneration"):
+        kind_of(config, "heard")

@@ -29,6 +29,10 @@ SETTINGS: dict[str, Any] = {
         "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32,
         "decoder_start_token_id": 1, "decoder_vocab_size": 128,
     },
+    "switch_transformers": {
+        "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2,
+        "num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
+    },
 }  # fmt: skip
 IDS = torch.randint(3, 128, (3, 11), generator=torch.Generator().manual_seed(0))
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
+from hf_evopress.models.stream import check_streamable
 from hf_evopress.models.units import Unit, find_blocks, find_units, linear_layers
 
 PER_BLOCK = {
@@ -136,3 +143,35 @@ def test_a_layer_whose_weight_is_read_without_a_call_is_no_unit():
     names = {unit.name.rpartition(".")[2] for unit in find_units(model)}
     assert {name.rpartition(".")[2] for name in linear_layers(model)} == names
     assert names == {"in_proj", "x_proj", "out_proj"}
+
+
+def test_a_router_by_another_name_is_no_unit():
+    sizes = {"d_model": 32, "d_ff": 32, "d_kv": 16, "num_heads": 2, "num_experts": 4}
+    config = AutoConfig.for_model(
+        "switch_transformers", vocab_size=32, num_layers=2, num_sparse_encoder_layers=1, **sizes
+    )
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    assert any(name.endswith("router.classifier") for name, _ in model.named_modules())
+    assert not any("router" in u.name for u in find_units(model))
+
+
+def test_a_model_that_changes_its_weights_is_refused_with_the_way_out():
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+    config = AutoConfig.for_model("rwkv", vocab_size=32, context_length=32, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="set rescale_every to 0 in its config.json"):
+        check_streamable(model)
+    model.config.rescale_every = 0
+    check_streamable(model)
+
+
+def test_coefficients_that_a_model_clamps_are_no_units():
+    kinds = ["sliding_attention", "full_attention"]
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    sizes |= {"intermediate_size": 32, "laurel_rank": 4, "hidden_size_per_layer_input": 8}
+    config = AutoConfig.for_model(
+        "gemma3n_text", vocab_size=32, vocab_size_per_layer_input=32, num_hidden_layers=2,
+        layer_types=kinds, activation_sparsity_pattern=[0.0, 0.0], num_kv_shared_layers=0, **sizes,
+    )  # fmt: skip
+    names = [u.name for u in find_units(AutoModelForCausalLM.from_config(config))]
+    assert names and not any("altup" in name for name in names)

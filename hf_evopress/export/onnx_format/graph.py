@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.classes import CAUSAL, IMAGE_TEXT, class_of
+from ...models.classes import AUDIO_TEXT, CAUSAL, IMAGE_TEXT, class_of
 
 BATCH, PAST, NEW = 2, 3, 2  # of the example that is traced; each may be any number in the graph
 AUTO = torch.export.Dim.AUTO
@@ -18,7 +18,7 @@ AUTO = torch.export.Dim.AUTO
 def check_kind(model: Any) -> None:
     """Raise ValueError for models whose parts would be graphs of their own."""
     kind = class_of(model)
-    if kind is IMAGE_TEXT or getattr(model.config, "is_encoder_decoder", False):
+    if kind in (IMAGE_TEXT, AUDIO_TEXT) or getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"onnx: {type(model).__name__} is more than one graph (encoder and decoder); export it "
             "to dense, and that with an ONNX exporter for its architecture"
