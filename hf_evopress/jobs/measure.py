@@ -84,6 +84,7 @@ def measure(
 ) -> tuple[tuple[Row, ...], str]:
     """Return the rows dense, uniform, rivals, searched on `tokens` (n,), and a sentence.
 
+    rivals: None where there was no search, whose plan one for all could be compared with.
     The searched row is the checkpoint in `folder`, reloaded, and read through its cache where the
     plan sets one; where that is refined there is a row
     of the same plan as it was before, in the levels of `store`.
@@ -93,7 +94,7 @@ def measure(
     dense = partial(_logits, job.whole.evaluator(store), {})
     models: dict[str, Any] = {"dense": dense}
     sizes = {"dense": (16.0, job.whole.space.dense_bits // 8)}
-    uniform = best_uniform(job, store)
+    uniform = None if rivals is None else best_uniform(job, store)
     for name, genome in [*([uniform] if uniform else []), *(rivals or {}).items()]:
         models[name] = partial(_logits, evaluator, job.levels(genome))
         sizes[name] = (job.space.bits_per_weight(genome), job.space.size_bytes(genome))
