@@ -57,6 +57,5 @@ def apply_plan(
         compressed.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         copy_source_files(source, folder, revision=revision, with_code=is_trusted())
-        if config.plan is not None:
-            config.plan.save(folder)
+        compressed.hf_quantizer.quantization_config.plan.save(folder)
     return Path(out)

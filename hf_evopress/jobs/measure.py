@@ -84,6 +84,7 @@ def measure(
 ) -> tuple[tuple[Row, ...], str]:
     """Return the rows dense, uniform, rivals, searched on `tokens` (n,), and a sentence.
 
+    rivals: None where there was no search, whose plan one for all could be compared with.
     The searched row is the checkpoint in `folder`, reloaded, and read through its cache where the
     plan sets one; where that is refined there is a row
     of the same plan as it was before, in the levels of `store`. Uniform and rivals are not
@@ -97,7 +98,7 @@ def measure(
     searched, written = job.genome(plan), stored_bytes(folder)
     # The space takes headers to be as long as they can be, which the written file's are not.
     unused = job.space.size_bytes(searched) - written
-    uniform = best_uniform(job, store)
+    uniform = None if rivals is None else best_uniform(job, store)
     for name, genome in [*([uniform] if uniform else []), *(rivals or {}).items()]:
         models[name] = partial(_logits, evaluator, job.levels(genome))
         sizes[name] = (job.space.bits_per_weight(genome), job.space.size_bytes(genome) - unused)

@@ -104,7 +104,7 @@ def _compressed(job: Job, test: str | None, window: int | None, max_windows: int
     if not job.ranks.is_first:
         return Result(Path(str(recipe.out)), plan, seconds=seconds.spent)
     on = (unseen, length, max_windows)
-    text = Path(test).name if test is not None else _unseen_name(recipe)
+    text = text_name(recipe, test)
     return ship(job, store, plan, on, text, rivals=rivals(job, store), seconds=seconds)
 
 
@@ -121,6 +121,7 @@ def ship(
     """Return the model of `plan`, finished as the recipe says, written, reloaded and measured.
 
     on: tokens (n,) for the figures, a window, and how many at most; text: what they are called.
+    rivals: of a search, to be measured as well, beside the best uniform plan.
     """
     seconds, states = seconds or Clock(), store
     if job.recipe.blockwise != "none":
@@ -170,8 +171,10 @@ def export(job: Job, store: LevelStore, plan: Plan, *, format: str = "evopress")
     )
 
 
-def _unseen_name(recipe: Recipe) -> str:
-    """Return a name for what figures are measured on where no text is given."""
+def text_name(recipe: Recipe, test: str | None) -> str:
+    """Return what the text that figures are measured on is called."""
+    if test is not None:
+        return Path(test).name
     return f"unseen parts of {', '.join(Path(s).name for s in recipe.data.sources) or 'the data'}"
 
 

@@ -17,7 +17,7 @@ from ..recipes.recipe import Recipe
 from .job import Job
 from .levels import build_levels
 from .measure import unseen_tokens
-from .pipeline import Result, ship
+from .pipeline import Result, ship, text_name
 
 
 @on_device
@@ -77,10 +77,11 @@ def refine_plan(
     job = _job_of(found, recipe, progress)
     unseen, length = unseen_tokens(job, test, window)
     store = build_levels(job)
-    made = job.plan(
-        found.levels, search={**found.search, "versions": versions()}, results=found.results
-    )
-    return ship(job, store, _with_cache(made, found), (unseen, length, max_windows))
+    made = job.plan(found.levels, search={**found.search, "versions": versions()})
+    # what it was found for is the plan's own, where it says so; its figures were of other weights
+    budget = {k: v for k, v in {**made.budget, "asked": found.budget.get("asked")}.items() if v}
+    made = _with_cache(made.replace(budget=budget), found)
+    return ship(job, store, made, (unseen, length, max_windows), text_name(recipe, test))
 
 
 def _canonical(plan: Plan) -> Plan:

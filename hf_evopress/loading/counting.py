@@ -21,12 +21,17 @@ def more_weights(model: nn.Module, *, exclude_embeddings: bool = False) -> int:
     """Return the weights of the compressed layers of `model`, less their packed numbers."""
     from .packed import PackedWeight
 
-    more = 0
+    more, seen = 0, set[int]()
     for module in model.modules():
-        if isinstance(module, PackedWeight):
-            packed = sum(t.numel() for t in module.state.values() if isinstance(t, nn.Parameter))
-            is_left_out = exclude_embeddings and isinstance(module, nn.Embedding)
-            more += (0 if is_left_out else math.prod(module.shape)) - packed
+        if not isinstance(module, PackedWeight):
+            continue
+        own = {id(t): t.numel() for t in module.state.values() if isinstance(t, nn.Parameter)}
+        if own and own.keys() <= seen:  # a head that is tied: its weight is the embedding's
+            continue
+        is_left_out = exclude_embeddings and isinstance(module, nn.Embedding)
+        more += 0 if is_left_out else math.prod(module.shape)
+        more -= sum(n for key, n in own.items() if key not in seen)
+        seen |= own.keys()
     return more
 
 

@@ -229,6 +229,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
             from ..models.source import check_finite
 
             check_finite(model, model.config.name_or_path)
+            config.plan = _plan_of(config).applied_to(model.config)
         if self._compresses_after:
             stitch = import_module("hf_evopress.loading.stitch")
             stitch.compress_model(model, _plan_of(config), self._tokens)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from .ends import find_ends
 from .units import find_units
 
 # The name of an empty tensor in each compressed checkpoint. Without the plugin transformers lists
@@ -47,6 +49,7 @@ def model_size(model: nn.Module, *, shapes: Mapping[str, tuple[int, int]] | None
     no longer has, to the number of weights.
     """
     units = {unit.name: unit.shape for unit in find_units(model, in_stock_form=True)}
+    ends = {unit.name: math.prod(unit.shape) for unit in find_ends(model)}  # packed, too
     seen: set[int] = set()  # tied parameters are one object under two names
     unit_bits = other_bits = other_weights = 0
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -58,11 +61,12 @@ def model_size(model: nn.Module, *, shapes: Mapping[str, tuple[int, int]] | None
             unit_bits += 8 * tensor.nbytes
         else:
             other_bits += 8 * tensor.nbytes
-            other_weights += tensor.numel()
+            is_end = owner in ends and own != "bias"
+            other_weights += 0 if is_end else tensor.numel()
     here = {name for name, _ in model.named_modules()}  # ends are no units, and in plans
     everything = {**units, **{u: s for u, s in (shapes or {}).items() if u not in here}}
     unit_weights = sum(rows * columns for rows, columns in everything.values())
-    return Size(unit_bits, unit_weights, other_bits, other_weights)
+    return Size(unit_bits, unit_weights, other_bits, other_weights + sum(ends.values()))
 
 
 def stored_bytes(folder: str | Path) -> int:

@@ -180,7 +180,10 @@ class Plan(Mapping[str, Level]):
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         if not path.is_file():
-            raise FileNotFoundError(f"no plan at {path}; a plan is a file like {FILE_NAME}")
+            raise FileNotFoundError(
+                f"no plan at {path}; a plan is a file like {FILE_NAME} (Plan.from_pretrained also "
+                "takes a model's folder without one, and a repository on the Hub)"
+            )
         with reading(path):
             return cls.from_json(read_text(path))
 
@@ -327,6 +330,16 @@ class Plan(Mapping[str, Level]):
             shapes={names[unit]: shape for unit, shape in self.shapes.items()},
             cache={names[unit]: str(level) for unit, level in self.cache.items()},
         )
+
+    def applied_to(self, config: Any) -> Plan:
+        """Return the plan as that of a dense model which was just compressed by it.
+
+        config: that model's, which says where it came from. Figures were those of other weights.
+        """
+        name, revision = config.name_or_path, getattr(config, "_commit_hash", None)
+        if name in ("", self.base_model):
+            return self.replace(results={}, revision=revision or self.revision)
+        return self.replace(results={}, base_model=name, revision=revision)
 
     def replace(self, **changes: Any) -> Plan:
         """Return a copy with some fields replaced: `plan.replace(results={...})`."""

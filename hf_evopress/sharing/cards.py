@@ -16,6 +16,7 @@ from typing import Any
 from ..base.reading import read_object
 from ..base.resources import atomic_write
 from ..methods import compose
+from ..plans.block_order import has_order
 from ..plans.card_template import (
     hub_base,
     level_counts,
@@ -110,6 +111,8 @@ def model_card(folder: Path, plan: Plan, recipe: Recipe | None, *, name: str) ->
         revision=plan.revision,
         bits=mean_bits(plan, bits),
         asked=_text(plan.budget.get("asked")),
+        is_searched="strategy" in plan.search,
+        is_stack=has_order(plan),
         target=_text(plan.search.get("for")),
         headers=headers,
         rows=cells,

@@ -115,6 +115,8 @@ def _pull(
         tree = patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
         files = {f.path: f for f in tree if hasattr(f, "blob_id")}
         check_paths(files)
+        if not {*files} - {".gitattributes"}:
+            raise FileNotFoundError(f"{repo_id} at {commit} is empty: nothing was pushed there yet")
         _check_space(folder.parent, sum(f.size for f in files.values()))
         wanted = sorted(set(files) - {".gitattributes"})
         for done, name in enumerate(wanted):

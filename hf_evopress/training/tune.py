@@ -156,9 +156,10 @@ def trained(
     is_kept = not settings.kinds or kl is None or kl[1] < kl[0]
     if not is_kept:
         logger.warning(
-            "training did not bring the model closer to its teacher on held-out text (%s) and is "
-            "not kept; more sequences or a lower learning rate may help",
-            kl,
+            "training did not bring the model closer to its teacher on held-out text "
+            "(KL %.4g before, %.4g after) and is not kept; more sequences or a lower learning rate "
+            "may help",
+            *(kl or ()),
         )
         made, after = load(model), {name: (before[name], before[name]) for name in after}
     if settings.kinds:
@@ -166,6 +167,7 @@ def trained(
     else:
         with whole_folder(out) as folder:
             made.save_pretrained(str(folder), selected_adapters=["default"])
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's form, which nobody filled in
     losses = tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)
     return Tuned(Path(out), losses, n_trained, after, kl, is_kept)
 

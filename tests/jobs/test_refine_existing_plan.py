@@ -155,6 +155,25 @@ def test_a_plan_with_dropped_and_dense_units_is_refined_without_a_search(
     assert result.plan.results["refined"]["after"] < result.plan.results["refined"]["before"]
 
 
+def test_a_refined_plan_says_what_was_done_to_it_and_measured_on_what(
+    home: Path, plain: pipeline.Result
+) -> None:
+    notes = {"mode": "end-to-end", "fitness": "kl", "before": 0.5, "after": 0.4, "is_kept": True}
+    plain.plan.replace(results={"distilled": notes}).save(home / "distilled.json")
+    text = str(home / "text.txt")
+    result = refine_plan(
+        home / "distilled.json", home / "anew", mode="fast", data=[text], test=text, window=64,
+        n_sequences=24, seq_len=64,
+    )  # fmt: skip
+    assert {*result.plan.results} == {"refined", "evaluation", "text"}  # its levels are new
+    assert result.plan.results["text"] == "text.txt"
+    assert result.plan.budget["asked"] == "2.6 bits per weight"
+    assert [row.name for row in result.rows] == ["dense", "searched", measure.UNREFINED]
+    about = (home / "anew" / "README.md").read_text().partition("## What each layer got")[0]
+    assert "of text.txt." in about and "budget of\n2.6 bits per weight" in about
+    assert "mode fast)" in about and "mode end-to-end" not in about
+
+
 def test_plans_that_cannot_be_refined_are_refused_by_the_unit(
     home: Path, plain: pipeline.Result
 ) -> None:

@@ -93,3 +93,18 @@ def test_a_plan_of_ones_own_is_for_models_that_no_command_searches_too(
         expected, found = dense(x).last_hidden_state, made(x).last_hidden_state
         assert torch.allclose(found, expected, atol=0.05 * float(expected.abs().max()))
         assert torch.equal(again(x).last_hidden_state, found)
+
+
+@pytest.mark.parametrize("level", [ON_LOAD, WITH_DATA])
+def test_the_plan_of_the_result_names_its_own_model_and_no_figures_of_another(
+    tiny_model: TinyModel, write_model: Any, tmp_path: Path, text: str, level: str
+) -> None:
+    dense = write_model(tmp_path, tiny_model()) / "dense"
+    results = {"kl_nats": 0.1, "refined": {"mode": "best", "before": 0.2, "after": 0.1}}
+    plan = Plan({UP: level}, base_model="me/other", revision="v1", results=results)
+    config = EvoPressConfig(plan, data=text, n_sequences=4, seq_len=32)
+    made = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    made.save_pretrained(tmp_path / "small")
+    own = Plan.from_pretrained(tmp_path / "small")
+    assert (own.base_model, own.revision, own.results) == (str(dense), None, {})
+    assert own.levels == plan.levels

@@ -12,7 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from hf_evopress.loading.config import EvoPressConfig
 from hf_evopress.loading.counting import count_in_transformers
+from hf_evopress.plans.plan import Plan
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,17 @@ def test_num_parameters_is_that_of_the_dense_model(pair: tuple[Any, Any]) -> Non
         assert packed.num_parameters(**options) == dense.num_parameters(**options)
     count_in_transformers()
     assert packed.num_parameters() == dense.num_parameters()
+
+
+def test_a_head_tied_to_a_packed_embedding_is_counted_once(
+    tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    dense: Any = tiny_model("llama", tie_word_embeddings=True)
+    dense.save_pretrained(tmp_path)
+    config = EvoPressConfig(Plan({"model.embed_tokens": "rtn:bits=8,group_size=64"}))
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    for options in ({}, {"exclude_embeddings": True}):
+        assert packed.num_parameters(**options) == dense.num_parameters(**options)
 
 
 def test_the_trainable_share_of_peft_is_of_weights(pair: tuple[Any, Any]) -> None:

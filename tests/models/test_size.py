@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from hf_evopress.loading.stitch import compress_model
+from hf_evopress.models.ends import find_ends
 from hf_evopress.models.size import model_size, stored_bytes
+from hf_evopress.plans.plan import Plan
 
 Factory = Callable[..., nn.Module]
 
@@ -51,3 +54,16 @@ def test_stored_bytes_are_those_on_disk(tiny_model: Factory, tmp_path: Path) -> 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no .safetensors"):
         stored_bytes(tmp_path)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_packed_ends_count_the_weights_that_they_stand_for(
+    tiny_model: Factory, is_tied: bool
+) -> None:
+    model = tiny_model("llama", tie_word_embeddings=is_tied)
+    dense = model_size(model)
+    ends = [unit.name for unit in find_ends(model)]
+    compress_model(model, Plan(dict.fromkeys(ends, "rtn:bits=3,group_size=32")), None)
+    size = model_size(model)
+    assert size.other_weights == dense.other_weights
+    assert size.bits_per_weight_with_embeddings < dense.bits_per_weight_with_embeddings

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from hf_evopress import Plan
 from hf_evopress.methods import compose
+from hf_evopress.plans.block_order import with_order
 from hf_evopress.plans.card_template import cell, front_matter, hub_base
 from hf_evopress.plans.push import plan_card
 from hf_evopress.plans.repo import FILE_NAME, entry_of
@@ -249,3 +250,14 @@ def test_a_plan_card_asks_for_data_where_a_level_needs_it(level: str) -> None:
 def test_a_plan_card_asks_for_no_data_where_none_is_needed() -> None:
     plan = Plan({"model.layers.0.mlp.up_proj": "rtn:bits=4,group_size=64"})
     assert "data=" not in plan_card("me/plan", {FILE_NAME: plan.to_dict()}, {})
+
+
+def test_a_card_says_whether_a_search_a_plan_or_a_stack_made_the_model(folder: Path) -> None:
+    recipe = Recipe.from_dict({"model": "me/tiny", "budget": {"bits": 4}})
+    searched = card(folder, plan(search={"strategy": "evolve"}), recipe)
+    assert "a search gave each layer" in searched and "hf-evopress run recipe.yaml" in searched
+    assert "each layer has the level that a plan gives it" in card(folder, plan(), recipe)
+    blocks = Plan({"model.layers.0.mlp.up_proj": "bitstack:blocks=2,rank=1"})
+    made = card(folder, with_order(blocks, ["model.layers.0.mlp.up_proj"] * 2), recipe)
+    assert "hf-evopress resize me/small" in made and "hf-evopress stack" in made
+    assert "a search" not in made and "hf-evopress run" not in made

@@ -267,3 +267,9 @@ def test_a_card_that_the_hub_would_refuse_stops_the_push(
     with pytest.raises(ValueError, match="base_model_relation"):
         push_folder(tmp_path / "m", "me/small")
     assert "config.json" not in hub.files("me/small")
+
+
+def test_an_empty_repository_is_said_to_be_empty(hub: Hub, tmp_path: Path) -> None:
+    HfApi(endpoint=hub.url, token=hub.token).create_repo("me/new")
+    with pytest.raises(FileNotFoundError, match="me/new at .* is empty"):
+        pull("me/new", tmp_path / "got")

@@ -244,6 +244,7 @@ def test_perplexity_is_measured_before_and_after(there: Path, tmp_path: Path) ->
     before, after = result.perplexity["itself"]
     assert before > 1 and after > 1 and before != after
     assert len(read_adapter(result.folder).ranks) == 6  # of 21 layers
+    assert not (result.folder / "README.md").exists()  # PEFT's form; push writes a card
 
 
 def test_merging_measures_what_rounding_costs(there: Path, tmp_path: Path) -> None:
