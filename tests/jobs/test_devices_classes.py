@@ -21,28 +21,33 @@ from .test_speech import home as calls
 
 __all__ = ["calls", "folder", "pictures"]  # fixtures
 
+RTN = [f"rtn:bits={b},group_size=32" for b in (3, 4)]
+# along the inputs alone: the second device takes its time for each of the others' small steps
+GPTQ = [f"gptq:bits={b},group_size=32,outputs=false" for b in (3, 4)]
 CASES = (
-    ("T5ForConditionalGeneration", "none"),
-    ("T5ForConditionalGeneration", "cpu"),
-    ("BartForConditionalGeneration", "cpu"),
-    ("DistilBertForSequenceClassification", "none"),
-    ("BertForMaskedLM", "cpu"),
-    ("Qwen3Model", "none"),
+    ("T5ForConditionalGeneration", "none", RTN),
+    ("T5ForConditionalGeneration", "cpu", GPTQ),
+    ("BartForConditionalGeneration", "cpu", RTN),
+    ("DistilBertForSequenceClassification", "none", GPTQ),
+    ("BertForMaskedLM", "cpu", RTN),
+    ("Qwen3Model", "none", GPTQ),
 )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "offload"), CASES)
+@pytest.mark.parametrize(("architecture", "offload", "levels"), CASES)
 def test_a_class_is_compressed_and_run_there(
     folder: Callable[[str], Path],
     architecture: str,
     offload: str,
+    levels: list[str],
 ) -> None:
     here = folder(architecture)
     with using("sim"):
         gc.collect()
         before = second_device.live_bytes()
-        words = recipe(here, out=str(here / f"sim-{offload}"), offload=offload)
+        out = str(here / f"sim-{offload}")
+        words = recipe(here, out=out, offload=offload, levels=levels)
         result = compress(words)
         gc.collect()
         assert second_device.live_bytes() == before
