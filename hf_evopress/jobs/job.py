@@ -125,13 +125,14 @@ class Job:
             skeleton = self.kind.loader.from_config(
                 self.config, dtype=self.dtype, trust_remote_code=recipe.trust_remote_code
             )
-        check_reads_text(skeleton)
         check_head(self.source, skeleton)
         for file in filter(None, map(prompts_file, recipe.data.sources)):
             prompts(file)  # so that it is missed now
         of_recipe = (recipe, self.kind, self.config, self.work)
         self.media = image_text(*of_recipe) or sound_text(*of_recipe)
-        if self.media is not None and self.media.seq_len != recipe.data.seq_len:
+        if self.media is None:
+            check_reads_text(skeleton)
+        elif self.media.seq_len != recipe.data.seq_len:
             self.recipe = recipe = replace(
                 recipe, data=replace(recipe.data, seq_len=self.media.seq_len)
             )

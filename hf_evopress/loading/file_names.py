@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    PrefixChange,
     WeightConverter,
     dot_natural_key,
     rename_source_key,
@@ -77,3 +78,40 @@ def as_written(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if getattr(model, "_weight_conversions", None) == []:
         return state  # it was loaded from a file of the same names
     return revert_weight_conversion(model, state)
+
+
+def apart(rules: Iterable[Any], packed: Iterable[str], *, experts: bool = False) -> list[Any]:
+    """Return rules of conversion without those that merge what is packed by itself.
+
+    Such as query, key and value of Nomic BERT, one weight in dense files. packed: names of packed
+    tensors in the model. experts: whether all that merge experts are left out.
+    """
+    names = list(packed)
+    return [
+        rule
+        for rule in rules
+        if not isinstance(rule, WeightConverter)
+        or not (_merges(rule, names) or (experts and _is_of_experts(rule)))
+    ]
+
+
+def write_apart(model: Any, packed: Iterable[str]) -> None:
+    """Have save_pretrained not merge packed tensors."""
+    rules = getattr(model, "_weight_conversions", None)
+    if rules is None:  # it was not loaded: those that save_pretrained would find
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        rules = [rule for rule in found if not isinstance(rule, PrefixChange)]
+    if len(kept := apart(rules, packed)) < len(rules):
+        model._weight_conversions = kept
+
+
+def _is_of_experts(rule: WeightConverter) -> bool:
+    return any("experts" in target for target in rule.target_patterns)
+
+
+def _merges(rule: WeightConverter, names: Iterable[str]) -> bool:
+    try:
+        back = rule.reverse_transform()
+    except NotImplementedError:  # of what is only loaded
+        return False
+    return any(back.rename_source_key(name)[1] is not None for name in names)

@@ -355,6 +355,12 @@ def compressed_layers(model: nn.Module) -> dict[str, PackedWeight]:
     return {n: m for n, m in found if not getattr(m, "is_tied", False)}
 
 
+def packed_names(model: nn.Module) -> list[str]:
+    """Return the names of all packed tensors of a model, biases not among them."""
+    layers = compressed_layers(model).items()
+    return [f"{path}.{name}" for path, layer in layers for name in layer.state]
+
+
 def prepare_layers(model: nn.Module, runtime: str) -> dict[str, str]:
     """Let every packed module of `model` compute as `runtime` says.
 

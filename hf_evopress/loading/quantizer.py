@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import WeightConverter
 
 from ..methods import compose
 from ..models.dropped import replace_dropped, restore_zero, sentinel_keys
@@ -34,9 +33,10 @@ from .checks import (
 )
 from .config import QUANT_METHOD, EvoPressConfig
 from .embedding import finish_loading
-from .file_names import names_of
+from .file_names import apart, names_of, write_apart
 from .layers import (
     compressed_layers,
+    packed_names,
     planned_levels,
     prepare_layers,
     resolve_units,
@@ -69,6 +69,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
         self._tokens: Tensor | None = None
         self._dtypes: Dtypes = {}
         self._splits_experts = False  # the model has experts whose layers are apart
+        self._packed: list[str] = []  # names of its packed tensors
         self.stack: Stack | None = None  # where blocks come from, of a model of many sizes
 
     # -- before the weights --------------------------------------------------------------------
@@ -170,6 +171,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
     def look_at(self, model: nn.Module) -> None:
         """Note what `conversions` has to know of the model, which early versions do not pass."""
         self._splits_experts = any(isinstance(module, SplitExperts) for module in model.modules())
+        self._packed = packed_names(model)
 
     def _prepare_compression(self, model: Any, plan: Plan, levels: dict[str, Level]) -> None:
         was_plain = make_stock(model)  # as the dense checkpoint is
@@ -200,17 +202,8 @@ class EvoPressQuantizer(AnyHfQuantizer):
         return float(param.element_size())
 
     def conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """Leave out what merges experts into one tensor where they are apart."""
-        if not self._splits_experts:
-            return weight_conversions
-        return [
-            conversion
-            for conversion in weight_conversions
-            if not (
-                isinstance(conversion, WeightConverter)
-                and any("experts" in target for target in conversion.target_patterns)
-            )
-        ]
+        """Leave out what merges experts where they are apart, or packed tensors."""
+        return apart(weight_conversions, self._packed, experts=self._splits_experts)
 
     def get_quantize_ops(self) -> Any:
         """Return the operation that compresses one dense weight."""
@@ -281,6 +274,7 @@ class EvoPressQuantizer(AnyHfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is written
         self.quantization_config.plan = _with_merged(model, _plan_of(self.quantization_config))
+        write_apart(model, packed_names(model))
         state = model.state_dict()
         unwritten = never_saved(model).union(getattr(model, "all_tied_weights_keys", None) or {})
         self.quantization_config.checksums = checksums_of_written(

@@ -32,6 +32,7 @@ _OTHER_BLOCKS = {
     "led": "an encoder that takes whole attention windows only",
     "pegasus_x": "an encoder whose blocks pass on states of global tokens as well",
     "prophetnet": "a decoder that computes several predictions of each token in one stack",
+    "xlnet": "blocks of two streams, of the text and of what is predicted",
 }
 _MAX_SHAPES = 8  # without images, where masks depend on nothing else
 _MAX_BYTES = 2**30  # masks grow with batch * seq^2; with images each batch has its own

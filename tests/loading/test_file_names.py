@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from hf_evopress.loading import ahead
+from hf_evopress.loading.config import EvoPressConfig
 from hf_evopress.loading.layers import compressed_linears
 from hf_evopress.loading.quantizer import attach
 from hf_evopress.loading.stitch import compress_model
@@ -154,3 +155,30 @@ def test_module_names_in_the_file_are_as_good(folder: Path, tmp_path: Path) -> N
     path = changed(tmp_path / "plain", tmp_path / "bad", flip, checksums(tmp_path / "plain"))
     with pytest.raises(ValueError, match=f"1 tensors differ from their checksum.*: {OLD} in"):
         AutoModelForImageTextToText.from_pretrained(path)
+
+
+@pytest.mark.parametrize("way", ["compressed in memory", "compressed while loading"])
+def test_layers_that_are_one_weight_in_dense_files_are_packed_by_themselves(
+    way: str, tmp_path: Path
+) -> None:
+    """Query, key and value of Nomic BERT are merged by transformers when it saves."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("nomic_bert", **SIZES, intermediate_size=32, vocab_size=64)
+    made, ids = AutoModel.from_config(config).eval(), torch.arange(12)[None]
+    made.save_pretrained(tmp_path / "dense")
+    assert any("Wqkv" in name for name in load_file(tmp_path / "dense" / "model.safetensors"))
+    if way == "compressed in memory":
+        pack(made, tmp_path / "small")
+    else:
+        plan = Plan({unit.name: "rtn:bits=4,group_size=16" for unit in find_units(made)})
+        made = AutoModel.from_pretrained(
+            tmp_path / "dense", quantization_config=EvoPressConfig(plan)
+        )
+        made.save_pretrained(tmp_path / "small")
+    again = AutoModel.from_pretrained(tmp_path / "small")
+    assert torch.equal(again(ids).last_hidden_state, made(ids).last_hidden_state)
+    assert checksums(tmp_path / "small").keys() >= {"encoder.layers.0.self_attn.q_proj.codes"}
+    again.dequantize()
+    again.save_pretrained(tmp_path / "stock")
+    stock = AutoModel.from_pretrained(tmp_path / "stock")
+    assert torch.allclose(stock(ids)[0], made(ids)[0], atol=1e-5)
