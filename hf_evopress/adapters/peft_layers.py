@@ -175,7 +175,7 @@ def _keeping_ties(unload: Any) -> Any:
 
     @wraps(unload)
     def unloaded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         if not getattr(config, "tie_word_embeddings", False) or not _is_packed_tie(self.model):
             return unload(self, *args, **kwargs)
         config.tie_word_embeddings = False  # PEFT compares only where it says so
