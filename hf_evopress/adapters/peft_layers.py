@@ -7,7 +7,7 @@ and the packed one back to unmerge: exact to the bit.
 
 PEFT has no public registry for this that survives a new process (FACTS: custom modules are not
 serialised), so `register_with_peft` wraps three methods of `LoraModel` once, when
-`peft.tuners.lora.model` is imported. All else stays PEFT's.
+`peft.tuners.lora.model` is imported, and how any tuner is unloaded. All else stays PEFT's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..loading.layers import CompressedLinear
+from ..loading.packed import PackedWeight
+from ..models.ends import input_embedding, output_head
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +120,7 @@ def lora_layer_class() -> type[nn.Module]:
 def register_with_peft() -> None:
     """Make LoRA use `lora_layer_class` over compressed layers; a second call does nothing."""
     from peft.tuners.lora.model import LoraModel
+    from peft.tuners.tuners_utils import BaseTuner
 
     if getattr(LoraModel, "_knows_evopress", False):
         return
@@ -148,10 +151,41 @@ def register_with_peft() -> None:
         _exclude_zero_layers(model, self.peft_config[name])
         inject(self, model, name, *args, **kwargs)
 
+    BaseTuner._unload_and_optionally_merge = _keeping_ties(BaseTuner._unload_and_optionally_merge)
     LoraModel._create_new_module = staticmethod(create_new_module)
     LoraModel._replace_module = replace_module
     LoraModel.inject_adapter = inject_adapter
     LoraModel._knows_evopress = True
+
+
+def _keeping_ties(unload: Any) -> Any:
+    """Return PEFT's unloading, which leaves a head that is tied to a packed embedding tied.
+
+    PEFT compares where their weights are, which are computed, each by itself; it would write into
+    the config that the head has a weight of its own, and none is saved.
+    """
+
+    @wraps(unload)
+    def unloaded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config: Any = getattr(self.model, "config", None)
+        if not getattr(config, "tie_word_embeddings", False) or not _is_packed_tie(self.model):
+            return unload(self, *args, **kwargs)
+        config.tie_word_embeddings = False  # PEFT compares only where it says so
+        try:
+            return unload(self, *args, **kwargs)
+        finally:
+            config.tie_word_embeddings = True
+
+    return unloaded
+
+
+def _is_packed_tie(model: nn.Module) -> bool:
+    """Return whether the output head reads the packed tensors of the input embedding."""
+    ends = [find(model) for find in (input_embedding, output_head)]
+    own = [
+        {*map(id, m.state.values())} for _, m in filter(None, ends) if isinstance(m, PackedWeight)
+    ]
+    return len(own) == 2 and bool(own[0] & own[1])
 
 
 def is_zero(module: Any) -> bool:

@@ -135,6 +135,20 @@ def test_a_merged_model_saves_and_reloads_with_merged_layers_dense(
     assert str(levels["model.layers.0.mlp.up_proj"]) == LEVELS["up_proj"]
 
 
+def test_a_head_stays_tied_to_a_packed_embedding_when_an_adapter_is_merged(
+    tiny_model: Any, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    plan = Plan({"model.embed_tokens": "rtn:bits=4,group_size=32"})
+    compress_model(model, plan, None)
+    attach(model, plan)
+    merged = adapted(model, target_modules=["q_proj"]).merge_and_unload()
+    assert merged.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, ids), logits(merged, ids))
+
+
 def test_a_wrapped_model_is_not_saved_as_a_base_model(model: Any, tmp_path: Path) -> None:
     made = adapted(model)
     with pytest.raises(ValueError, match="wrapped by adapters.*merge_and_unload"):
