@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -52,11 +53,20 @@ def format_size(size_bytes: int) -> str:
 
 
 def clear_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove the temporary files that processes of this machine left when they were killed."""
+    """Remove temporary files and folders that killed processes of this machine left there."""
     for path in Path(folder).glob(f".*.{_MACHINE}-*.tmp*"):
         pid = path.name.rpartition(f".{_MACHINE}-")[2].partition(".")[0]
         if pid.isdigit() and not is_alive(int(pid)):
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def scratch_folder(folder: str | os.PathLike[str], name: str) -> tempfile.TemporaryDirectory[str]:
+    """Return a temporary folder in `folder`, which `clear_leftovers` knows by its name."""
+    return tempfile.TemporaryDirectory(dir=folder, prefix=_prefix(name), suffix=".tmp")
+
+
+def _prefix(name: str) -> str:
+    return f".{name}.{_MACHINE}-{os.getpid()}."
 
 
 @contextmanager
@@ -76,7 +86,7 @@ def _beside(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(
         dir=target.parent,
-        prefix=f".{target.name}.{_MACHINE}-{os.getpid()}.",
+        prefix=_prefix(target.name),
         suffix=".tmp" + target.suffix,
     )
     os.close(handle)

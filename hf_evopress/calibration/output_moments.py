@@ -32,7 +32,7 @@ from ..base.placement import dtype_of
 from ..base.progress import Progress
 from ..base.ranks import ALONE, Ranks
 from ..base.reading import ANEW, reading
-from ..base.resources import atomic_path
+from ..base.resources import atomic_path, scratch_folder
 from ..models import images
 from ..models.classes import class_of, embedded, n_losses
 from ..models.experts import others
@@ -219,7 +219,7 @@ class _Backward:
         self.kind = class_of(model)
         self.n_losses = n_losses(model, tokens)
         self.batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
-        self._scratch = TemporaryDirectory(dir=folder, prefix=".inputs.")
+        self._scratch = scratch_folder(folder, "inputs")
         self._generator = torch.Generator().manual_seed(seed)
         self._gradients: list[Tensor] = []  # of the loss, at the output of the block to come
         # float16 gradients of single tokens vanish; bfloat16 and float32 have the range

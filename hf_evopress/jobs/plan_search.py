@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..base.fingerprint import text_fingerprint, versions
-from ..base.resources import atomic_write
+from ..base.resources import atomic_write, clear_leftovers
 from ..plans.plan import Plan
 from ..recipes.targets import DEFAULT
 from ..search.ask_tell import Search
@@ -88,7 +88,9 @@ def search_of(
         seed=settings.seed,
         **({} if strategy else settings.settings),
     )
-    kept = read_state(_search_file(job, search))
+    file = _search_file(job, search)
+    clear_leftovers(file.parent)
+    kept = read_state(file)
     return search.restore(kept) if kept is not None else search
 
 

@@ -14,6 +14,7 @@ from hf_evopress.base.resources import (
     clear_leftovers,
     format_size,
     parse_size,
+    scratch_folder,
     sha256,
 )
 
@@ -88,3 +89,18 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     with atomic_path(tmp_path / "other.bin") as temporary:
         clear_leftovers(tmp_path)
         assert not left.exists() and temporary.exists()
+
+
+def test_a_scratch_folder_of_a_killed_process_is_cleared_and_one_in_use_is_not(
+    tmp_path: Path,
+) -> None:
+    code = (
+        "import os, sys; from hf_evopress.base.resources import scratch_folder\n"
+        "made = scratch_folder(sys.argv[1], 'inputs')\n"
+        "open(made.name + '/0.bin', 'w').close(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    (left,) = tmp_path.iterdir()
+    with scratch_folder(tmp_path, "inputs") as used:
+        clear_leftovers(tmp_path)
+        assert not left.exists() and Path(used).is_dir()
