@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
-from hf_evopress.models.units import Unit, find_blocks, find_units, linear_layers
+from hf_evopress.models.units import Unit, find_blocks, find_units, linear_layers, unmatched
 
 PER_BLOCK = {
     "llama": 7,
@@ -136,3 +136,8 @@ def test_a_layer_whose_weight_is_read_without_a_call_is_no_unit():
     names = {unit.name.rpartition(".")[2] for unit in find_units(model)}
     assert {name.rpartition(".")[2] for name in linear_layers(model)} == names
     assert names == {"in_proj", "x_proj", "out_proj"}
+
+
+def test_patterns_that_match_nothing_are_found(tiny_model):
+    patterns = ["*.layers.0.*", "*.nope", "re:.*head", "lm_head"]
+    assert unmatched(tiny_model("llama"), patterns) == ["*.nope"]
