@@ -7,6 +7,7 @@ counts, and that of a process which is gone is taken over.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
 _HELD: dict[str, int] = {}  # what this process holds -> how many times
 
 
@@ -44,9 +46,17 @@ def locked(path: str | os.PathLike[str], what: str) -> Iterator[None]:
 
 
 def _take(path: Path, what: str) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
+            raise OSError(
+                f"{what} cannot be written, as no file can be made in {path.parent} "
+                f"({os.strerror(error.errno)}): give another place"
+            ) from error
         if not _is_free(descriptor):
             holder = _read(descriptor)
             os.close(descriptor)

@@ -56,6 +56,7 @@ from ..models.source import (
 )
 from ..models.stream import check_streamable
 from ..models.text_inputs import check_reads_text
+from ..models.units import unmatched
 from ..plans.level import Level
 from ..plans.plan import Plan
 from ..recipes.recipe import Recipe
@@ -146,6 +147,13 @@ class Job:
         chosen((x for menu in self.menus.values() for x in menu), recipe.refine_levels)
         self.space, self.budget = self.problem.space, self.problem.budget
         self.starts = self.problem.starts(recipe.search.start)
+        if unknown := unmatched(skeleton, recipe.skip):
+            logger.warning(
+                "skip %s matches nothing in %s, whose units are such as %s",
+                ", ".join(unknown),
+                recipe.model,
+                next((unit.name for unit in self.units), "those of its blocks"),
+            )
         if self.budget.note:
             logger.warning(self.budget.note)
 

@@ -142,6 +142,12 @@ def find_units(
     return kept
 
 
+def unmatched(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return the globs and regular expressions that match no module of `model` by its path."""
+    names = [name for name, _ in model.named_modules()]
+    return [p for p in patterns if not any(matches(name, p) for name in names)]
+
+
 def linear_layers(model: nn.Module) -> list[str]:
     """Return the paths of the linear layers in the decoder blocks, those of any quantizer too.
 

@@ -182,6 +182,11 @@ class Recipe:
                 f"data.written is {self.data.written}: text that the model writes is what refine "
                 "learns from; say refine, such as best, or leave it out"
             )
+        if self.distil != Distil() and not self.is_distilled:
+            raise ValueError(
+                f"distil is of learning end to end, and refine is {self.refine}: say refine: "
+                f"{END_TO_END}, or leave distil out"
+            )
         if self.budget == Limit():
             raise ValueError("a recipe needs a budget: bits, size or ratio (for example bits: 3.3)")
         if self.budget.drop is not None:
@@ -248,18 +253,18 @@ class Recipe:
 
         A name without an ending, such as smollm2-135m-3.3bit, is a recipe of the package.
         """
-        import yaml
+        from .yaml_keys import load_once
 
         path = _find(path)
         with reading(path):
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = load_once(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise ValueError(f"{path}: a recipe is a mapping with keys such as model and budget")
         for override in overrides:
             key, equals, value = override.partition("=")
             if not equals:
                 raise ValueError(f"an override is key=value, got {override!r}")
-            _set(data, key.strip().split("."), yaml.safe_load(value))
+            _set(data, key.strip().split("."), _value(override, value))
         with reading(path):
             return cls.from_dict(data)
 
@@ -290,7 +295,7 @@ def _find(path: str | Path) -> Path:
 
 def _build(cls: type, data: Mapping[str, Any], where: str) -> Any:
     if not isinstance(data, Mapping):
-        raise TypeError(f"{where or 'a recipe'} is a mapping, got {data!r}")
+        raise TypeError(f"{where.rstrip('.') or 'a recipe'} is a mapping, got {data!r}")
     hints = typing.get_type_hints(cls)
     for key in data:
         if key not in hints:
@@ -345,6 +350,19 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return dict(value) if isinstance(value, Mapping) else value
+
+
+def _value(override: str, text: str) -> Any:
+    """Return the YAML value of an override."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"override {override}: {text} is no YAML value; put text that begins with a sign in "
+            "two kinds of quotes, such as skip='\"*.v_proj\"'"
+        ) from error
 
 
 def _set(data: dict[str, Any], path: list[str], value: Any) -> None:

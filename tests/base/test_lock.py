@@ -69,3 +69,10 @@ def test_without_file_locks_the_file_of_a_process_that_is_gone_is_taken_over(
     other.wait()
     with locked(tmp_path / "lock", "smol"):
         pass
+
+
+def test_a_place_that_takes_no_files_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = "smol cannot be written, as no file .*/file .*another place"
+    with pytest.raises(OSError, match=words), locked(tmp_path / "file" / "lock", "smol"):
+        pass

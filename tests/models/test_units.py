@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from hf_evopress.models.stream import check_streamable
-from hf_evopress.models.units import Unit, find_blocks, find_units, linear_layers
+from hf_evopress.models.units import Unit, find_blocks, find_units, linear_layers, unmatched
 
 PER_BLOCK = {
     "llama": 7,
@@ -175,3 +175,8 @@ def test_coefficients_that_a_model_clamps_are_no_units():
     )  # fmt: skip
     names = [u.name for u in find_units(AutoModelForCausalLM.from_config(config))]
     assert names and not any("altup" in name for name in names)
+
+
+def test_patterns_that_match_nothing_are_found(tiny_model):
+    patterns = ["*.layers.0.*", "*.nope", "re:.*head", "lm_head"]
+    assert unmatched(tiny_model("llama"), patterns) == ["*.nope"]

@@ -61,6 +61,12 @@ def test_overrides_reach_into_groups(tmp_path: Path) -> None:
             r"knapsack begins with no plan.* p\.json; those that do: evolve",
         ),
         ("model: m\nbudget: {bits: 3}\ndata: {written: 8}", "written is 8.*say refine"),
+        (
+            "model: m\nbudget: {bits: 3}\ndistil: {steps: 9}",
+            "distil is of .*say refine: end-to-end",
+        ),
+        ("model: m\nbudget: 3", "^[^:]*: budget is a mapping, got 3"),
+        ("model: m\nbudget: {bits: 3}\ndata:\n  seed: 1\n  seed: 2", "'seed' is there twice.* 4"),
         ("model: m\nbudget: {bits: 3}\ndtype: float64", "unknown dtype 'float64'"),
         ("- just\n- a list", "is a mapping"),
         ("model: [", "not valid YAML"),
@@ -79,3 +85,10 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
 def test_a_malformed_override_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="key=value, got 'seed'"):
         Recipe.load(_write(tmp_path, FULL), ["seed"])
+
+
+def test_an_override_that_is_no_yaml_says_how_to_quote_it(tmp_path: Path) -> None:
+    path = _write(tmp_path, "model: m\nbudget: {bits: 3}")
+    with pytest.raises(ValueError, match=r"skip=\*\.v_proj: .* is no YAML value; .*quotes"):
+        Recipe.load(path, ["skip=*.v_proj"])
+    assert Recipe.load(path, ['skip="*.v_proj"']).skip == ("*.v_proj",)
