@@ -82,8 +82,8 @@ def made(home: Path) -> pipeline.Result:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("offload", ["none", "cpu"])
-def test_refinement_of_every_kind(home: Path, offload: str) -> None:
+@pytest.mark.parametrize("offload, outputs", [("none", ",outputs=false"), ("cpu", "")])
+def test_refinement_of_every_kind(home: Path, offload: str, outputs: str) -> None:
     words = recipe(
         home,
         f"refined-{offload}",
@@ -91,6 +91,7 @@ def test_refinement_of_every_kind(home: Path, offload: str) -> None:
         refine="best+end-to-end",
         refine_levels=["gptq:bits=2*"],
         distil={"steps": 2},
+        levels=[f"gptq:bits={b},group_size=32{outputs}" for b in (2, 4)],
         data={**recipe(home, "x").to_dict()["data"], "written": 2},
     )
     result = pipeline.compress(words)
