@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .console import bars, console, table
 from .device import computes
+from .options import TrustRemoteCode
 
 if TYPE_CHECKING:
     from ..jobs.bench import Bench, Speed
@@ -32,6 +33,7 @@ def bench(
     png: Annotated[
         Path | None, typer.Option("--plot", help="Draw tokens per second (.png, .svg).")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure loading, memory, prompts and generation, by turns in one process.
 
@@ -56,6 +58,7 @@ def bench(
             prompt=prompt,
             repeats=repeats,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     console.print(f"{found.machine}, {dtype}; memory reads {found.bandwidth / 1e9:.1f} GB/s")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .console import console, error_console
 from .device import computes
-from .options import Out, Overwrite
+from .options import Out, Overwrite, TrustRemoteCode
 
 
 @computes
@@ -41,6 +41,7 @@ def export(
             help="Text to measure that KL on; default: some that the model writes itself.",
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a compressed model in another format, to be loaded without hf_evopress.
@@ -62,13 +63,15 @@ def export(
 
     if data is not None and not requantise:
         raise ValueError("--data is what --requantise is measured on; say that as well")
+    common: dict[str, Any] = {"format": format, "overwrite": overwrite}
+    common["trust_remote_code"] = trust_remote_code
     with error_console.status("writing"):
         if requantise:
-            folder, report = rounded(model, out, format=format, text=data, overwrite=overwrite)
+            folder, report = rounded(model, out, text=data, **common)
             told = f"KL {report.kl_nats:.4f} nats per token ({report.n_tokens} tokens)"
             console.print(f"requantised: {told}", markup=False, soft_wrap=True)
         else:
-            folder = convert(model, out, format=format, overwrite=overwrite)
+            folder = convert(model, out, **common)
     size = f"{stored_bytes(folder) / 1e6:.1f} MB"
     console.print(f"{folder}: {size}", markup=False, soft_wrap=True)
 

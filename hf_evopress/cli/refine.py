@@ -22,6 +22,7 @@ from .options import (
     SeqLen,
     Test,
     Texts,
+    TrustRemoteCode,
     Window,
     Work,
     Written,
@@ -76,6 +77,7 @@ def refine(
     learning_rate: LearningRate = None,
     codes: Codes = False,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     window: Window = None,
 ) -> None:
@@ -103,7 +105,7 @@ def refine(
     common: dict[str, Any] = {
         **{"data": data or (), "column": column, "test": test, "window": window, "seed": seed},
         **{"seq_len": seq_len, "n_sequences": calibration, "written": written},
-        "overwrite": overwrite,
+        **{"overwrite": overwrite, "trust_remote_code": trust_remote_code},
     }
     given = {"steps": steps, "learning_rate": learning_rate, "codes": codes}
     common |= {key: value for key, value in given.items() if value is not None}

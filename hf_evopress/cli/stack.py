@@ -8,7 +8,19 @@ import typer
 
 from .console import bars, console
 from .device import computes
-from .options import Calibration, Column, Model, Out, Overwrite, Revision, Seed, SeqLen, Texts, Work
+from .options import (
+    Calibration,
+    Column,
+    Model,
+    Out,
+    Overwrite,
+    Revision,
+    Seed,
+    SeqLen,
+    Texts,
+    TrustRemoteCode,
+    Work,
+)
 
 
 @computes
@@ -29,6 +41,7 @@ def stack(
     calibration: Calibration = 56,
     revision: Revision = None,
     work: Work = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Compress a model to many sizes at once: any prefix of its blocks is a model.
@@ -47,6 +60,7 @@ def stack(
         "out": out,
         "work": work,
         "revision": revision,
+        "trust_remote_code": trust_remote_code,
         "budget": {"ratio": 1.0},  # nobody's limit
         "levels": menu(blocks, rank),
         "ends": ends,

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..base.own_code import is_trusted
 from ..base.target import whole_folder
 from ..methods.base import State
 from ..models.classes import call, class_of
@@ -81,12 +82,12 @@ class Export(ABC):
             )
         with whole_folder(folder) as temporary:
             self.write(model, plan, states, temporary)
-            self.check(model, plan, states, temporary)
             self.shipped(plan).save(temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
             if source is not None:
                 copy_source_files(source, temporary, revision=revision, with_code=with_code)
+            self.check(model, plan, states, temporary)  # which may need the model's own code
         return folder
 
 
@@ -98,7 +99,8 @@ def check_loads(folder: Path, model: Any, *, dtype: torch.dtype) -> None:
     form too, where both are the same computation and their logits have to be equal to the bit.
     """
     loader = class_of(model).loader
-    loaded, info = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    trust = {"trust_remote_code": True} if is_trusted() else {}
+    loaded, info = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True, **trust)
     lost = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     if lost:
         raise RuntimeError(

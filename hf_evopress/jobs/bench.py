@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.devices import find_device, name_of, on_device, peak_bytes, reset_peak, wait_for
+from ..base.own_code import trusts_code
 from ..base.progress import Progress
 from ..loading.config import QUANT_METHOD, EvoPressConfig
 from ..loading.layers import prepare_layers
@@ -62,6 +63,7 @@ class Bench:
     speeds: tuple[Speed, ...]
 
 
+@trusts_code
 @on_device
 @torch.inference_mode()
 def bench(

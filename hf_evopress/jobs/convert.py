@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..adapters.repair import load, tokenizer_of
 from ..base.devices import on_device
+from ..base.own_code import is_trusted, trusts_code
 from ..base.plugins import load as load_plugin
 from ..base.target import writes_out
 from ..calibration.data import tokenize_file
@@ -28,6 +29,7 @@ from ..scoring.evaluate import Report, compare_many
 WINDOW, MAX_WINDOWS, N_WRITTEN = 256, 16, 4  # what the price of rounding is measured on
 
 
+@trusts_code
 @on_device
 @writes_out("model")
 def convert(model: str, out: str | Path, *, format: str, overwrite: bool = False) -> Path:
@@ -39,6 +41,7 @@ def convert(model: str, out: str | Path, *, format: str, overwrite: bool = False
     return _converted(model, out, load_plugin("export", format)())[0]
 
 
+@trusts_code
 @on_device
 @writes_out("model", "text")
 def requantise(
@@ -81,7 +84,8 @@ def _converted(model: str, out: str | Path, exporter: Any) -> tuple[Path, Any]:
 
     stock: Any = packed.dequantize()
     match_plan(stock, plan)
-    return exporter.save(stock, plan, states, out, tokenizer=tokenizer_of(model)), stock
+    code: dict[str, Any] = {"source": model, "with_code": True} if is_trusted() else {}
+    return exporter.save(stock, plan, states, out, tokenizer=tokenizer_of(model), **code), stock
 
 
 def _kind(model: str, exporter: Any) -> ModelClass | None:

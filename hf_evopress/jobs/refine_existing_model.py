@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..adapters.repair import load, tokenizer_of
 from ..base.devices import find_device, on_device
+from ..base.own_code import trusts_code
 from ..base.progress import Progress
 from ..base.target import writes_out
 from ..calibration.data import tokenize_file
@@ -33,6 +34,7 @@ from .pipeline import Result
 from .refinement import distilled_notes, end_to_end_settings
 
 
+@trusts_code
 @on_device
 @writes_out("model", "data", "dense", "test")
 def refine_end_to_end(

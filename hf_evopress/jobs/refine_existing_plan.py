@@ -9,6 +9,7 @@ from typing import Any
 
 from ..base.devices import on_device
 from ..base.fingerprint import versions
+from ..base.own_code import is_trusted, trusts_code
 from ..base.progress import Progress
 from ..base.target import writes_out
 from ..methods import compose
@@ -20,6 +21,7 @@ from .measure import unseen_tokens
 from .pipeline import Result, ship, text_name
 
 
+@trusts_code
 @on_device
 @writes_out("plan", "model", "data", "test", "work")
 def refine_plan(
@@ -146,6 +148,7 @@ def recipe_of_plan(
             "out": out,
             "work": work,
             "revision": revision if source == plan.base_model else None,
+            "trust_remote_code": is_trusted(),
             "budget": {"ratio": 1.0},
             "levels": ["dense"],
             "pin": pins,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..base.devices import using
+from ..base.own_code import trusting
 from ..base.reading import reading
 from ..base.resources import atomic_write, format_size, parse_size
 from ..base.target import FILES, claimed, whole_folder, work_beside, writes_out
@@ -67,7 +68,7 @@ def stack(recipe: Recipe, *, overwrite: bool = False, progress: Any = None) -> t
     ]
     with claimed(recipe.out, reads=reads, overwrite=overwrite):
         job = Job(recipe, progress=progress)
-        with using(job.device, offload=recipe.offload):
+        with using(job.device, offload=recipe.offload), trusting(recipe.trust_remote_code):
             store = build_levels(job)
             plan = stacked_plan(job, store)
             folder = export(job, store, plan)

@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from hf_evopress.adapters.repair import adapt
 from hf_evopress.jobs.apply import apply_plan
+from hf_evopress.jobs.convert import convert
 from hf_evopress.jobs.evaluate import evaluate_model
 from hf_evopress.jobs.job import Job
 from hf_evopress.jobs.pipeline import compress
+from hf_evopress.jobs.refine_existing_model import refine_end_to_end
+from hf_evopress.jobs.refine_existing_plan import refine_plan
 from hf_evopress.recipes.recipe import Recipe
 from hf_evopress.training.settings import Tuning
 from hf_evopress.training.tune import tune
@@ -95,6 +98,11 @@ def test_every_door_takes_and_asks_for_trust(home: Path, tmp_path: Path) -> None
         "adapt": partial(adapt, str(small), dense=dense, rank=2, n_sequences=4, **data),
         "tune": partial(tune, str(small), settings=Tuning(steps=1, seq_len=32, sequences=4)),
         "apply": partial(apply_plan, plan, model=dense),
+        "export": partial(convert, str(small), format="dense"),
+        "end-to-end": partial(refine_end_to_end, str(small), steps=1, n_sequences=4, **data),
+        "refine": partial(
+            refine_plan, plan, model=dense, mode="fast", n_sequences=4, search_pool=4, **data
+        ),
     }
     for name, door in doors.items():
         more: dict[str, Any] = {} if name == "evaluate" else {"out": tmp_path / name}
@@ -102,4 +110,5 @@ def test_every_door_takes_and_asks_for_trust(home: Path, tmp_path: Path) -> None
         with pytest.raises(ValueError, match=r"code of its own.*trust_remote_code=True"):
             door(**more)
         assert door(**more, trust_remote_code=True)
-    assert (tmp_path / "apply" / "modeling_own.py").read_text() == CODE
+    for name in ("apply", "export", "end-to-end", "refine"):
+        assert (tmp_path / name / "modeling_own.py").read_text() == CODE
