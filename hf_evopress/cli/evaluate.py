@@ -17,7 +17,7 @@ Text = Annotated[str | None, typer.Option("--data", "-d", help="A text file or a
 Against = Annotated[
     str | None, typer.Option(help="The dense model: adds KL divergence, agreement and flips.")
 ]
-MaxWindows = Annotated[int | None, typer.Option(help="Stop after so many windows.")]
+MaxWindows = Annotated[int | None, typer.Option(help="Stop after so many windows.", min=1)]
 Tasks = Annotated[
     str | None,
     typer.Option(help="Tasks of lm-evaluation-harness, with commas between; * matches."),
@@ -26,11 +26,11 @@ Folders = Annotated[
     list[str] | None,
     typer.Option("--include-path", help="Folder with task files of your own. Repeat."),
 ]
-Limit = Annotated[int | None, typer.Option(help="Questions of each task or file.")]
+Limit = Annotated[int | None, typer.Option(help="Questions of each task or file.", min=1)]
 Shots = Annotated[
     int | None, typer.Option("--fewshot", help="Examples before each question of a task.")
 ]
-Batch = Annotated[int, typer.Option("--batch", help="Requests of a task at once.")]
+Batch = Annotated[int, typer.Option("--batch", help="Requests of a task at once.", min=1)]
 Chat = Annotated[
     bool, typer.Option("--chat-template", help="Ask tasks under the model's chat template.")
 ]

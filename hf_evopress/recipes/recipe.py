@@ -334,7 +334,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if kind is str and type(value) in (int, float):
         return str(value)
     if type(value) is not kind:
-        raise TypeError(f"{where} is a {kind.__name__}, got {value!r}")
+        a = "an" if kind is int else "a"
+        raise TypeError(f"{where} is {a} {kind.__name__}, got {value!r}")
     return value
 
 
