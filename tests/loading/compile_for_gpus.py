@@ -122,7 +122,7 @@ def main() -> None:
     TritonKernel.check = lambda *results: None  # nothing is computed
     torch.manual_seed(0)
     shape = (48, 384)
-    for text in LEVELS:
+    for number, text in enumerate(LEVELS):
         level = compose.normalize(text)
         if "group_size=24" in text:
             shape = (48, 96)
@@ -133,7 +133,7 @@ def main() -> None:
             compose.compress(level, torch.randn(shape), stats),
         )
         assert kernel is not None
-        for tokens in (1, 3, 65):
+        for tokens in (1, (3, 65)[number % 2]):
             x = torch.randn(tokens, shape[1], dtype=torch.bfloat16)
             kernel.linear(x, state, torch.randn(shape[0], dtype=torch.bfloat16))
         kernel.look_up(torch.tensor([1, 2]), state, torch.bfloat16)
