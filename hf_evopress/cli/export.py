@@ -63,17 +63,15 @@ def export(
 
     if data is not None and not requantise:
         raise ValueError("--data is what --requantise is measured on; say that as well")
-    common: dict[str, Any] = {"format": format, "overwrite": overwrite}
-    common["trust_remote_code"] = trust_remote_code
+    common: dict[str, Any] = {"format": format, "trust_remote_code": trust_remote_code}
     with error_console.status("writing"):
         if requantise:
-            folder, report = rounded(model, out, text=data, **common)
+            folder, report = rounded(model, out, text=data, overwrite=overwrite, **common)
             told = f"KL {report.kl_nats:.4f} nats per token ({report.n_tokens} tokens)"
             console.print(f"requantised: {told}", markup=False, soft_wrap=True)
         else:
-            folder = convert(model, out, **common)
-    size = f"{stored_bytes(folder) / 1e6:.1f} MB"
-    console.print(f"{folder}: {size}", markup=False, soft_wrap=True)
+            folder = convert(model, out, overwrite=overwrite, **common)
+    console.print(f"{folder}: {stored_bytes(folder) / 1e6:.1f} MB", markup=False, soft_wrap=True)
 
 
 COMMANDS = {"export": export}

@@ -114,9 +114,8 @@ def refine(
         if mode == END_TO_END:
             result = refine_end_to_end(plan, out, dense=model, **common)
         else:
-            where: dict[str, Any] = {"model": model, "work": work, "revision": revision}
-            where |= {"search_pool": search_pool}
-            result = refine_plan(plan, out, mode=mode, **where, **common)
+            common |= {"model": model, "work": work, "revision": revision}
+            result = refine_plan(plan, out, mode=mode, search_pool=search_pool, **common)
     show_result(result)
 
 

@@ -147,11 +147,15 @@ class Job:
         chosen((x for menu in self.menus.values() for x in menu), recipe.refine_levels)
         self.space, self.budget = self.problem.space, self.problem.budget
         self.starts = self.problem.starts(recipe.search.start)
-        if unknown := unmatched(skeleton, recipe.skip):
+        self._warn(skeleton)
+
+    def _warn(self, skeleton: Any) -> None:
+        """Say which patterns skip nothing, and what the budget has to say."""
+        if unknown := unmatched(skeleton, self.recipe.skip):
             logger.warning(
                 "skip %s matches nothing in %s, whose units are such as %s",
                 ", ".join(unknown),
-                recipe.model,
+                self.recipe.model,
                 next((unit.name for unit in self.units), "those of its blocks"),
             )
         if self.budget.note:

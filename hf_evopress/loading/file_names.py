@@ -112,6 +112,6 @@ def _is_of_experts(rule: WeightConverter) -> bool:
 def _merges(rule: WeightConverter, names: Iterable[str]) -> bool:
     try:
         back = rule.reverse_transform()
-    except NotImplementedError:  # of what is only loaded
+    except RuntimeError:  # of what is only loaded
         return False
     return any(back.rename_source_key(name)[1] is not None for name in names)

@@ -18,4 +18,8 @@ class _Once(yaml.SafeLoader):
 
 def load_once(text: str) -> Any:
     """Return the values that `text` spells; ValueError names a key that is there twice."""
-    return yaml.load(text, Loader=_Once)
+    loader = _Once(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()

@@ -405,6 +405,9 @@ def test_a_dense_model_is_compressed_while_loading(
     plan = model.hf_quantizer.quantization_config.plan
     loaded = load(dense_folder, quantization_config=EvoPressConfig(plan))
     assert torch.equal(logits(loaded), logits(model))
+    own = loaded.hf_quantizer.quantization_config
+    assert own.plan.base_model == str(dense_folder)  # all else is the same
+    own.plan = own.plan.replace(base_model=plan.base_model)
     assert_same_files(folder, save(loaded, tmp_path))
 
 
