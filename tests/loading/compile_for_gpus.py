@@ -90,6 +90,8 @@ def compile_for_all(
 def described(kernel: Any, given: Mapping[str, Any]) -> tuple[dict[str, str], Any, Any]:
     """Return the types, the constants and what is known of each argument, as a launch has them."""
     signature, constants, aligned = {}, {}, {}
+    unknown = given.keys() - inspect.signature(kernel.fn).parameters.keys() - {"num_warps"}
+    assert not unknown, f"{kernel.fn.__name__} takes no {unknown}"  # the interpreter lets them pass
     for i, (key, parameter) in enumerate(inspect.signature(kernel.fn).parameters.items()):
         value = given[key]
         if isinstance(value, torch.Tensor):

@@ -33,6 +33,11 @@ class Codes(OnGPU):
     def across(self) -> int:
         return -(-self.shape[1] // 8)
 
+    def tile(self, tokens: int) -> dict[str, int]:
+        """Return the sizes of a program's tile, PARTS being how often one token has BK at once."""
+        sizes = super().tile(tokens)
+        return sizes | {"PARTS": min(4, power_above(max(1, self.across() // sizes["BK"])))}
+
     def columns_at_once(self) -> int:
         return self._aligned() or super().columns_at_once()
 
@@ -56,7 +61,6 @@ class Codes(OnGPU):
             "WIDE": 1 if octets % 4 else 4,
             # the zero points of a row are in one eighth
             "WHOLE": is_aligned and is_whole and rows % 8 == 0,
-            "PARTS": min(4, power_above(octets // self.columns_at_once())) if is_whole else 1,
         }
 
     def tensors(self, state: Tensors) -> dict[str, Any]:
