@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..base.devices import find_device, on_device
@@ -22,21 +21,13 @@ from ..calibration.data import load_tokens, tokenize_file
 from ..calibration.output_moments import BATCH_TOKENS as SENSITIVITY_BATCH
 from ..calibration.output_moments import load_moments, output_moments
 from ..export.source_files import copy_source_files
-from ..loading.quantizer import register_with_transformers
 from ..models.causal_only import check_causal
-from ..models.classes import ModelClass
-from ..models.plain import make_plain
-from ..models.source import (
-    check_context,
-    load_checked,
-    read_config,
-    read_tokenizer,
-    window_of,
-)
+from ..models.source import check_context, read_config, window_of
 from ..scoring.evaluate import Report, compare_many
+from .by_name import dense_name, is_gguf, load, pinned, plan_of, tokenizer_of
 from .eora import BATCH_TOKENS, attached, eora
 from .folder import CONFIG, WEIGHTS, Adapter, check_target, read_adapter
-from .foreign import check_package, check_readable
+from .foreign import check_readable
 from .lord import from_peft
 from .merge import merge_adapter
 
@@ -76,12 +67,11 @@ def adapt(
     check_target(out)
     refuse_other_classes(model)
     source = load(model)
-    revision = None if dense else _plan_revision(source)
-    dense = dense or dense_name(source, model)
+    dense = pinned(dense, plan_of(source)) if dense else dense_name(plan_of(source), model)
     check_readable(source)
-    base = load(dense, revision=revision)
+    base = load(dense)
     check_context(base.config, seq_len, "seq_len")
-    words = tokenizer_of(dense if _gguf_file(model) else model)  # a GGUF file's is a translation
+    words = tokenizer_of(dense if is_gguf(model) else model)  # a GGUF file's is a translation
     cut: dict[str, Any] = {"n_sequences": n_sequences, "seq_len": seq_len, "seed": seed}
     tokens = load_tokens(list(data), words, column=column, **cut)
     request: dict[str, Any] = {"rank": rank, "size": size, "error": error, "prefix": prefix}
@@ -165,7 +155,7 @@ def merge(
     if test is not None:
         held_out = tokenize_file(test, tokenizer_of(model), column=column)
     before = load(model, dtype="auto")
-    if _plan(before) is None:
+    if (plan := plan_of(before)) is None:
         raise ValueError(
             f"{model} has no plan, so there are no packed levels to merge into; PEFT's "
             "merge_and_unload() merges into dense layers"
@@ -177,7 +167,7 @@ def merge(
         after = merge_adapter(after, factors, tokens, stats=work, progress=progress)
     reports: Mapping[str, Report] = {}
     if held_out is not None:
-        dense = None if against is None else load(against)
+        dense = None if against is None else load(pinned(against, plan))
         reports = _measure(before, after, factors, held_out, dense, window, progress)
     save_checkpoint(after, out, model)
     return Merged(Path(out), reports)
@@ -213,80 +203,11 @@ def _measure(
 def refuse_other_classes(name: str) -> Any:
     """Return the config of a model that continues text, None of a GGUF file; ValueError names
     the class of another, before any weights are read."""
-    if name.endswith(".gguf"):
+    if is_gguf(name):
         return None
     config = read_config(name)
     check_causal(config, name, "adapters and training are for")
     return config
-
-
-def load(
-    name: str,
-    *,
-    dtype: Any = None,
-    kind: ModelClass | None = None,
-    revision: str | None = None,
-) -> Any:
-    """Return the model called `name` on the device in use, in float32 on a CPU and bfloat16 on
-    a GPU unless told.
-
-    kind: its class; a causal language model where none is given. A name ending in .gguf is that
-    of a file, in a folder or in a Hub repository.
-    """
-    register_with_transformers()
-    device = find_device()
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    where, file = _gguf_file(name) or (name, {})
-    if not file:
-        read_config(where, revision=revision)  # its errors are clearer
-        check_package(where)
-    model = load_checked(where, dtype=dtype, kind=kind, revision=revision, **file)
-    if getattr(model, "hf_quantizer", None) is None:
-        make_plain(model)
-    model = model.eval().requires_grad_(False)
-    is_placed = model.device.type != "cpu"  # by its quantizer
-    return model if is_placed or device.type == "cpu" else model.to(device)
-
-
-def tokenizer_of(name: str) -> Any:
-    """Return the tokenizer in a model's folder or repository."""
-    where, file = _gguf_file(name) or (name, {})
-    return read_tokenizer(where, **file)
-
-
-def _gguf_file(name: str) -> tuple[str, dict[str, Any]] | None:
-    """Return where transformers finds a GGUF file, and the file; None for another name."""
-    if not name.endswith(".gguf"):
-        return None
-    path = Path(name)
-    if path.is_file():
-        return str(path.parent), {"gguf_file": path.name}
-    owner, _, rest = name.partition("/")
-    repo, _, file = rest.partition("/")
-    if not (owner and repo and file):
-        raise FileNotFoundError(
-            f"there is no GGUF file {name}; give its path, or OWNER/REPOSITORY/FILE.gguf on the Hub"
-        )
-    return f"{owner}/{repo}", {"gguf_file": file}
-
-
-def dense_name(compressed: Any, name: str) -> str:
-    """Return the model that `compressed` says it was made from."""
-    plan = _plan(compressed)
-    if plan is None or plan.base_model is None:
-        raise ValueError(f"{name} does not say which model it was made from: give --dense MODEL")
-    return plan.base_model
-
-
-def _plan_revision(model: Any) -> str | None:
-    """Return the commit of the dense model that `model` was made from, where its plan says it."""
-    plan = _plan(model)
-    return None if plan is None else plan.revision
-
-
-def _plan(model: Any) -> Any:
-    """Return the plan of a checkpoint of this package, None for any other model."""
-    return getattr(getattr(model.config, "quantization_config", None), "plan", None)
 
 
 def local_folder(name: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.repair import load, tokenizer_of
+from ..adapters.by_name import is_gguf, load, plan_of, tokenizer_of
 from ..base.devices import on_device
 from ..base.own_code import is_trusted, trusts_code
 from ..base.plugins import load as load_plugin
@@ -23,7 +23,6 @@ from ..models.classes import ModelClass, takes_images
 from ..models.plain import match_plan
 from ..models.source import kind_of, read_config
 from ..plans.level import Level
-from ..plans.plan import Plan
 from ..scoring.evaluate import Report, compare_many
 
 WINDOW, MAX_WINDOWS, N_WRITTEN = 256, 16, 4  # what the price of rounding is measured on
@@ -72,8 +71,8 @@ def _converted(model: str, out: str | Path, exporter: Any) -> tuple[Path, Any]:
     """Return `out`, written, and the dense model of what was written."""
     kind = _kind(model, exporter)
     packed = load(model, dtype="auto", kind=kind)
-    plan = getattr(getattr(packed.config, "quantization_config", None), "plan", None)
-    if not isinstance(plan, Plan):
+    plan = plan_of(packed)
+    if plan is None:
         raise ValueError(f"{model} is not a compressed model of hf_evopress: it has no plan")
     held = blank_linears(
         packed
@@ -93,7 +92,7 @@ def _kind(model: str, exporter: Any) -> ModelClass | None:
     class that the format does not hold."""
     if exporter.takes_any_class:
         return kind_of(read_config(model), model)
-    if not model.endswith(".gguf"):
+    if not is_gguf(model):
         config = read_config(model)
         is_one_graph = not (getattr(config, "is_encoder_decoder", False) or takes_images(config))
         instead = "dense and onnx take it" if is_one_graph else "dense takes it"

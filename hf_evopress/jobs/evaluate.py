@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.repair import load, tokenizer_of
+from ..adapters.by_name import is_gguf, load, pinned, plan_of, tokenizer_of
 from ..base.devices import on_device
 from ..base.own_code import trusts_code
 from ..base.progress import Progress
@@ -83,6 +83,7 @@ def evaluate_model(
     size = model_size(load_checked(model, kind=kind, dtype="auto")) if text else None  # as stored
     made = load(model, dtype=dtype, kind=kind)
     prepare_layers(made, PACKED)
+    against = against and pinned(against, plan_of(made))
     dense = load(against, dtype=dtype, kind=kind) if against else None
     found: dict[str, Any] = {}
     if text is not None and size is not None:
@@ -167,7 +168,7 @@ def compare_class(
 
 def _kind(model: str, against: str | None, is_asked: bool) -> ModelClass | None:
     """Return the class of a model, None of a GGUF file; ValueError for what it is not asked."""
-    if model.endswith(".gguf"):
+    if is_gguf(model):
         return None
     kind = kind_of(read_config(model), model)
     if kind.continues_text:

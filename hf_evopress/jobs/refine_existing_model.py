@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.repair import load, tokenizer_of
+from ..adapters.by_name import dense_name, load, pinned, tokenizer_of
 from ..base.devices import find_device, on_device
 from ..base.own_code import trusts_code
 from ..base.progress import Progress
@@ -68,9 +68,8 @@ def refine_end_to_end(
     config = _check_compressed(model)
     check_context(config, seq_len, "seq_len")
     window = window_of(config, window)
-    dense = dense or Plan.from_pretrained(model).base_model
-    if dense is None:
-        raise ValueError(f"{model} does not say which model it was made from: give --model DENSE")
+    plan = Plan.from_pretrained(model)
+    dense = pinned(dense, plan) if dense else dense_name(plan, model, option="--model")
     unseen = None if test is None else _unseen(test, model, window)
     settings = end_to_end_settings(
         dense,

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from ..adapters.repair import load, tokenizer_of
+from ..adapters.by_name import is_gguf, load, pinned, plan_of, tokenizer_of
 from ..base.devices import find_device, has_bfloat16
 from ..base.progress import Progress
 from ..calibration.data import load_tokens
 from ..calibration.own_text import write_sequences
 from ..calibration.text import bos_of
+from ..models.source import read_config
 from ..refine.distillation import Sequences, Targets, precompute_targets
 
 
@@ -47,6 +48,8 @@ def datasets_of(
     )
     if teacher is None:
         return Sequences(tokens), None
+    if not is_gguf(model):
+        teacher = pinned(teacher, plan_of(read_config(model)))
     learn = tokens[:sequences]
     if written:
         # in bfloat16 where that is faster: the teacher's words are its own

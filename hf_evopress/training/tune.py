@@ -20,17 +20,16 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..adapters.by_name import is_gguf, load, plan_of, tokenizer_of
 from ..adapters.folder import activate, check_target, load_adapter
 from ..adapters.kappa import FILE as KAPPA
 from ..adapters.kappa import kappa_targets
 from ..adapters.peft_layers import takes_adapter
 from ..adapters.repair import (
-    load,
     local_folder,
     perplexity_of,
     refuse_other_classes,
     save_checkpoint,
-    tokenizer_of,
 )
 from ..base.devices import find_device, on_device
 from ..base.fingerprint import claim
@@ -43,7 +42,6 @@ from ..calibration.data import tokenize_file
 from ..models.source import check_context, read_config, window_of
 from ..models.units import linear_layers
 from ..plans.level import Level
-from ..plans.plan import Plan
 from ..refine.distillation import Targets, divergence
 from .arguments import training_arguments
 from .checkpoints import train
@@ -101,7 +99,7 @@ def tune(
     """
     if not settings.kinds:
         check_target(out)
-    if not model.endswith(".gguf"):
+    if not is_gguf(model):
         config = refuse_other_classes(model)
         if CODES in (settings.kinds or ()):
             check_codes(_levels(config))
@@ -199,9 +197,8 @@ def _run(
 
 def _levels(config: Any) -> list[Level]:
     """Return the levels of a checkpoint of this package, none for any other model."""
-    quantized = getattr(config, "quantization_config", None)
-    plan = quantized.get("plan") if isinstance(quantized, dict) else None
-    return list(Plan.from_dict(plan).levels.values()) if plan else []
+    plan = plan_of(config)
+    return list(plan.levels.values()) if plan else []
 
 
 def _in_batches(settings: Tuning, batch_tokens: int) -> Tuning:

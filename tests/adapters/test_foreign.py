@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from hf_evopress.adapters import repair
+from hf_evopress.adapters.by_name import load
 from hf_evopress.adapters.eora import eora
 from hf_evopress.adapters.folder import WEIGHTS
 from hf_evopress.adapters.foreign import check_package, check_readable, dense_weight
-from hf_evopress.adapters.repair import adapt, load
+from hf_evopress.adapters.repair import adapt
 from hf_evopress.models.units import find_units
 from hf_evopress.training.settings import Tuning
 from hf_evopress.training.tune import tune

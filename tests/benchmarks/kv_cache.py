@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from hf_evopress import GearCache
-from hf_evopress.adapters.repair import load, tokenizer_of
+from hf_evopress.adapters.by_name import load, tokenizer_of
 from hf_evopress.calibration.data import tokenize_file
 from hf_evopress.scoring.cached import through_cache
 from hf_evopress.scoring.evaluate import compare_many

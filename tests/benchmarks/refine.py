@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from hf_evopress.adapters.repair import load
+from hf_evopress.adapters.by_name import load
 from hf_evopress.base.devices import has_bfloat16
 from hf_evopress.base.fingerprint import text_fingerprint
 from hf_evopress.calibration.data import tokenize_file

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from hf_evopress.adapters.repair import load
+from hf_evopress.adapters.by_name import load
 from hf_evopress.base.fingerprint import tensor_fingerprint, text_fingerprint
 from hf_evopress.calibration.data import load_tokens, tokenize_file
 from hf_evopress.loading.layers import compressed_linears

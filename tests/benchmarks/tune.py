@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_evopress.adapters.by_name import load
 from hf_evopress.adapters.folder import read_adapter
-from hf_evopress.adapters.repair import load
 from hf_evopress.calibration.data import tokenize_file
 from hf_evopress.loading.quantizer import attach
 from hf_evopress.loading.replace import replace_linears

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from hf_evopress.adapters.repair import load, tokenizer_of
+from hf_evopress.adapters.by_name import load, tokenizer_of
 from hf_evopress.jobs import evaluate
 from hf_evopress.jobs.evaluate import evaluate_model
 from hf_evopress.loading.layers import compressed_linears, prepare_layers

@@ -498,6 +498,7 @@ def test_that_kernels_are_being_compiled_is_said(monkeypatch: pytest.MonkeyPatch
         return entry(numba, make, arguments)
 
     monkeypatch.setattr(compiled, "_PATIENCE", 0.01)
+    monkeypatch.setattr(compiled.machine_code, "load", lambda version: None)
     monkeypatch.setattr(compiled, "_entry", slow)
     monkeypatch.setattr(compiled.logger, "warning", lambda text: said.set())
     compiled._compiled.__wrapped__()

@@ -1,9 +1,9 @@
 """The compiled kernels, and a call of them on the threads of PyTorch.
 
-Compiled by numba at the first product, 20 to 40 seconds of one core once per machine: it keeps the
-result beside this file or in the user's cache folder. Work is shared among threads by the OpenMP
-library that PyTorch has loaded (GOMP_parallel): a pool of our own would compete with its threads
-for cores. Where there is none (Windows, macOS), one thread does it all.
+Compiled by numba at the first product, 20 to 40 seconds of one core once per machine: the result is
+kept beside this file or in the user's cache folder (`machine_code`). Work is shared among threads
+by the OpenMP library that PyTorch has loaded (GOMP_parallel): a pool of our own would compete with
+its threads for cores. Where there is none (Windows, macOS), one thread does it all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from importlib import import_module
@@ -51,6 +51,7 @@ from . import (
     floats,
     inputs,
     lanes,
+    machine_code,
     memory,
     native,
     places,
@@ -162,7 +163,7 @@ def scratch(size: int) -> int:
 class Kernels:
     """Addresses of the compiled functions, and `run`, which takes the address of a task."""
 
-    def __init__(self, entries: dict[str, Any]) -> None:
+    def __init__(self, entries: Mapping[str, Any]) -> None:
         self._entries = entries  # which own the code
         self.work: int = entries["part"].address
         self.run: Callable[[int, int], None] = _callable(entries["run"], 2)
@@ -185,6 +186,10 @@ def compiled() -> Kernels:
 
 @lru_cache(maxsize=None)
 def _compiled() -> Kernels:
+    version = _version()
+    if (kept := machine_code.load(version)) is not None:
+        logger.info("CPU kernels: as they were compiled before")
+        return Kernels(kept)
     numba = import_module("numba")
     logger.info("CPU kernels: compiled by numba, or read from its cache")
     made = memory.intrinsics() | lanes.intrinsics() | floats.intrinsics() | vectors.intrinsics()
@@ -200,7 +205,7 @@ def _compiled() -> Kernels:
         _put(name, numba.njit(plain, **options))
     with saying(logger, _COMPILING, after=_PATIENCE):
         entries = {name: _entry(numba, *how) for name, how in _ENTRIES.items()}
-    return Kernels(entries)
+        return Kernels(machine_code.keep(entries, version) or entries)
 
 
 @lru_cache(maxsize=None)
