@@ -53,32 +53,33 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Result:
             "model": str(MODEL),
             "out": str(home / "out"),
             "budget": {"bits": 3.3},
-            "levels": [f"gptq:bits={b},group_size=64" for b in (2, 3, 4, 5)],
+            "levels": [f"gptq:bits={b},group_size=64" for b in (2, 3, 4)],
+            "skip": ["model.layers.?.*", "model.layers.1?.*"],  # ten blocks of thirty are left
             "data": {
                 "sources": [str(TEXT)],
                 "seq_len": 512,
-                "calibration": 12,
-                "search": 8,
+                "calibration": 8,
+                "search": 4,
                 "heldout": 1,
-                "test": 8,
+                "test": 4,
             },
             "search": {
-                "sensitivity_tokens": 3072,
-                "settings": {"generations": 0, "tokens": [2048, 2048]},
+                "sensitivity_tokens": 2048,
+                "settings": {"generations": 0, "tokens": [1024, 1024]},
             },
         }
     )
-    return pipeline.compress(recipe, max_windows=3)
+    return pipeline.compress(recipe, max_windows=2)
 
 
 def test_the_searched_plan_is_no_worse_than_uniform_at_equal_bits_on_unseen_text(
     result: pipeline.Result,
 ) -> None:
-    """With 6k calibration tokens and 1.5k test tokens; the benchmarks say by how much."""
+    """With 4k calibration tokens and 1k test tokens; the benchmarks say by how much."""
     kl = {row.name.split()[0]: row.report.kl_nats for row in result.rows}
     bits = {row.name.split()[0]: row.bits_per_weight for row in result.rows}
     assert kl["searched"] is not None and kl["uniform"] is not None
-    assert kl["searched"] < 1.05 * kl["uniform"] and kl["uniform"] < 0.45
+    assert kl["searched"] < 1.05 * kl["uniform"] and kl["uniform"] < 0.2
     assert bits["searched"] <= 3.3 and bits["uniform"] == pytest.approx(3.297, abs=1e-3)
 
 

@@ -91,7 +91,7 @@ def _canonical(plan: Plan) -> Plan:
 
 
 def _job_of(plan: Plan, recipe: Recipe, progress: Progress | None) -> Job:
-    """Return the job of a recipe in which a plan is pinned.
+    """Return the job of a recipe in which a plan is pinned, and what it leaves out is skipped.
 
     Raises ValueError where the plan is of other units than the model.
     """
@@ -104,6 +104,10 @@ def _job_of(plan: Plan, recipe: Recipe, progress: Progress | None) -> Job:
             plan.check(known)
         raise
     plan.check({**plan.shapes, **{unit.name: unit.shape for unit in job.units}})
+    dropped = tuple(f"{unit}." for unit, level in plan.items() if level.is_drop)
+    left_out = (u.name for u in job.units if u.name not in plan and _is_in_block(u.name))
+    if skipped := tuple(name for name in left_out if not name.startswith(dropped)):
+        return Job(replace(recipe, skip=skipped), progress=progress)
     return job
 
 

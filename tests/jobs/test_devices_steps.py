@@ -34,6 +34,8 @@ from hf_evopress.training.tune import tune
 from .. import second_device
 
 SIM = torch.device("sim", 0)
+# where the line is run as a whole: the second device takes 0.1 ms for each small step
+SKIPPED = ["model.layers.1.*", "*.[qvo]_proj", "*.gate_proj"]
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +90,7 @@ def test_refinement_of_every_kind(home: Path, offload: str, outputs: str) -> Non
         home,
         f"refined-{offload}",
         offload=offload,
+        skip=SKIPPED,
         refine="best+end-to-end",
         refine_levels=["gptq:bits=2*"],
         distil={"steps": 2},
@@ -290,7 +293,8 @@ def test_a_plan_is_applied_while_a_model_loads(
 def test_search_on_the_cpu_and_there_agree(home: Path) -> None:
     plans = []
     for device in ("cpu", "sim"):
-        words = recipe(home, f"on-{device}", device=device, search={"strategy": "knapsack"})
+        search = {"strategy": "knapsack"}
+        words = recipe(home, f"on-{device}", device=device, skip=SKIPPED, search=search)
         job = Job(words)
         plans.append(find_plan(job, build_levels(job)))
     assert plans[0].levels.keys() == plans[1].levels.keys()

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import sysconfig
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -185,8 +186,10 @@ def _machine(llvm: Any) -> Any:
 
 def _object_of(entry: Any) -> bytes:
     """Return the object file of a numba.cfunc, nothing where it came from numba's cache."""
-    text = entry.inspect_llvm()
-    if not text:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of code from the cache, which cannot be inspected
+        text = entry.inspect_llvm()
+    if _symbol_of(entry) not in text:
         return b""
     llvm = _llvm()
     data: bytes = _machine(llvm).emit_object(llvm.parse_assembly(text))
