@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,35 @@ def test_names_that_an_object_needs_are_read_from_it(folder: Path) -> None:
     assert "numba_unpickle" in machine_code.undefined(data)
     with pytest.raises(ValueError, match="no object file"):
         machine_code.undefined(b"MZ" + data)
+
+
+WAITS = """
+import sys, time
+from hf_evopress.loading.kernels.cpu import machine_code
+with machine_code.one_at_a_time(1):
+    print("held", time.time(), flush=True)
+    time.sleep(float(sys.argv[1]))
+    print("left", time.time(), flush=True)
+"""
+
+
+def test_one_process_compiles_and_others_wait(folder: Path) -> None:
+    first = subprocess.Popen([sys.executable, "-c", WAITS, "2"], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None and first.stdout.readline().startswith("held")
+    with machine_code.one_at_a_time(1):
+        now = time.time()
+    left = first.communicate()[0].split()
+    assert left[0] == "left" and float(left[1]) <= now
+    assert not list(folder.glob("*.lock"))
+
+
+def test_nobody_waits_for_a_process_that_was_killed(folder: Path) -> None:
+    killed = subprocess.Popen(
+        [sys.executable, "-c", WAITS, "60"], stdout=subprocess.PIPE, text=True
+    )
+    assert killed.stdout is not None and killed.stdout.readline().startswith("held")
+    killed.kill()
+    killed.wait()
+    start = time.monotonic()
+    with machine_code.one_at_a_time(1):
+        assert time.monotonic() - start < 10

@@ -187,9 +187,17 @@ def compiled() -> Kernels:
 @lru_cache(maxsize=None)
 def _compiled() -> Kernels:
     version = _version()
-    if (kept := machine_code.load(version)) is not None:
-        logger.info("CPU kernels: as they were compiled before")
-        return Kernels(kept)
+    if (kept := machine_code.load(version)) is None:
+        with saying(logger, _COMPILING, after=_PATIENCE), machine_code.one_at_a_time(version):
+            kept = machine_code.load(version)  # another process may have made them meanwhile
+            if kept is None:
+                return Kernels(_by_numba(version))
+    logger.info("CPU kernels: as they were compiled before")
+    return Kernels(kept)
+
+
+def _by_numba(version: int) -> Mapping[str, Any]:
+    """Return the functions that others call, compiled for this processor."""
     numba = import_module("numba")
     logger.info("CPU kernels: compiled by numba, or read from its cache")
     made = memory.intrinsics() | lanes.intrinsics() | floats.intrinsics() | vectors.intrinsics()
@@ -203,9 +211,8 @@ def _compiled() -> Kernels:
         inline = "always" if name in _INLINE else "never"
         options = {"fastmath": name in _FAST, "error_model": "numpy", "inline": inline}
         _put(name, numba.njit(plain, **options))
-    with saying(logger, _COMPILING, after=_PATIENCE):
-        entries = {name: _entry(numba, *how) for name, how in _ENTRIES.items()}
-        return Kernels(machine_code.keep(entries, version) or entries)
+    entries = {name: _entry(numba, *how) for name, how in _ENTRIES.items()}
+    return machine_code.keep(entries, version) or entries
 
 
 @lru_cache(maxsize=None)

@@ -12,9 +12,11 @@ import logging
 import os
 import sys
 import sysconfig
+import time
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +41,7 @@ _OF_NUMBA = (
 )
 _GIL = ("numba_gil_ensure", "numba_gil_release")
 _ELF, _SYMBOLS, _UNDEFINED = b"\x7fELF\x02\x01", 2, 0  # of 64 bits, least bytes first
+_MOST_WAITING = 300.0  # seconds
 _FAULTS = (OSError, SafetensorError, ValueError, KeyError, RuntimeError, ImportError)
 
 
@@ -85,6 +88,50 @@ def keep(entries: Mapping[str, Any], version: int) -> dict[str, Entry] | None:
     except _FAULTS as error:
         logger.info("kernels are not kept (%s: %s)", type(error).__name__, error)
         return None
+
+
+@contextmanager
+def one_at_a_time(version: int) -> Iterator[None]:
+    """Let one process of this machine compile while others wait for what it keeps.
+
+    They wait for five minutes, and not where files cannot be made or locked.
+    """
+    lock = _lock_file(version) if is_supported() else None
+    if lock is None:
+        yield
+        return
+    with lock.open("w") as file:
+        until = time.monotonic() + _MOST_WAITING
+        while time.monotonic() < until and not _is_ours(file):
+            time.sleep(0.1)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _lock_file(version: int) -> Path | None:
+    """Return the file to lock, in the first folder that takes files."""
+    with suppress(*_FAULTS):
+        name = f"{_file_name(version)}.lock"
+        for folder in _folders():
+            with suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / name).touch()
+                return folder / name
+    return None
+
+
+def _is_ours(file: Any) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks on this file system
+        pass
+    return True
 
 
 def is_supported() -> bool:
