@@ -94,7 +94,8 @@ class Problem:
                 genome = self.genome(plan)
             except ValueError as error:
                 fits = {*plan.levels} <= {*self.menus, *self.added.options}
-                tail = "; offer the plan's levels as well (--level)" if fits else ""
+                how = "; offer the plan's levels as well (--level), skip what it has not (--skip)"
+                tail = how if fits else ""
                 raise ValueError(f"the search cannot start from {name}: {error}{tail}") from error
             if not self.budget.allows(self.space, genome):
                 bits = self.space.bits_per_weight(genome)
