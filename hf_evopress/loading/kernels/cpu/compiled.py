@@ -329,7 +329,8 @@ _ENTRIES = {
 def _version() -> int:
     total = zlib.crc32(str((vector_bytes(), has_bmi(), weyl_bytes(), has_vbmi2())).encode())
     emitters = (memory, lanes, floats, vectors, dots, places, walks, weyl, butterflies)
-    for module in (*emitters, codebook, *_OWNERS, task_places):
+    here = sys.modules[__name__]
+    for module in (*emitters, codebook, *_OWNERS, task_places, machine_code, here):
         total = zlib.crc32(_source(module), total)
     return total
 
