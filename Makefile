@@ -28,6 +28,9 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 # What mypy leaves be in the benchmarks: there it is to find names that are gone.
 LOOSE := arg-type assignment index operator return-value union-attr
 
+# Tests start many processes, each of which would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv demo-model demo test test-fast test-lowest test-newest test-clients lint format clean
