@@ -59,7 +59,7 @@ def recipe(home: Path, out: str, **changes: Any) -> Recipe:
         "out": str(home / out),
         "work": str(home / f"{out}.work"),
         "budget": {"bits": 4.0},
-        "levels": [f"gptq:bits={b},group_size=32" for b in (2, 4)],
+        "levels": ["rtn:bits=2,group_size=32,clip=false", "gptq:bits=4,group_size=32"],
         "data": {
             "sources": [str(home / "text.txt")],
             "seq_len": 32,
