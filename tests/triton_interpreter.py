@@ -1,4 +1,4 @@
-"""Triton's interpreter in half the time: it does not do again what it has done.
+"""Triton's interpreter in a fraction of the time: it does not do again what it has done.
 
 Each call of a function in a kernel replaced all of triton.language once more, and each sum of
 whole numbers was made a second time for an assertion that only debugging looks at.

@@ -15,7 +15,10 @@ from .options import Column, TrustRemoteCode, Window
 
 Text = Annotated[str | None, typer.Option("--data", "-d", help="A text file or a table.")]
 Against = Annotated[
-    str | None, typer.Option(help="The dense model: adds KL divergence, agreement and flips.")
+    str | None,
+    typer.Option(
+        help="The dense model (NAME@COMMIT: of a commit): adds KL divergence, agreement, flips."
+    ),
 ]
 MaxWindows = Annotated[int | None, typer.Option(help="Stop after so many windows.", min=1)]
 Tasks = Annotated[

@@ -43,7 +43,8 @@ Start = Annotated[
 ]
 Beside = Annotated[str | None, typer.Option(help="Keep this adapter active and frozen meanwhile.")]
 Teacher = Annotated[
-    str | None, typer.Option(help="The dense model: learn from it, to heal compression.")
+    str | None,
+    typer.Option(help="The dense model (NAME@COMMIT: of a commit): learn from it, to heal."),
 ]
 Every = Annotated[int, typer.Option(help="Training steps between two changes of codes.")]
 MaxChange = Annotated[

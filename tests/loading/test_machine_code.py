@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from hf_evopress.loading.kernels.cpu import compiled, machine_code
 
 pytestmark = pytest.mark.skipif(
-    not machine_code.is_supported(), reason="object files of Linux alone are known"
+    not machine_code.is_supported(), reason="object files of Linux on x86-64 alone are known"
 )
 
 FIRST_PRODUCT = """
@@ -55,7 +55,7 @@ def call(entry: Any, *arguments: int) -> None:
 def test_a_process_computes_with_kept_kernels_and_without_numba() -> None:
     compiled.compiled()  # which keeps them, where that was not done before
     if machine_code.load(compiled._version()) is None:
-        pytest.skip("numba's own cache was there before")
+        pytest.skip("numba's cache has these kernels already, so that none are kept anew")
     done = subprocess.run(
         [sys.executable, "-c", FIRST_PRODUCT], capture_output=True, text=True, check=True
     )
@@ -84,6 +84,25 @@ def test_another_processor_has_another_file(folder: Path, monkeypatch: pytest.Mo
     machine_code.keep({"check": fails_on_request()}, 1)
     monkeypatch.setenv("NUMBA_CPU_FEATURES", "+sse2")
     assert machine_code.load(1) is None
+
+
+def test_on_another_processor_numba_alone_is_asked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = {"check": fails_on_request()}
+    machine_code.keep(entries, 1)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert machine_code.load(1) is None and machine_code.keep(entries, 2) is None
+    with machine_code.one_at_a_time(2):
+        assert not list(folder.glob("*.lock"))
+
+
+def test_a_numba_of_other_insides_is_left_to_its_own_cache(folder: Path) -> None:
+    class Unknown:
+        def inspect_llvm(self) -> str:
+            return "define void @check()"
+
+    assert machine_code.keep({"check": Unknown()}, 1) is None  # no _wrapper_name
 
 
 @pytest.mark.parametrize("damage", ["truncated", "a flipped bit", "without names", "of text"])

@@ -2,7 +2,8 @@
 
 numba keeps what it compiles as well, but to read it takes its import and its tables of types, most
 of the time to a model's first token. LLVM, which numba brings, loads an object file by itself.
-On Linux only; elsewhere, and where a file cannot be written or read, numba's own cache serves.
+On Linux on x86-64 only; elsewhere, and where a file cannot be written or read, numba's own cache
+serves.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import platform
 import sys
 import sysconfig
 import time
@@ -36,13 +38,15 @@ _OF_PYTHON = (
     *("PyErr_WriteUnraisable", "PyExc_RuntimeError", "PyExc_StopIteration", "PyExc_SystemError"),
     *("PyUnicode_FromString", "Py_DecRef", "PyGILState_Ensure", "PyGILState_Release"),
 )
-_OF_NUMBA = (
-    *("NRT_Free", "numba_do_raise", "numba_runtime_build_excinfo_struct", "numba_unpickle"),
-)
+_OF_NUMBA = ("NRT_Free", "numba_do_raise", "numba_runtime_build_excinfo_struct", "numba_unpickle")
 _GIL = ("numba_gil_ensure", "numba_gil_release")
 _ELF, _SYMBOLS, _UNDEFINED = b"\x7fELF\x02\x01", 2, 0  # of 64 bits, least bytes first
 _MOST_WAITING = 300.0  # seconds
-_FAULTS = (OSError, SafetensorError, ValueError, KeyError, RuntimeError, ImportError)
+# The last two are of a numba or llvmlite whose insides are others: then its own cache serves.
+_FAULTS = (
+    *(OSError, SafetensorError, ValueError, KeyError, RuntimeError, ImportError),
+    *(AttributeError, TypeError),
+)
 
 
 class Entry(NamedTuple):
@@ -72,8 +76,8 @@ def load(version: int) -> dict[str, Entry] | None:
 def keep(entries: Mapping[str, Any], version: int) -> dict[str, Entry] | None:
     """Return the functions that numba has just compiled as `load` will, after keeping them.
 
-    None where they cannot be kept: numba read them from its own cache, no folder takes them, or
-    they need what is not known here.
+    Where no folder takes a file they serve this process. None where numba read them from its own
+    cache, or they need what is not known here.
     """
     if not is_supported():
         return None
@@ -135,8 +139,13 @@ def _is_ours(file: Any) -> bool:
 
 
 def is_supported() -> bool:
-    """Return whether object files of this system are known here."""
-    return sys.platform == "linux" and sys.maxsize > 2**32 and sys.byteorder == "little"
+    """Return whether object files of this system are known here.
+
+    Of other processors than x86-64 they were never loaded, and LLVM ends the process where it
+    cannot place one.
+    """
+    is_x86 = platform.machine() == "x86_64" and sys.maxsize > 2**32
+    return sys.platform == "linux" and is_x86
 
 
 # -- the file --------------------------------------------------------------------------------
@@ -145,14 +154,8 @@ def is_supported() -> bool:
 def _file_name(version: int) -> str:
     """Return the name of the file for a version of the kernels on this processor."""
     llvm = _llvm()
-    machine = (
-        *(
-            sysconfig.get_platform(),
-            sys.implementation.cache_tag,
-            import_module("llvmlite").__version__,
-        ),
-        *(_processor(llvm), _features(llvm)),
-    )
+    versions = sys.implementation.cache_tag, import_module("llvmlite").__version__
+    machine = sysconfig.get_platform(), *versions, _processor(llvm), _features(llvm)
     own = hashlib.sha256(repr(machine).encode()).hexdigest()[:12]
     return f"kernels-{own}-{version:08x}.safetensors"
 
