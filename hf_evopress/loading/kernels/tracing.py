@@ -10,7 +10,8 @@ in_functorch = torch._C._functorch.peek_interpreter_stack  # None outside of tor
 
 def is_exporting() -> bool:
     """Return whether the graph is for others, who have no kernels: it gets plain operations."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    # what torch.compiler.is_exporting() returns; to torch.compile that is always true in torch 2.11
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def is_traced() -> bool:
